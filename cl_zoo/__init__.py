@@ -1,0 +1,16 @@
+"""Continual learning in JAX: learner = model + optimiser + components."""
+
+from cl_zoo.algorithms.ewc import ewc
+from cl_zoo.algorithms.lwf import lwf
+from cl_zoo.algorithms.replay import replay
+from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.supervised import supervised
+from cl_zoo.compose import compose
+from cl_zoo.evaluation.evaluate import evaluate
+from cl_zoo.models.adapters import from_linen, from_nnx
+from cl_zoo.models.cnn import cnn
+from cl_zoo.models.mlp import mlp
+from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
+from cl_zoo.streams.sources import LabelledImages, load_digits
+from cl_zoo.training.run_stream import run_stream, stream_program, sweep
+from cl_zoo.types import Batch, Component, Context, Learner, Model, Record, Stream, TaskInfo, TrainState

@@ -1,0 +1,118 @@
+"""Learning without forgetting: the answers of the last task's model are kept by distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.estimators.distillation import soft_cross_entropy
+from cl_zoo.types import (
+    Array,
+    Batch,
+    Component,
+    Context,
+    Key,
+    PyTree,
+    TrainState,
+    check_choice,
+    check_range,
+    weighted_mean,
+)
+
+__all__ = ["LwfState", "lwf"]
+
+
+class LwfState(NamedTuple):
+    """Attributes:
+    params, model_state: the teacher, a copy of the model when the last task ended.
+    """
+
+    params: PyTree
+    model_state: PyTree
+
+
+def lwf(
+    strength: Array | float = 1.0,
+    *,
+    temperature: Array | float = 2.0,
+    weighting: str = "constant",
+    temperature_squared: bool = False,
+    name: str = "lwf",
+) -> Component:
+    """The new task's inputs are labelled softly by the model as it was before the task; that is learned too.
+
+        L = L_task + strength * mean_b [ - sum_c softmax(teacher_b / T)_c log softmax(student_b / T)_c ]
+
+    from the second task on. Rows that carry their task (task-incremental) are distilled on each finished task's head,
+    and these are averaged; for others the teacher's softmax is over the outputs open when it was taken, the student's
+    over those open now.
+
+    Args:
+      strength: at least 0.
+      temperature: T above 0.
+      weighting: "constant", or "tasks": times the number of finished tasks.
+      temperature_squared: times T^2, as Hinton et al. advise.
+      name: key in state and metrics.
+
+    Returns:
+      A component with an `LwfState`; metric `lwf/loss`.
+
+    Raises:
+      ValueError: a number outside its range, unknown weighting.
+
+    Source: Li and Hoiem 2016, arXiv 1606.09282.
+
+    Differences from the paper or its code: the paper first trains the new head alone ("warm-up") and weighs by epochs,
+    which is left out here as in van de Ven's code (arXiv 1904.07734 and doi 10.1038/s42256-022-00568-3). There, 2022:
+    weighting "tasks" in the task- and domain-incremental settings, "constant" in the class-incremental one; 2019:
+    weighting "tasks" and T^2, all divided by the number of tasks, a common factor that Adam cancels. The teacher
+    distils the rows of the stream; rows replayed by another component are distilled too.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, mlp, supervised
+      >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), lwf(temperature=2.0))
+    """
+    check_range(name, "strength", strength, 0)
+    check_range(name, "temperature", temperature, 1e-6)
+    check_choice(name, "weighting", weighting, ("constant", "tasks"))
+
+    def init(context: Context, state: TrainState, batch: Batch, key: Key) -> LwfState:
+        return LwfState(state.params, state.model_state)
+
+    def loss(
+        context: Context,
+        state: TrainState,
+        part: LwfState,
+        params: PyTree,
+        forward: Callable[[], PyTree],
+        batch: Batch,
+        key: Key,
+    ) -> tuple[Array, dict[str, PyTree]]:
+        student = forward()
+        teacher, _, _ = context.model.apply(
+            part.params, part.model_state, batch.x, task=batch.task, weight=batch.weight
+        )
+        if context.tasks is not None and batch.task is not None:
+            heads = context.tasks.active
+            finished = (jnp.arange(heads.shape[0]) < state.task).astype(student.dtype)
+            per_head = jax.vmap(lambda head: soft_cross_entropy(student, teacher, temperature, head, head))(heads)
+            rows = jnp.tensordot(finished, per_head, 1) / jnp.maximum(jnp.sum(finished), 1)
+        else:
+            before = context.active(jnp.maximum(state.task - 1, 0))
+            rows = soft_cross_entropy(student, teacher, temperature, context.active(state.task), before)
+        factor = state.task if weighting == "tasks" else jnp.minimum(state.task, 1)
+        scale = strength * factor.astype(student.dtype)
+        if temperature_squared:
+            scale = scale * temperature**2
+        return scale * weighted_mean(rows, batch.weight), {}
+
+    def end_task(
+        context: Context, state: TrainState, part: LwfState, sample: Batch | None, key: Key
+    ) -> tuple[TrainState, LwfState]:
+        return state, LwfState(state.params, state.model_state)
+
+    return Component(name, frozenset({"boundaries"}), init=init, loss=loss, end_task=end_task)

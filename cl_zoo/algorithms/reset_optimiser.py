@@ -1,0 +1,38 @@
+"""The optimiser starts afresh with every task."""
+
+from __future__ import annotations
+
+from cl_zoo.types import Batch, Component, Context, Key, TaskInfo, TrainState
+
+__all__ = ["reset_optimiser"]
+
+
+def reset_optimiser(*, name: str = "reset_optimiser") -> Component:
+    """opt_state <- optimiser.init(p) when a task begins, so that no momentum of the last task moves the new one.
+
+    Args:
+      name: of the component.
+
+    Returns:
+      A component without state of its own.
+
+    Raises:
+      nothing.
+
+    Source: done so by Zenke et al. 2017, arXiv 1703.04200 (split MNIST), and many since; others, van de Ven et al. among
+    them, keep the optimiser's state.
+
+    Differences from the paper or its code: none.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, mlp, supervised
+      >>> learner = compose(mlp((4,), 3), optax.adam(1e-3), supervised(), reset_optimiser())
+    """
+
+    def begin_task(
+        context: Context, state: TrainState, part: None, task: TaskInfo, sample: Batch | None, key: Key
+    ) -> tuple[TrainState, None]:
+        return state._replace(opt_state=context.optimiser.init(state.params)), None
+
+    return Component(name, frozenset({"boundaries"}), begin_task=begin_task)

@@ -1,0 +1,63 @@
+"""Learning from labels. Alone it is the naive baseline: each task trained after the last, nothing kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, mask_outputs, weighted_mean
+
+__all__ = ["cross_entropy", "supervised"]
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """- log softmax(logits)_label for each row: `[B, C]`, `i32[B]` -> `f32[B]`."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+
+def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name: str = "supervised") -> Component:
+    """L = sum_b w_b loss(outputs_b, y_b) / sum_b w_b.
+
+    With `compose(..., tasks=stream.tasks)` the loss sees masked logits: rows that carry their task compete among that
+    task's outputs (task-incremental, a multi-head net), others among those open now (class-incremental: the classes
+    seen so far, or all).
+
+    Args:
+      loss: `(outputs, y) -> f32[B]`.
+      name: key in metrics.
+
+    Returns:
+      A component without state.
+
+    Raises:
+      ValueError: at the first trace, if the stream has no labels.
+
+    Differences from the paper or its code: none; the naive baseline and the multi-head masks are those of van de Ven
+    et al. 2022, doi 10.1038/s42256-022-00568-3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
+      Array([1.3862944], dtype=float32)
+    """
+
+    def loss_hook(
+        context: Context,
+        state: TrainState,
+        part: None,
+        params: PyTree,
+        forward: Callable[[], PyTree],
+        batch: Batch,
+        key: Key,
+    ) -> tuple[Array, dict[str, PyTree]]:
+        if batch.y is None:
+            raise ValueError(f"{name}: the batch has no labels (y is None), but a supervised loss needs them")
+        outputs = forward()
+        active = context.active(state.task, batch.task)
+        if active is not None:
+            outputs = mask_outputs(outputs, active)
+        return weighted_mean(loss(outputs, batch.y), batch.weight), {}
+
+    return Component(name, loss=loss_hook)

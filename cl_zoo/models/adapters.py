@@ -1,0 +1,186 @@
+"""Flax modules -> `Model`. All that depends on Flax's own interfaces is here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from cl_zoo.types import Array, Key, Model, PyTree
+
+__all__ = ["from_linen", "from_nnx"]
+
+Units = tuple[tuple[tuple[tuple[str, ...], int, str], ...], ...]
+
+
+class _Tap:
+    """Calls layers for a module: `tap(name, layer, x)` is `layer(x)`, recorded and perturbed."""
+
+    def __init__(self, perturb: dict[str, Array] | None):
+        self.perturb = perturb or {}
+        self.taps: dict[str, tuple[Array, Array]] = {}
+
+    def __call__(self, name: str, layer: Callable[[Array], Array], x: Array) -> Array:
+        z = layer(x)
+        if name in self.perturb:
+            z = z + self.perturb[name]
+        self.taps[name] = (x, z)
+        return z
+
+
+def _check_shape(x: PyTree, input_shape: tuple[int, ...] | None) -> None:
+    if input_shape is not None and jax.tree.leaves(x)[0].shape[1:] != tuple(input_shape):
+        raise ValueError(
+            f"the model takes inputs of shape {tuple(input_shape)}, but a row of the batch has shape"
+            f" {jax.tree.leaves(x)[0].shape[1:]}"
+        )
+
+
+def from_nnx(
+    make: Callable[[nnx.Rngs], nnx.Module],
+    *,
+    preprocess: Callable[[PyTree], PyTree] = lambda x: x,
+    input_shape: tuple[int, ...] | None = None,
+    units: Units = (),
+) -> Model:
+    """A `Model` from a Flax NNX module: split once, merged at each trace.
+
+    `nnx.Param` variables become `params`, all others but keys (normalisation statistics, ...) `model_state`; both are
+    nested dicts. A module whose `__call__` takes `tap` calls its dense and convolution layers as
+    `tap("path/to/layer", self.layer, x)`, and so gives taps; any other module simply has none. One that takes `task`
+    or `weight` is given them. Dropout draws from the key of the call.
+
+    Args:
+      make: `(rngs) -> module`.
+      preprocess: of x, inside the program, so that streams and buffers keep uint8.
+      input_shape: of one row, for a clear error; None skips the check.
+      units: see `Model`.
+
+    Returns:
+      A `Model`.
+
+    Raises:
+      ValueError: an input of another shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
+      >>> params, model_state = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> model.apply(params, model_state, jnp.ones((5, 3)))[0].shape
+      (5, 2)
+    """
+    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    graph, abstract_params, abstract_keys, abstract_rest = nnx.split(abstract, nnx.Param, nnx.RngState, ...)
+    extra = _accepted(type(abstract).__call__)
+
+    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
+        _check_shape(x, input_shape)
+        _, params, _, rest = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+    def apply(
+        params: PyTree,
+        model_state: PyTree,
+        x: PyTree,
+        *,
+        task: Array | None = None,
+        weight: Array | None = None,
+        key: Key | None = None,
+        train: bool = False,
+        perturb: dict[str, Array] | None = None,
+    ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
+        _check_shape(x, input_shape)
+        states = []
+        for skeleton, values in ((abstract_params, params), (abstract_rest, model_state)):
+            state = jax.tree.map(lambda leaf: leaf, skeleton)
+            nnx.replace_by_pure_dict(state, values)
+            states.append(state)
+        keys = jax.tree.map(
+            lambda leaf: jax.random.key(0) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 0,
+            abstract_keys,
+        )
+        module = nnx.merge(graph, states[0], keys, states[1])
+        if train and key is not None:
+            nnx.reseed(module, default=key)
+        module.set_attributes(deterministic=not train, use_running_average=not train, raise_if_not_found=False)
+        tap = _Tap(perturb)
+        given = {"tap": tap, "task": task, "weight": weight}
+        outputs = module(preprocess(x), **{name: given[name] for name in extra})
+        _, _, _, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return outputs, nnx.to_pure_dict(rest), tap.taps
+
+    return Model(init, apply, units)
+
+
+def from_linen(
+    module: Any,
+    *,
+    preprocess: Callable[[PyTree], PyTree] = lambda x: x,
+    input_shape: tuple[int, ...] | None = None,
+    units: Units = (),
+) -> Model:
+    """A `Model` from a Flax Linen module, by the conventions of `from_nnx`.
+
+    The collection "params" becomes `params`, all others `model_state`. A module whose `__call__` takes `train` is told
+    whether it trains; dropout draws from the key of the call.
+
+    Args:
+      module: a `flax.linen.Module`.
+      preprocess, input_shape, units: see `from_nnx`.
+
+    Returns:
+      A `Model`.
+
+    Raises:
+      ValueError: an input of another shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen
+      >>> model = from_linen(linen.Dense(2))
+      >>> params, model_state = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> model.apply(params, model_state, jnp.ones((5, 3)))[0].shape
+      (5, 2)
+    """
+    extra = _accepted(type(module).__call__, "train")
+
+    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
+        _check_shape(x, input_shape)
+        given = {"tap": _Tap(None), "task": None, "weight": None, "train": False}
+        variables = module.init(key, preprocess(x), **{name: given[name] for name in extra})
+        return variables["params"], {name: value for name, value in variables.items() if name != "params"}
+
+    def apply(
+        params: PyTree,
+        model_state: PyTree,
+        x: PyTree,
+        *,
+        task: Array | None = None,
+        weight: Array | None = None,
+        key: Key | None = None,
+        train: bool = False,
+        perturb: dict[str, Array] | None = None,
+    ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
+        _check_shape(x, input_shape)
+        tap = _Tap(perturb)
+        given = {"tap": tap, "task": task, "weight": weight, "train": train}
+        outputs, changed = module.apply(
+            {"params": params, **model_state},
+            preprocess(x),
+            **{name: given[name] for name in extra},
+            rngs=None if key is None else {"dropout": key},
+            mutable=list(model_state),
+        )
+        return outputs, {**model_state, **changed}, tap.taps
+
+    return Model(init, apply, units)
+
+
+def _accepted(call: Callable[..., Any], *more: str) -> tuple[str, ...]:
+    """Which of our keyword arguments a module's `__call__` names."""
+    named = inspect.signature(call).parameters
+    return tuple(name for name in ("tap", "task", "weight", *more) if name in named)

@@ -1,0 +1,93 @@
+"""A multi-layer perceptron."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from cl_zoo.models.adapters import from_nnx
+from cl_zoo.models.preprocess import scale_images
+from cl_zoo.types import Array, Model, PyTree, check_range
+
+__all__ = ["fan_in_uniform", "mlp"]
+
+Initialiser = Callable[..., Array]
+
+
+def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = None, *, fan_in: int | None = None) -> Array:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default for kernels and biases of dense layers."""
+    bound = 1 / math.sqrt(math.prod(shape[:-1]) if fan_in is None else fan_in)
+    return jax.random.uniform(key, shape, dtype or "float32", -bound, bound)
+
+
+class Mlp(nnx.Module):
+    """Dense layers `hidden_0`, `hidden_1`, ..., `output` with ReLU between."""
+
+    def __init__(self, sizes: Sequence[int], *, initialiser: str, rngs: nnx.Rngs):
+        names = [f"hidden_{i}" for i in range(len(sizes) - 2)] + ["output"]
+        for name, n_in, n_out in zip(names, sizes, sizes[1:], strict=False):
+            options = {}
+            if initialiser == "fan_in_uniform":
+                options["kernel_init"] = fan_in_uniform
+                options["bias_init"] = lambda key, shape, dtype=None, *, n=n_in: fan_in_uniform(key, shape, dtype, fan_in=n)
+            setattr(self, name, nnx.Linear(n_in, n_out, rngs=rngs, **options))
+        self.names = tuple(names)
+
+    def __call__(self, x: Array, *, tap: Callable[[str, Callable[[Array], Array], Array], Array]) -> Array:
+        x = x.reshape((x.shape[0], -1))
+        for name in self.names[:-1]:
+            x = nnx.relu(tap(name, getattr(self, name), x))
+        return tap("output", self.output, x)
+
+
+def mlp(
+    input_shape: Sequence[int],
+    outputs: int,
+    *,
+    hidden: Sequence[int] = (256, 256),
+    initialiser: str = "lecun_normal",
+    preprocess: Callable[[PyTree], PyTree] = scale_images,
+) -> Model:
+    """logits = W_n relu(... relu(W_0 x + b_0)) + b_n, with taps of every layer and units of every hidden layer.
+
+    Args:
+      input_shape: of one row; flattened.
+      outputs: `C`.
+      hidden: widths.
+      initialiser: "lecun_normal" with biases 0, or "fan_in_uniform", PyTorch's default, for kernels and biases.
+      preprocess: of x; by default uint8 images become floats in [0, 1] and floats stay.
+
+    Returns:
+      A `Model`; parameters `{"hidden_0": {"kernel": [in, out], "bias": [out]}, ..., "output": ...}`.
+
+    Raises:
+      ValueError: sizes below 1, an unknown initialiser.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> model = mlp((28, 28), 10, hidden=(32,))
+      >>> params, _ = model.init(jax.random.key(0), jnp.zeros((1, 28, 28), jnp.uint8))
+      >>> params["hidden_0"]["kernel"].shape
+      (784, 32)
+    """
+    check_range("mlp", "outputs", outputs, 1)
+    if initialiser not in ("lecun_normal", "fan_in_uniform"):
+        raise ValueError(f"mlp: initialiser is {initialiser!r}, but it must be 'lecun_normal' or 'fan_in_uniform'")
+    for width in hidden:
+        check_range("mlp", "hidden", width, 1)
+    sizes = (math.prod(input_shape), *hidden, outputs)
+    layers = [f"hidden_{i}" for i in range(len(hidden))] + ["output"]
+    units = tuple(
+        (((here, "kernel"), 1, "out"), ((here, "bias"), 0, "out"), ((after, "kernel"), 0, "in"))
+        for here, after in zip(layers, layers[1:], strict=False)
+    )
+    return from_nnx(
+        lambda rngs: Mlp(sizes, initialiser=initialiser, rngs=rngs),
+        preprocess=preprocess,
+        input_shape=tuple(input_shape),
+        units=units,
+    )

@@ -1,0 +1,177 @@
+"""Task streams over arrays that stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.shuffle import shuffled_index
+from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo, check_choice, check_range
+
+__all__ = ["Cursor", "array_stream", "locate", "scenario_tasks"]
+
+
+class Cursor(NamedTuple):
+    """The place in a stream: everything else follows from it.
+
+    Attributes:
+      key: of the stream's shuffles.
+      step: `i32[]`, batches handed out so far.
+    """
+
+    key: Key
+    step: Array
+
+
+def locate(counts: Array, position: Array) -> tuple[Array, Array]:
+    """Which of several runs, laid end to end, a position falls in, and where in it: `(run, offset)`, `i32[]` each."""
+    ends = jnp.cumsum(counts)
+    run = jnp.minimum(jnp.sum(position >= ends), counts.shape[0] - 1)
+    return run, position - (ends - counts)[run]
+
+
+def scenario_tasks(scenario: str, n_tasks: int, classes_per_task: int, outputs: str = "seen") -> TaskInfo:
+    """The outputs that compete in each task.
+
+    Args:
+      scenario: "task": each task has its own outputs, and rows tell their task. "domain": all tasks share one set.
+        "class": each task has its own outputs, and rows do not tell their task.
+      n_tasks: `T`.
+      classes_per_task: k.
+      outputs: in the class-incremental scenario, those of the tasks "seen" so far compete, or "all".
+
+    Returns:
+      `TaskInfo` with active `bool[T, C]`; C is k if "domain", else T k.
+
+    Raises:
+      ValueError: an unknown scenario or choice of outputs.
+
+    Source: van de Ven et al. 2022, doi 10.1038/s42256-022-00568-3.
+    """
+    check_choice("stream", "scenario", scenario, ("task", "domain", "class"))
+    check_choice("stream", "outputs", outputs, ("seen", "all"))
+    index = jnp.arange(n_tasks, dtype=jnp.int32)
+    if scenario == "domain":
+        return TaskInfo(index, jnp.ones((n_tasks, classes_per_task), bool))
+    owner = jnp.arange(n_tasks * classes_per_task) // classes_per_task
+    if scenario == "task":
+        active = owner == index[:, None]
+    else:
+        active = owner <= index[:, None] if outputs == "seen" else jnp.ones((n_tasks, owner.shape[0]), bool)
+    return TaskInfo(index, active)
+
+
+def array_stream(
+    data: PyTree,
+    tasks: TaskInfo,
+    *,
+    size: Callable[[PyTree, str], Array],
+    fetch: Callable[[PyTree, str, Array, Array], tuple[PyTree, Array]],
+    largest: Mapping[str, int],
+    smallest: int,
+    steps: int,
+    batch_size: int,
+    task_ids: bool,
+    reorder: Callable[[PyTree, Key], PyTree],
+    joint: str | None = None,
+    sample_size: int | None = None,
+    sample_batch: int = 128,
+    evaluation_batch: int = 500,
+) -> Stream:
+    """A stream over any labelled data of which one example can be fetched by task and index.
+
+    Every epoch of a task is a new random order of its examples, an incomplete last batch is left out. Which example
+    comes at which step is computed from the cursor; there is no table of orders.
+
+    Args:
+      data: what `size` and `fetch` read.
+      tasks: see `scenario_tasks`.
+      size: `(data, split) -> i32[T]`, examples of each task.
+      fetch: `(data, split, task, index) -> (x, y)`, one example; it is vmapped.
+      largest: per split, the most examples a task may have.
+      smallest: the fewest training examples a task may have.
+      steps: batches per task.
+      batch_size: rows.
+      task_ids: whether rows tell their task.
+      reorder: see `Stream`.
+      joint: None; "all": every batch draws from all tasks at once, the usual upper bound; "seen": from the tasks up to
+        the one at hand.
+      sample_size: examples in a consolidation sample; None takes the whole task.
+      sample_batch, evaluation_batch: rows of the batches in which samples and evaluation sets come.
+
+    Returns:
+      A `Stream`.
+
+    Raises:
+      ValueError: a size below 1, a batch larger than a task, joint="all" over tasks whose outputs are not open.
+    """
+    for field, value in (("steps", steps), ("batch_size", batch_size), ("sample_size", sample_size or 1)):
+        check_range("stream", field, value, 1)
+    check_choice("stream", "joint", joint, (None, "all", "seen"))
+    if batch_size > smallest:
+        raise ValueError(
+            f"stream: batch_size is {batch_size}, but a task may have only {smallest} training examples; it must be at"
+            f" most {smallest}"
+        )
+    n_tasks = tasks.index.shape[0]
+    all_open = bool(tasks.active.all())
+    if joint == "all" and not (all_open or task_ids):
+        raise ValueError('stream: joint="all" needs outputs="all", as rows of later tasks come from the start')
+
+    def rows(data: PyTree, split: str, task: Array, index: Array) -> tuple[PyTree, Array]:
+        """Rows of one task (task a scalar, what depends on it is computed once), or of several (task `[B]`)."""
+        return jax.vmap(lambda t, i: fetch(data, split, t, i), in_axes=(None if task.ndim == 0 else 0, 0))(task, index)
+
+    def batch(data: PyTree, split: str, task: Array, index: Array, weight: Array) -> Batch:
+        x, y = rows(data, split, task, index)
+        told = jnp.broadcast_to(task, index.shape).astype(jnp.int32) if task_ids else None
+        return Batch(x, y, told, weight)
+
+    def init(key: Key) -> Cursor:
+        return Cursor(key, jnp.zeros((), jnp.int32))
+
+    def next_batch(data: PyTree, cursor: Cursor, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, Cursor]:
+        task, step = cursor.step // steps, cursor.step % steps
+        sizes = size(data, "train")
+        if joint is not None:
+            sizes = jnp.where((jnp.arange(n_tasks) <= task) | (joint == "all"), sizes, 0)
+        n = sizes[task] if joint is None else jnp.sum(sizes)
+        per_epoch = n // batch_size
+        key = jax.random.fold_in(jax.random.fold_in(cursor.key, task), step // per_epoch)
+        index = shuffled_index(key, step % per_epoch * batch_size + jnp.arange(batch_size), n)
+        if joint is not None:
+            task, index = jax.vmap(lambda i: locate(sizes, i))(index)
+        return batch(data, "train", task, index, jnp.ones(batch_size)), cursor._replace(step=cursor.step + 1)
+
+    def stacked(data: PyTree, split: str, task: Array, key: Key, total: int, rows_each: int) -> Batch:
+        """`total` different examples of a task, in batches; places that the task cannot fill have weight 0."""
+        rows_each = min(rows_each, total)
+        n_batches = -(-total // rows_each)
+        n = jnp.minimum(size(data, split)[task], total)
+        position = jnp.arange(n_batches * rows_each)
+        index = shuffled_index(key, position, size(data, split)[task])
+        flat = batch(data, split, jnp.asarray(task), index, (position < n).astype(jnp.float32))
+        return jax.tree.map(lambda leaf: leaf.reshape((n_batches, rows_each, *leaf.shape[1:])), flat)
+
+    def sample(data: PyTree, task: Array, key: Key) -> Batch:
+        total = largest["train"] if sample_size is None else min(sample_size, largest["train"])
+        return stacked(data, "train", task, key, total, sample_batch)
+
+    def evaluation(data: PyTree, task: Array, split: str) -> Batch:
+        check_choice("stream", "split", split, ("validation", "test"))
+        if largest[split] == 0:
+            raise ValueError(f"stream: there are no {split} examples; hold some out with validation=0.1, say")
+        return stacked(data, split, task, jax.random.key(0), largest[split], evaluation_batch)
+
+    def score(outputs: Array, batch: Batch) -> Array:
+        return (jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32)
+
+    provides = {"boundaries", "begin_sample", "end_sample"}
+    provides |= {"task_ids"} if task_ids else set()
+    provides |= {"open_outputs"} if all_open else set()
+    return Stream(
+        n_tasks, steps, tasks, data, frozenset(provides), init, next_batch, sample, evaluation, score, reorder
+    )

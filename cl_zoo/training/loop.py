@@ -1,0 +1,112 @@
+"""The pieces of a run that the compiled stream and the host loop share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cl_zoo.types import NEEDS, Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState
+
+__all__ = ["NonFiniteError", "Result", "begin", "check_finite", "check_needs", "finish", "start", "train_steps"]
+
+
+class Result(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+      state: the final `TrainState`.
+      metrics: per update, `{name: f32[T, steps]}`.
+      accuracy: the matrix R, `f32[T + 1, T]`: row 0 before any training, row t + 1 after task t.
+      within_task_accuracy: the same with answers restricted to each task's own labels, or None.
+      curve: `f32[T, points, T]`, the scores within each task, or None.
+    """
+
+    state: TrainState | None
+    metrics: dict[str, Array]
+    accuracy: Array
+    within_task_accuracy: Array | None = None
+    curve: Array | None = None
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or penalty became infinite or not a number."""
+
+
+def check_needs(learner: Learner, stream: Stream) -> None:
+    """Refuses a learner that needs what the stream does not provide, before anything compiles.
+
+    Raises:
+      ValueError: names the component, what it needs, and what the stream provides.
+    """
+    for name, need in sorted(learner.needs):
+        if need not in stream.provides:
+            raise ValueError(
+                f"{name} needs {need!r}, {NEEDS[need]}, which this stream does not provide;"
+                f" it provides {', '.join(sorted(stream.provides))}"
+            )
+
+
+def start(learner: Learner, stream: Stream, data: PyTree, key: Key) -> tuple[TrainState, PyTree]:
+    """The state and the cursor before the first task. Learner, stream and samples draw from keys of their own."""
+    cursor = stream.init(jax.random.fold_in(key, 1))
+    shapes, _ = jax.eval_shape(lambda: stream.next(data, cursor, lambda x: None))
+    example = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return learner.init(jax.random.fold_in(key, 0), example), cursor
+
+
+def begin(learner: Learner, stream: Stream, tasks: TaskInfo, data: PyTree, key: Key, state: TrainState, t: Array) -> TrainState:
+    """Begins task `t`; the sample is dropped by the compiler where no component reads it."""
+    sample_key = jax.random.fold_in(jax.random.fold_in(key, 2), t)
+    return learner.begin_task(state, jax.tree.map(lambda leaf: leaf[t], tasks), stream.sample(data, t, sample_key))
+
+
+def finish(learner: Learner, stream: Stream, data: PyTree, key: Key, state: TrainState, t: Array) -> TrainState:
+    """Ends task `t`, with the same sample of it."""
+    sample_key = jax.random.fold_in(jax.random.fold_in(key, 2), t)
+    return learner.end_task(state, stream.sample(data, t, sample_key))
+
+
+def train_steps(
+    learner: Learner, stream: Stream, data: PyTree, carry: tuple[TrainState, PyTree], n: int
+) -> tuple[tuple[TrainState, PyTree], dict[str, Array]]:
+    """`n` updates: `((state, cursor), {name: f32[n]})`."""
+
+    def step(carry: tuple[TrainState, PyTree], _: Any) -> tuple[tuple[TrainState, PyTree], dict[str, Array]]:
+        state, cursor = carry
+        batch, cursor = stream.next(data, cursor, lambda x: learner.predict(state, x))
+        state, metrics = learner.update(state, batch)
+        return (state, cursor), metrics
+
+    return jax.lax.scan(step, carry, length=n)
+
+
+def check_finite(metrics: dict[str, Any], steps: int, first_step: int = 0, kept: str = "") -> None:
+    """Refuses metrics that are not finite.
+
+    Args:
+      metrics: `{name: [n]}` of consecutive updates.
+      steps: updates per task.
+      first_step: number of the first of them, from 0.
+      kept: what is left to go on from, for the message.
+
+    Raises:
+      NonFiniteError: names the task, the step and the likely cause.
+    """
+    values = {name: np.ravel(np.asarray(value)) for name, value in metrics.items()}
+    bad = {name: int(np.flatnonzero(~np.isfinite(value))[0]) for name, value in values.items() if not np.isfinite(value).all()}
+    if not bad:
+        return
+    name = min(bad, key=lambda name: (bad[name], name != "loss"))
+    task, step = divmod(first_step + bad[name], steps)
+    penalties = [value for metric, value in values.items() if metric.endswith("/penalty")]
+    if any(value[: bad[name]].max(initial=0) > 10 * max(value[0], 1e-30) for value in penalties if np.isfinite(value[0])):
+        cause = (
+            "a penalty grew until it overflowed: with plain SGD, strength x learning rate x largest Fisher value must"
+            " stay below 2; lower the strength or the learning rate, or use Adam"
+        )
+    else:
+        cause = "too high a learning rate, or inputs that are not finite"
+    raise NonFiniteError(f"{name} is {values[name][bad[name]]} at task {task}, step {step}; likely cause: {cause}{kept}")
