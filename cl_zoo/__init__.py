@@ -12,5 +12,7 @@ from cl_zoo.models.cnn import cnn
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.sources import LabelledImages, load_digits
+from cl_zoo.training.fit import fit
+from cl_zoo.training.compilation import enable_compilation_cache
 from cl_zoo.training.run_stream import run_stream, stream_program, sweep
 from cl_zoo.types import Batch, Component, Context, Learner, Model, Record, Stream, TaskInfo, TrainState

@@ -25,13 +25,10 @@ from cl_zoo.types import (
 
 __all__ = ["compose"]
 
-# One number per hook: part of the key that the hook draws with, so the order must never change.
-_PHASES = ("init", "begin_task", "prepare", "forward", "loss", "transform", "observe", "end_task")
 
-
-def _key(state_key: Key, step: jax.Array | int, phase: str, name: str) -> Key:
-    key = jax.random.fold_in(jax.random.fold_in(state_key, step), _PHASES.index(phase))
-    return jax.random.fold_in(key, crc32(name.encode()))
+def _key(state_key: Key, step: jax.Array | int, hook: str, name: str) -> Key:
+    """Every hook of every component draws from its own key at every step, whatever else is composed."""
+    return jax.random.fold_in(jax.random.fold_in(state_key, step), crc32(f"{name}/{hook}".encode()))
 
 
 def _blank(batch: Batch) -> Batch:
@@ -182,13 +179,14 @@ def compose(
                 gradient = c.transform(context, state, part(c), record, gradient, key("transform", c.name))
         if penalty_gradient is not None:
             gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
-        updates, opt_state = optimiser.update(gradient, state.opt_state, old)
+
+        def step() -> tuple[PyTree, PyTree, PyTree]:
+            updates, opt_state = optimiser.update(gradient, state.opt_state, old)
+            return optax.apply_updates(old, updates), opt_state, model_state
 
         # A batch of padding alone leaves everything but `step` as it was: Adam moves on a gradient of zero.
-        anything = jnp.any(batch.weight > 0)
-        stepped = (optax.apply_updates(old, updates), opt_state, model_state)
         kept = (old, state.opt_state, state.model_state)
-        new, opt_state, model_state = jax.tree.map(lambda a, b: jnp.where(anything, a, b), stepped, kept)
+        new, opt_state, model_state = jax.lax.cond(jnp.any(batch.weight > 0), step, lambda: kept)
 
         after = state._replace(params=new, opt_state=opt_state, model_state=model_state)
         after = each("observe", after, record._replace(new_params=new))

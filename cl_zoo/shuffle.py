@@ -19,8 +19,8 @@ def _hash(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def shuffled_index(key: Key, position: Array, n: Array | int) -> Array:
-    """Where `position` goes in the random order of `n` things that `key` names.
+def shuffled_index(key: Key, position: Array, n: Array | int, *salt: Array | int) -> Array:
+    """Where `position` goes in the random order of `n` things that `key` (and `salt`) names.
 
     A Feistel network over pairs (left, right) of digits below ceil(sqrt(n)):
 
@@ -28,12 +28,13 @@ def shuffled_index(key: Key, position: Array, n: Array | int) -> Array:
 
     is a bijection of a set slightly larger than n; walking on until the result is below n makes it one of [0, n).
     So an epoch's shuffle, or k draws without replacement, cost O(k) and need no state but the key: no sort, no table
-    in the checkpoint, and seeds may be vmapped.
+    in the checkpoint, and seeds may be vmapped. Plain integer hashes make the round keys, as this runs at every step.
 
     Args:
       key: names the order.
       position: `i32[...]`, each in `[0, n)`; others give a value in `[0, n)` too, but not a distinct one.
-      n: `i32[]`, at least 1 and below 2^31; may be traced.
+      n: `i32[]`, at least 1 and below 2^30; may be traced.
+      *salt: further whole numbers that name the order, an epoch say.
 
     Returns:
       `i32[...]`, distinct for distinct positions.
@@ -45,20 +46,26 @@ def shuffled_index(key: Key, position: Array, n: Array | int) -> Array:
       >>> sorted(shuffled_index(jax.random.key(0), jnp.arange(5), 5).tolist())
       [0, 1, 2, 3, 4]
     """
-    n = jnp.maximum(jnp.asarray(n, jnp.uint32), 1)
+    n = jnp.maximum(jnp.asarray(n).astype(jnp.uint32), 1)
     side = jnp.ceil(jnp.sqrt(n.astype(jnp.float32))).astype(jnp.uint32)
-    side = jnp.where(side * side < n, side + 1, side)  # float32 rounds: 46340^2 is the largest that matters
-    round_keys = jax.random.bits(key, (_ROUNDS, 2), jnp.uint32)
+    side = side + (side * side < n)  # the root is rounded, to float32
+    seed = jnp.uint32(0x9E3779B9)
+    for word in (*jnp.ravel(jax.random.key_data(key)), *salt):
+        seed = _hash(seed ^ jnp.asarray(word).astype(jnp.uint32)) + jnp.uint32(0x9E3779B9)
+    round_keys = [_hash(seed + jnp.uint32(i)) for i in range(2 * _ROUNDS)]
 
     def permute(index: Array) -> Array:
         left, right = index // side, index % side
-        for round_key in round_keys:
-            left = (left + _hash(right ^ round_key[0]) % side) % side
-            right = (right + _hash(left ^ round_key[1]) % side) % side
+        for i in range(0, 2 * _ROUNDS, 2):
+            left = (left + _hash(right ^ round_keys[i]) % side) % side
+            right = (right + _hash(left ^ round_keys[i + 1]) % side) % side
         return left * side + right
 
-    index = permute(position.astype(jnp.uint32) % n)
-    index = jax.lax.while_loop(
-        lambda index: jnp.any(index >= n), lambda index: jnp.where(index >= n, permute(index), index), index
-    )
+    def walk(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        index, outside = carry
+        index = jnp.where(outside, permute(index), index)
+        return index, index >= n
+
+    start = position.astype(jnp.uint32) % n
+    index, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), walk, (start, jnp.full(start.shape, True)))
     return index.astype(jnp.int32)

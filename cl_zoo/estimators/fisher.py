@@ -99,12 +99,15 @@ def fisher_diagonal(
         """The fast path: per layer, the sums over rows of squared gradients of its kernel and bias."""
         zeros = {name: jnp.zeros(taps[name][1].shape, taps[name][1].dtype) for name in dense}
         logits, pull, seen = jax.vjp(lambda perturb: forward(params, batch, perturb), zeros, has_aux=True)
-        classes, q = targets(logits, batch, key)
-        (cotangents,) = jax.vmap(pull)(jax.vmap(lambda c: _score(logits, c))(classes))
-        squares = {}
-        for name in dense:
-            g2 = jnp.einsum("kb,kbo->bo", q * batch.weight, jnp.square(cotangents[name]))
-            squares[name] = (jnp.square(seen[name][0]).T @ g2, jnp.sum(g2, axis=0))
+
+        def add_class(g2: dict[str, Array], target: tuple[Array, Array]) -> tuple[dict[str, Array], None]:
+            classes, q = target
+            (cotangents,) = pull(jnp.sqrt(q * batch.weight)[:, None] * _score(logits, classes))
+            return jax.tree.map(lambda total, g: total + jnp.square(g), g2, cotangents), None
+
+        # One class after another: memory stays that of one backward pass.
+        g2, _ = jax.lax.scan(add_class, zeros, targets(logits, batch, key))
+        squares = {name: (jnp.square(seen[name][0]).T @ g2[name], jnp.sum(g2[name], axis=0)) for name in dense}
         return squares
 
     def slow_squares(batch: Batch, key: Key | None) -> list[Array]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo, check_choice, check_range
@@ -53,15 +54,15 @@ def scenario_tasks(scenario: str, n_tasks: int, classes_per_task: int, outputs: 
     """
     check_choice("stream", "scenario", scenario, ("task", "domain", "class"))
     check_choice("stream", "outputs", outputs, ("seen", "all"))
-    index = jnp.arange(n_tasks, dtype=jnp.int32)
+    index = np.arange(n_tasks, dtype=np.int32)
     if scenario == "domain":
-        return TaskInfo(index, jnp.ones((n_tasks, classes_per_task), bool))
-    owner = jnp.arange(n_tasks * classes_per_task) // classes_per_task
+        return TaskInfo(jnp.asarray(index), jnp.ones((n_tasks, classes_per_task), bool))
+    owner = np.arange(n_tasks * classes_per_task) // classes_per_task
     if scenario == "task":
         active = owner == index[:, None]
     else:
-        active = owner <= index[:, None] if outputs == "seen" else jnp.ones((n_tasks, owner.shape[0]), bool)
-    return TaskInfo(index, active)
+        active = (owner <= index[:, None]) | (outputs == "all")
+    return TaskInfo(jnp.asarray(index), jnp.asarray(active))
 
 
 def array_stream(
@@ -78,8 +79,8 @@ def array_stream(
     reorder: Callable[[PyTree, Key], PyTree],
     joint: str | None = None,
     sample_size: int | None = None,
-    sample_batch: int = 128,
-    evaluation_batch: int = 500,
+    sample_batch: int = 500,
+    evaluation_batch: int = 1000,
 ) -> Stream:
     """A stream over any labelled data of which one example can be fetched by task and index.
 
@@ -117,7 +118,7 @@ def array_stream(
             f" most {smallest}"
         )
     n_tasks = tasks.index.shape[0]
-    all_open = bool(tasks.active.all())
+    all_open = bool(np.all(tasks.active))
     if joint == "all" and not (all_open or task_ids):
         raise ValueError('stream: joint="all" needs outputs="all", as rows of later tasks come from the start')
 
@@ -140,31 +141,35 @@ def array_stream(
             sizes = jnp.where((jnp.arange(n_tasks) <= task) | (joint == "all"), sizes, 0)
         n = sizes[task] if joint is None else jnp.sum(sizes)
         per_epoch = n // batch_size
-        key = jax.random.fold_in(jax.random.fold_in(cursor.key, task), step // per_epoch)
-        index = shuffled_index(key, step % per_epoch * batch_size + jnp.arange(batch_size), n)
+        position = step % per_epoch * batch_size + jnp.arange(batch_size)
+        index = shuffled_index(cursor.key, position, n, task, step // per_epoch)
         if joint is not None:
             task, index = jax.vmap(lambda i: locate(sizes, i))(index)
         return batch(data, "train", task, index, jnp.ones(batch_size)), cursor._replace(step=cursor.step + 1)
 
-    def stacked(data: PyTree, split: str, task: Array, key: Key, total: int, rows_each: int) -> Batch:
-        """`total` different examples of a task, in batches; places that the task cannot fill have weight 0."""
-        rows_each = min(rows_each, total)
-        n_batches = -(-total // rows_each)
-        n = jnp.minimum(size(data, split)[task], total)
-        position = jnp.arange(n_batches * rows_each)
-        index = shuffled_index(key, position, size(data, split)[task])
-        flat = batch(data, split, jnp.asarray(task), index, (position < n).astype(jnp.float32))
-        return jax.tree.map(lambda leaf: leaf.reshape((n_batches, rows_each, *leaf.shape[1:])), flat)
+    def stacked(index: Array, rows_each: int, data: PyTree, split: str, task: Array) -> Batch:
+        """Examples `[E * rows_each]` of a task in batches; places beyond what the task has get weight 0."""
+        weight = (index < size(data, split)[task]).astype(jnp.float32)
+        flat = batch(data, split, jnp.asarray(task), index, weight)
+        return jax.tree.map(lambda leaf: leaf.reshape((-1, rows_each, *leaf.shape[1:])), flat)
 
     def sample(data: PyTree, task: Array, key: Key) -> Batch:
         total = largest["train"] if sample_size is None else min(sample_size, largest["train"])
-        return stacked(data, "train", task, key, total, sample_batch)
+        rows_each = min(sample_batch, total)
+        position = jnp.arange(-(-total // rows_each) * rows_each)
+        n = size(data, "train")[task]
+        index = shuffled_index(key, position, n)
+        return stacked(jnp.where(position < jnp.minimum(n, total), index, n), rows_each, data, "train", task)
 
     def evaluation(data: PyTree, task: Array, split: str) -> Batch:
         check_choice("stream", "split", split, ("validation", "test"))
         if largest[split] == 0:
             raise ValueError(f"stream: there are no {split} examples; hold some out with validation=0.1, say")
-        return stacked(data, split, task, jax.random.key(0), largest[split], evaluation_batch)
+        rows_each = min(evaluation_batch, largest[split])
+        n_batches = -(-largest[split] // rows_each)
+        # Batch e takes every n_batches-th example from e on, so that each batch is a fair part of a sorted set.
+        index = jnp.arange(n_batches)[:, None] + n_batches * jnp.arange(rows_each)
+        return stacked(index.ravel(), rows_each, data, split, task)
 
     def score(outputs: Array, batch: Batch) -> Array:
         return (jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32)

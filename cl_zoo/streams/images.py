@@ -82,7 +82,7 @@ def split_mnist(
         order = jax.random.permutation(key, n_classes)[: n_tasks * per_task]
         return data._replace(classes=order.reshape(n_tasks, per_task).astype(jnp.int32))
 
-    classes = jnp.arange(n_tasks * per_task, dtype=jnp.int32).reshape(n_tasks, per_task)
+    classes = np.arange(n_tasks * per_task, dtype=np.int32).reshape(n_tasks, per_task)
     return image_stream(
         images, classes, scenario, draw=deal, key=key, outputs=outputs, pixels=lambda data, task, image: image, **options
     )
@@ -125,7 +125,7 @@ def permuted_mnist(
 
     def draw(data: ImageData, key: Key) -> ImageData:
         keys = jax.vmap(lambda task: jax.random.fold_in(key, task))(jnp.arange(n_tasks))
-        return data._replace(permutations=jax.vmap(lambda k: jax.random.permutation(k, n_pixels))(keys))
+        return data._replace(permutations=jax.vmap(lambda k: jax.random.permutation(k, n_pixels))(keys).astype(jnp.int32))
 
     def permute(data: ImageData, task: Array, image: Array) -> Array:
         flat = image.reshape((n_pixels, *image.shape[2:]))
@@ -133,7 +133,7 @@ def permuted_mnist(
 
     return image_stream(
         images,
-        jnp.tile(jnp.arange(_n_classes(images), dtype=jnp.int32), (n_tasks, 1)),
+        np.tile(np.arange(_n_classes(images), dtype=np.int32), (n_tasks, 1)),
         scenario,
         draw=draw,
         key=jax.random.key(0) if key is None else key,
@@ -191,7 +191,7 @@ def rotated_mnist(
 
     stream = image_stream(
         images,
-        jnp.tile(jnp.arange(_n_classes(images), dtype=jnp.int32), (n_tasks, 1)),
+        np.tile(np.arange(_n_classes(images), dtype=np.int32), (n_tasks, 1)),
         scenario,
         draw=draw,
         key=jax.random.key(0) if key is None else key,
@@ -214,7 +214,7 @@ def rotate(image: Array, degrees: Array) -> Array:
 
 def image_stream(
     images: LabelledImages,
-    classes: Array,
+    classes: np.ndarray,
     scenario: str,
     *,
     draw: Callable[[ImageData, Key], ImageData],
@@ -227,8 +227,8 @@ def image_stream(
     validation: float = 0.0,
     joint: str | None = None,
     sample_size: int | None = None,
-    sample_batch: int = 128,
-    evaluation_batch: int = 500,
+    sample_batch: int = 500,
+    evaluation_batch: int = 1000,
 ) -> Stream:
     """What split, permuted and rotated streams share.
 
@@ -257,9 +257,9 @@ def image_stream(
     n_tasks, per_task = classes.shape
     n_classes = _n_classes(images)
     sorted_images, start, count = _sort(images, n_classes, validation)
-    data = ImageData(jnp.asarray(sorted_images), jnp.asarray(start), jnp.asarray(count), classes, None, None)
+    data = ImageData(jnp.asarray(sorted_images), jnp.asarray(start), jnp.asarray(count), jnp.asarray(classes), None, None)
     if key is not None:
-        data = draw(data, key)
+        data = jax.jit(draw)(data, key)
 
     def size(data: ImageData, split: str) -> Array:
         return jnp.sum(data.count[_SPLITS.index(split)][data.classes], axis=1)

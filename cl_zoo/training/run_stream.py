@@ -119,12 +119,20 @@ def _run(
             carry, (metrics, curve) = jax.lax.scan(chunk, carry, length=stream.steps // evaluate_every)
             metrics = jax.tree.map(jnp.ravel, metrics)
         state = finish(learner, stream, data, key, carry[0], t)
-        return (state, carry[1]), (metrics, score(state), curve)
+        return (state, carry[1]), (metrics, curve)
+
+    def score_then_train(carry: tuple[TrainState, PyTree], t: Array) -> tuple[tuple[TrainState, PyTree], Any]:
+        """One more round than tasks, the last without training: evaluation is compiled once, not twice."""
+        scores = score(carry[0])
+        shapes = jax.eval_shape(train, carry, t)[1]
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        carry, outputs = jax.lax.cond(t < stream.n_tasks, lambda c: train(c, t), lambda c: (c, nothing), carry)
+        return carry, (scores, outputs)
 
     carry = start(learner, stream, data, key)
-    before = score(carry[0])
-    (state, _), (metrics, after, curve) = jax.lax.scan(train, carry, jnp.arange(stream.n_tasks, dtype=jnp.int32))
-    accuracy, within = jax.tree.map(lambda row, rows: jnp.concatenate([row[None], rows]), before, after)
+    rounds = jnp.arange(stream.n_tasks + 1, dtype=jnp.int32)
+    (state, _), ((accuracy, within), outputs) = jax.lax.scan(score_then_train, carry, rounds)
+    metrics, curve = jax.tree.map(lambda leaf: leaf[:-1], outputs)
     return Result(state, metrics, accuracy, within, curve)
 
 

@@ -1,0 +1,54 @@
+"""What a learner costs: operations per update, bytes of state, seconds to compile and to run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from cl_zoo.types import Batch, Learner, PyTree, TrainState
+
+__all__ = ["Timing", "state_bytes", "timed", "update_flops"]
+
+
+class Timing(NamedTuple):
+    """Attributes:
+    result: of the last call.
+    compile_seconds: tracing, lowering and compiling.
+    run_seconds: of each call of the compiled program.
+    """
+
+    result: Any
+    compile_seconds: float
+    run_seconds: list[float]
+
+
+def timed(function: Callable[..., Any], *arguments: Any, repeats: int = 1) -> Timing:
+    """Compiles a jitted function, then calls it: the two are timed apart."""
+    begun = time.perf_counter()
+    compiled = function.lower(*arguments).compile()  # type: ignore[attr-defined]
+    compile_seconds = time.perf_counter() - begun
+    seconds, result = [], None
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        result = jax.block_until_ready(compiled(*arguments))
+        seconds.append(time.perf_counter() - begun)
+    return Timing(result, compile_seconds, seconds)
+
+
+def update_flops(learner: Learner, state: TrainState, batch: Batch) -> float:
+    """Floating-point operations of one update by XLA's cost analysis (a multiply-add is two)."""
+    analysis = jax.jit(learner.update).lower(state, batch).compile().cost_analysis()
+    return float(analysis["flops"])
+
+
+def state_bytes(state: PyTree) -> dict[str, int]:
+    """Bytes of each part of a `TrainState`: "params", "opt_state", ... and each component under its name."""
+
+    def count(tree: PyTree) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    parts = {name: count(part) for name, part in state.parts.items()}
+    return {"params": count(state.params), "model_state": count(state.model_state), "opt_state": count(state.opt_state), **parts}

@@ -1,0 +1,143 @@
+"""Numbers from the accuracy matrix R `[..., T + 1, T]`: row 0 before any training, row t + 1 after task t.
+
+Each takes leading axes (seeds, settings) as they come. Libraries disagree on several of these; the formulas here are
+in terms of a_{t,i} = R[t + 1, i], the score on task i after training on task t, both from 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+__all__ = [
+    "Statistics",
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "backward_transfer",
+    "forgetting",
+    "forward_transfer",
+    "learning_accuracy",
+    "min_accuracy",
+    "stability_gap",
+    "statistics",
+    "summary",
+]
+
+
+def _after(matrix: ArrayLike) -> np.ndarray:
+    matrix = np.asarray(matrix, np.float64)
+    if matrix.ndim < 2 or matrix.shape[-2] != matrix.shape[-1] + 1:
+        raise ValueError(f"the accuracy matrix must be [..., T + 1, T], but its shape is {matrix.shape}")
+    return matrix[..., 1:, :]
+
+
+def _diagonal(after: np.ndarray) -> np.ndarray:
+    return np.diagonal(after, axis1=-2, axis2=-1)
+
+
+def average_accuracy(matrix: ArrayLike) -> np.ndarray:
+    """ACC = 1/T sum_i a_{T-1,i}: the mean over all tasks at the end."""
+    return _after(matrix)[..., -1, :].mean(-1)
+
+
+def accuracy_after_each_task(matrix: ArrayLike) -> np.ndarray:
+    """A_t = 1/(t+1) sum_{i<=t} a_{t,i}: the mean over the tasks seen, after each task, `[..., T]`."""
+    after = _after(matrix)
+    seen = np.tril(np.ones(after.shape[-2:]))
+    return (after * seen).sum(-1) / seen.sum(-1)
+
+
+def average_incremental_accuracy(matrix: ArrayLike) -> np.ndarray:
+    """1/T sum_t A_t."""
+    return accuracy_after_each_task(matrix).mean(-1)
+
+
+def backward_transfer(matrix: ArrayLike) -> np.ndarray:
+    """BWT = 1/(T-1) sum_{i<T-1} (a_{T-1,i} - a_{i,i}) (Lopez-Paz and Ranzato 2017); nan for one task."""
+    after = _after(matrix)
+    return _mean((after[..., -1, :] - _diagonal(after))[..., :-1])
+
+
+def forgetting(matrix: ArrayLike) -> np.ndarray:
+    """1/(T-1) sum_{i<T-1} (max_{i<=t<T-1} a_{t,i} - a_{T-1,i}) (Chaudhry et al. 2018); nan for one task."""
+    after = _after(matrix)
+    learnt = np.where(np.tril(np.ones(after.shape[-2:], bool)), after, -np.inf)
+    return _mean((learnt[..., :-1, :-1].max(-2, initial=-np.inf) - after[..., -1, :-1]))
+
+
+def forward_transfer(matrix: ArrayLike) -> np.ndarray:
+    """FWT = 1/(T-1) sum_{i>0} (a_{i-1,i} - R[0,i]): before task i is trained, over the untrained net; nan for one."""
+    before = np.asarray(matrix, np.float64)[..., 0, :]
+    return _mean(np.diagonal(_after(matrix), offset=1, axis1=-2, axis2=-1) - before[..., 1:])
+
+
+def learning_accuracy(matrix: ArrayLike) -> np.ndarray:
+    """1/T sum_i a_{i,i}: each task just after it was trained."""
+    return _diagonal(_after(matrix)).mean(-1)
+
+
+def min_accuracy(curve: ArrayLike, matrix: ArrayLike) -> np.ndarray:
+    """min-ACC = 1/(T-1) sum_{i<T-1} min over all points after task i was trained (De Lange et al. 2023).
+
+    Args:
+      curve: `[..., T, points, T]`, scores within each task.
+      matrix: R, for the scores at the ends of tasks.
+    """
+    curve, after = np.asarray(curve, np.float64), _after(matrix)
+    lowest = []
+    for i in range(after.shape[-1] - 1):
+        within = curve[..., i + 1 :, :, i].min((-2, -1))
+        lowest.append(np.minimum(within, after[..., i:, i].min(-1)))
+    return _mean(np.stack(lowest, -1)) if lowest else np.full(after.shape[:-2], np.nan)
+
+
+def stability_gap(curve: ArrayLike, matrix: ArrayLike) -> np.ndarray:
+    """1/(T-1) sum_{t>0} mean_{i<t} max(0, a_{t-1,i} - min over points within task t): how far scores on earlier tasks
+    fall while task t is trained, below where they stood when it began; nan for one task."""
+    curve, after = np.asarray(curve, np.float64), _after(matrix)
+    falls = [
+        np.maximum(after[..., t - 1, :t] - curve[..., t, :, :t].min(-2), 0).mean(-1) for t in range(1, after.shape[-1])
+    ]
+    return _mean(np.stack(falls, -1)) if falls else np.full(after.shape[:-2], np.nan)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    return values.mean(-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
+
+
+def summary(matrix: ArrayLike) -> dict[str, np.ndarray]:
+    """All numbers of one matrix, by name."""
+    functions = (
+        average_accuracy,
+        average_incremental_accuracy,
+        backward_transfer,
+        forgetting,
+        forward_transfer,
+        learning_accuracy,
+    )
+    return {function.__name__: function(matrix) for function in functions}
+
+
+class Statistics(NamedTuple):
+    """Attributes:
+    mean: of the runs.
+    sd: standard deviation of one run, divisor n - 1; nan for one run.
+    sem: standard error of the mean, sd / sqrt(n).
+    n: runs.
+    """
+
+    mean: float
+    sd: float
+    sem: float
+    n: int
+
+
+def statistics(values: ArrayLike) -> Statistics:
+    """Mean, standard deviation, standard error and number of runs."""
+    values = np.ravel(np.asarray(values, np.float64))
+    if values.size == 0:
+        raise ValueError("statistics of no runs")
+    sd = float(values.std(ddof=1)) if values.size > 1 else float("nan")
+    return Statistics(float(values.mean()), sd, sd / float(np.sqrt(values.size)), int(values.size))

@@ -1,0 +1,113 @@
+"""Checkpoints that are whole or not there: orbax, with a checksum of every array."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cl_zoo.types import PyTree
+
+__all__ = ["CheckpointError", "Checkpoints"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or of another run."""
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of a run, in one folder.
+
+    A checkpoint is written beside the others and renamed when it is complete, so a kill or a full disk leaves the one
+    before. Arrays are read as data: nothing in a checkpoint is ever executed.
+
+    Args:
+      directory: the folder; made if missing.
+      keep: at least 1.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+        import orbax.checkpoint as ocp  # slow to import, and only needed here
+
+        self._args = ocp.args
+        self.directory = Path(directory).resolve()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False),
+        )
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Writes `tree` as the checkpoint of `step`. OSError (a full disk) leaves the earlier ones whole."""
+        items = self._args.Composite(
+            tree=self._args.StandardSave(tree), manifest=self._args.JsonSave({"leaves": _describe(tree)})
+        )
+        # Of a run that went on from an earlier checkpoint after a newer one was found damaged.
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        self._manager.save(step, args=items)
+
+    def restore_newest(self, template: PyTree) -> tuple[int, PyTree] | None:
+        """The newest checkpoint that is whole, as `(step, tree)`; None if there is none at all.
+
+        Args:
+          template: a tree of the same structure, of arrays or shapes.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none can be used; says what is wrong with each.
+        """
+        problems = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                tree = self._restore(step, template)
+            except Exception as error:  # noqa: BLE001  a damaged file may raise anything; it is reported, and the next tried
+                problems.append(f"step {step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+                continue
+            for problem in problems:
+                warnings.warn(f"{self.directory}: damaged checkpoint passed over, {problem}; going on from step {step}", stacklevel=2)
+            return step, tree
+        if problems:
+            raise CheckpointError(f"{self.directory}: no usable checkpoint; " + "; ".join(problems))
+        return None
+
+    def _restore(self, step: int, template: PyTree) -> PyTree:
+        manifest = self._manager.restore(step, args=self._args.Composite(manifest=self._args.JsonRestore()))
+        leaves = manifest["manifest"]["leaves"]
+        wanted = _describe(template, checksum=False)
+        for have, want in zip(leaves, wanted, strict=False):
+            if {**have, "crc32": None} != {**want, "crc32": None}:
+                raise CheckpointError(f"it holds {_say(have)} where this run has {_say(want)}")
+        if len(leaves) != len(wanted):
+            raise CheckpointError(f"it holds {len(leaves)} arrays, this run has {len(wanted)}")
+        abstract = jax.tree.map(_abstract, template)
+        items = self._args.Composite(tree=self._args.StandardRestore(abstract))
+        tree = self._manager.restore(step, args=items)["tree"]
+        for have, found in zip(leaves, _describe(tree), strict=True):
+            if have["crc32"] != found["crc32"]:
+                raise CheckpointError(f"the bytes of {have['name']} are not those that were written")
+        return tree
+
+
+def _abstract(leaf: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
+
+
+def _describe(tree: PyTree, checksum: bool = True) -> list[dict[str, Any]]:
+    described = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        crc = None
+        if checksum:
+            data = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+            crc = zlib.crc32(np.ascontiguousarray(np.asarray(data)).tobytes())
+        name = jax.tree_util.keystr(path)
+        described.append({"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": crc})
+    return described
+
+
+def _say(leaf: dict[str, Any]) -> str:
+    return f"{leaf['name']} {leaf['dtype']}{leaf['shape']}"

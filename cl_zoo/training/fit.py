@@ -1,0 +1,216 @@
+"""A run from a host loop: checkpoints, resume, a progress bar, a log."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from cl_zoo.evaluation.evaluate import evaluate
+from cl_zoo.training.checkpoint import Checkpoints
+from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, train_steps
+from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config, write_array
+from cl_zoo.training.run_stream import _functions
+from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_range
+
+__all__ = ["Stopped", "fit"]
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and saved itself first."""
+
+
+def fit(
+    learner: Learner,
+    stream: Stream,
+    key: Key,
+    directory: str | os.PathLike[str],
+    *,
+    config: Any = None,
+    checkpoint_every: int = 500,
+    keep: int = 2,
+    split: str = "test",
+    progress: bool = True,
+) -> Result:
+    """`run_stream` from a host loop, in a directory. Run it again after a stop of any kind and it goes on.
+
+    The updates of a task are cut into chunks at multiples of `checkpoint_every`; at each chunk's edge, and after each
+    task's end and evaluation, all there is goes into a checkpoint. As the grid does not depend on where a run was
+    stopped, a resumed run executes the same programs on the same arrays, and ends in the same bytes (same machine and
+    versions). Ctrl-C and SIGTERM stop at the next edge; a second one, or SIGKILL, at once, and what is lost are the
+    updates since the last edge.
+
+    Args:
+      learner, stream, key: as for `run_stream`.
+      directory: of this run: config.json, environment.json, metrics.csv (step, phase, task, metric, value),
+        accuracy.npy, checkpoints/.
+      config: a dataclass or mapping that describes learner and stream; kept, and compared on resume.
+      checkpoint_every: updates per chunk.
+      keep: checkpoints kept.
+      split: what R is measured on.
+      progress: show a bar.
+
+    Returns:
+      A `Result`; its metrics are `f32[T, steps]`, also after a resume.
+
+    Raises:
+      ValueError: the learner needs what the stream lacks, or an impossible number.
+      ConfigError: the directory holds a run of another configuration; names the field.
+      CheckpointError: there are checkpoints, but none is whole.
+      NonFiniteError: names task, step and likely cause; the last good checkpoint stays.
+      Stopped: on Ctrl-C or SIGTERM, after saving.
+
+    Example:
+      >>> import jax, optax, tempfile
+      >>> from cl_zoo import compose, fit, mlp, split_mnist, supervised
+      >>> stream = split_mnist(n_tasks=2, scenario="domain", steps=20)
+      >>> learner = compose(mlp((28, 28), 5), optax.adam(1e-3), supervised())
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     fit(learner, stream, jax.random.key(0), directory, progress=False).accuracy.shape
+      (3, 2)
+    """
+    check_needs(learner, stream)
+    check_range("fit", "checkpoint_every", checkpoint_every, 1)
+    check_range("fit", "keep", keep, 1)
+    directory = Path(directory).resolve()
+    n_tasks, steps = stream.n_tasks, stream.steps
+    settle_config(
+        directory,
+        {
+            "config": config if config is None or isinstance(config, dict) else vars(config),
+            "run": {
+                "n_tasks": n_tasks,
+                "steps": steps,
+                "checkpoint_every": checkpoint_every,
+                "split": split,
+                "key": np.asarray(jax.random.key_data(key)).tolist(),
+                "data_crc32": _checksum(stream.data),
+            },
+        },
+    )
+    log = MetricsLog(directory)
+    checkpoints = Checkpoints(directory / "checkpoints", keep)
+    programs = _programs(learner, _functions(stream), split)
+    data, tasks = stream.data, stream.tasks
+
+    fresh = jax.eval_shape(programs["start"], data, key)
+    matrix = jax.ShapeDtypeStruct((n_tasks + 1, n_tasks), jnp.float32)
+    place = jax.ShapeDtypeStruct((), jnp.int32)
+    template = {"carry": fresh, "accuracy": matrix, "step": place, "log": place}
+    restored = checkpoints.restore_newest(template)
+    if restored is None:
+        carry = programs["start"](data, key)
+        accuracy = np.full(matrix.shape, np.nan, np.float32)
+        done = 0
+        log.rewind(0)
+    else:
+        done, saved = restored
+        carry, accuracy = saved["carry"], np.array(saved["accuracy"])
+        log.rewind(int(saved["log"]))
+
+    def save() -> None:
+        checkpoints.save(
+            done,
+            {
+                "carry": carry,
+                "accuracy": jnp.asarray(accuracy),
+                "step": jnp.asarray(done, jnp.int32),
+                "log": jnp.asarray(log.length(), jnp.int32),
+            },
+        )
+
+    def score(state: TrainState, row: int) -> None:
+        accuracy[row] = programs["evaluate"](data, state)
+        log.scores(done, accuracy[row])
+        write_array(directory / "accuracy.npy", accuracy)
+
+    if restored is None:
+        score(carry[0], 0)
+        save()
+
+    bar = tqdm(total=n_tasks * steps, initial=done, disable=not progress, unit="step", smoothing=0.1)
+    with bar, _stop_requests() as stop:
+        while done < n_tasks * steps:
+            task, step = divmod(done, steps)
+            bar.set_description(f"task {task + 1}/{n_tasks}")
+            if step == 0:
+                carry = programs["begin"](tasks, data, key, carry, jnp.int32(task))
+            n = min(checkpoint_every - step % checkpoint_every, steps - step)
+            carry, metrics = programs["train"](data, carry, n)
+            metrics = jax.device_get(metrics)
+            newest = f"; the checkpoint of step {done} in {checkpoints.directory} is good"
+            check_finite(metrics, steps, done, kept=newest)
+            log.updates(done, task, metrics)
+            done += n
+            if step + n == steps:
+                carry = programs["finish"](data, key, carry, jnp.int32(task))
+                score(carry[0], task + 1)
+            save()
+            bar.update(n)
+            bar.set_postfix(loss=f"{float(metrics['loss'][-1]):.3f}")
+            if stop() and done < n_tasks * steps:
+                raise Stopped(f"stopped after step {done} of {n_tasks * steps}; run the same command again to go on")
+
+    history = {name: jnp.asarray(values.reshape(n_tasks, steps)) for name, values in read_metrics(directory).items()}
+    return Result(carry[0], history, jnp.asarray(accuracy))
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(learner: Learner, stream: Stream, split: str) -> dict[str, Callable[..., Any]]:
+    """Every state transition jitted, the old state's memory given to the new one."""
+    Carry = tuple[TrainState, PyTree]
+
+    def begin_task(tasks: TaskInfo, data: PyTree, key: Key, carry: Carry, t: Array) -> Carry:
+        return begin(learner, stream, tasks, data, key, carry[0], t), carry[1]
+
+    def end_task(data: PyTree, key: Key, carry: Carry, t: Array) -> Carry:
+        return finish(learner, stream, data, key, carry[0], t), carry[1]
+
+    return {
+        "start": jax.jit(lambda data, key: start(learner, stream, data, key)),
+        "begin": jax.jit(begin_task, donate_argnums=3),
+        "train": jax.jit(
+            lambda data, carry, n: train_steps(learner, stream, data, carry, n), static_argnums=2, donate_argnums=1
+        ),
+        "finish": jax.jit(end_task, donate_argnums=2),
+        "evaluate": jax.jit(lambda data, state: evaluate(learner, stream, data, state, split)),
+    }
+
+
+def _checksum(data: PyTree) -> int:
+    crc = 0
+    for leaf in jax.tree.leaves(data):
+        crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)), crc)
+    return crc
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a request; the second acts as it would have."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,153 @@
+"""The folder of a run: configuration, environment, metrics, accuracy matrix, checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["ConfigError", "MetricsLog", "environment", "read_metrics", "settle_config", "write_json"]
+
+
+class ConfigError(ValueError):
+    """A run directory holds a run of another configuration."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside, then renames: a reader sees the old file or the new one, never half of one."""
+    _replace(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_array(path: Path, value: np.ndarray) -> None:
+    """As `write_json`, for a .npy file."""
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, value, allow_pickle=False)
+    _replace(path, buffer.getvalue())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside its configuration."""
+    versions = {}
+    for package in ("cl_zoo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.device_kind}" if device.platform != "cpu" else f"cpu, {os.cpu_count()} cores",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def settle_config(directory: Path, config: Any) -> None:
+    """Writes config.json, or compares with the one that is there.
+
+    Args:
+      directory: of the run; made if missing.
+      config: a dataclass or a mapping of values that JSON can hold.
+
+    Raises:
+      ConfigError: the directory's run has another value somewhere; names the field and both values.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    path = directory / "config.json"
+    now = json.loads(json.dumps(config, default=str))
+    if not path.exists():
+        write_json(path, now)
+        write_json(directory / "environment.json", environment())
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error}); use another directory") from error
+    old, new = dict(_flat(before)), dict(_flat(now))
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field) or (field in old) != (field in new):
+            raise ConfigError(
+                f"cannot resume {directory}: {field} was {old.get(field, 'absent')!r}, now it is"
+                f" {new.get(field, 'absent')!r}; restore it, or use another directory"
+            )
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for field, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{field}" if prefix else str(field))
+    else:
+        yield prefix, value
+
+
+class MetricsLog:
+    """metrics.csv: step, phase, task, metric, value; appended to, and cut back to a checkpoint on resume."""
+
+    _HEADER = "step,phase,task,metric,value\n"
+
+    def __init__(self, directory: Path):
+        self.path = directory / "metrics.csv"
+
+    def rewind(self, length: int) -> None:
+        """Keeps the first `length` bytes; 0 begins anew."""
+        with open(self.path, "ab") as file:
+            file.truncate(length)
+        if length == 0:
+            self._append(self._HEADER)
+
+    def _append(self, text: str) -> None:
+        with open(self.path, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def length(self) -> int:
+        """In bytes."""
+        return self.path.stat().st_size
+
+    def updates(self, first_step: int, task: int, metrics: Mapping[str, np.ndarray]) -> None:
+        """Metrics of consecutive updates, `[n]` each."""
+        names = sorted(metrics)
+        values = {name: np.asarray(metrics[name]) for name in names}
+        rows = [
+            f"{first_step + i},train,{task},{name},{values[name][i].item()!r}\n"
+            for i in range(len(values[names[0]]))
+            for name in names
+        ]
+        self._append("".join(rows))
+
+    def scores(self, step: int, scores: np.ndarray) -> None:
+        """The score on each task after `step` updates."""
+        self._append("".join(f"{step},evaluate,{i},score,{float(score)!r}\n" for i, score in enumerate(scores)))
+
+
+def read_metrics(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Metrics of all updates of a run, `{name: f32[updates]}`."""
+    found: dict[str, list[float]] = {}
+    with open(Path(directory) / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["phase"] == "train":
+                found.setdefault(row["metric"], []).append(float(row["value"]))
+    return {name: np.asarray(values, np.float32) for name, values in found.items()}
