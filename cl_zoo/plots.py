@@ -1,0 +1,91 @@
+"""Figures. Each function draws on the axes that it is given and returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cl_zoo.evaluation.metrics import accuracy_after_each_task
+
+__all__ = ["accuracy_heat_map", "accuracy_within_tasks", "seen_task_accuracy", "strength_curve"]
+
+
+def accuracy_heat_map(axes: Any, matrix: ArrayLike, title: str = "") -> Any:
+    """The accuracy matrix R in percent, the mean over any leading axes: rows are moments, columns are tasks."""
+    matrix = 100 * np.asarray(matrix)
+    matrix = matrix.reshape((-1, *matrix.shape[-2:])).mean(0)
+    n_tasks = matrix.shape[1]
+    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    if n_tasks <= 10:
+        for row in range(n_tasks + 1):
+            for column in range(n_tasks):
+                shade = "black" if matrix[row, column] > 60 else "white"
+                axes.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=shade, fontsize=7)
+    axes.set_xticks(range(n_tasks), [str(i + 1) for i in range(n_tasks)])
+    axes.set_yticks(range(n_tasks + 1), ["before"] + [str(i + 1) for i in range(n_tasks)])
+    axes.set_xlabel("tested on task")
+    axes.set_ylabel("after training on task")
+    axes.set_title(title)
+    axes.figure.colorbar(image, ax=axes, label="accuracy (%)", fraction=0.046)
+    return axes
+
+
+def seen_task_accuracy(axes: Any, matrices: Mapping[str, ArrayLike], title: str = "") -> Any:
+    """Mean accuracy over the tasks seen so far, a line per method, bands of one standard deviation over runs."""
+    for name, matrix in matrices.items():
+        values = np.asarray(accuracy_after_each_task(matrix)) * 100
+        values = values.reshape((-1, values.shape[-1]))
+        _band(axes, np.arange(1, values.shape[-1] + 1), values, name)
+    axes.set_xlabel("tasks seen")
+    axes.set_ylabel("accuracy on them (%)")
+    axes.set_ylim(0, 102)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def accuracy_within_tasks(axes: Any, curve: ArrayLike, task: int = 0, every: int = 1, label: str = "", title: str = "") -> Any:
+    """Accuracy on one task at points within all tasks: where the stability gap shows.
+
+    Args:
+      axes: to draw on.
+      curve: `[..., T, points, T]`.
+      task: which task to follow.
+      every: updates between points.
+      label, title: of the line and of the axes.
+    """
+    curve = 100 * np.asarray(curve)
+    n_tasks, points = curve.shape[-3], curve.shape[-2]
+    values = curve[..., task].reshape((-1, n_tasks * points))
+    _band(axes, every * np.arange(1, n_tasks * points + 1), values, label)
+    for boundary in range(1, n_tasks):
+        axes.axvline(boundary * points * every, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("updates (dotted: a new task)")
+    axes.set_ylabel(f"accuracy on task {task + 1} (%)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def strength_curve(axes: Any, strengths: Sequence[float], accuracy: ArrayLike, label: str = "", title: str = "") -> Any:
+    """Final accuracy against strength on a logarithmic axis; `accuracy` is `[strengths, runs]`."""
+    accuracy = 100 * np.asarray(accuracy)
+    _band(axes, np.asarray(strengths), accuracy.T, label, marker="o")
+    axes.set_xscale("log")
+    axes.set_xlabel("strength")
+    axes.set_ylabel("average accuracy (%)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def _band(axes: Any, x: np.ndarray, values: np.ndarray, label: str, marker: str = "") -> None:
+    mean = values.mean(0)
+    (line,) = axes.plot(x, mean, label=label or None, marker=marker or None, markersize=4)
+    if len(values) > 1:
+        spread = values.std(0, ddof=1)
+        axes.fill_between(x, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)

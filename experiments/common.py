@@ -1,0 +1,114 @@
+"""What the studies share: runs that are kept as they finish, tables, result files for the ledger."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from cl_zoo import Learner, Stream, sweep
+from cl_zoo.evaluation.metrics import average_accuracy, statistics
+from cl_zoo.training.run_directory import environment, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Cell(NamedTuple):
+    """One line of a table: a method in a setting, over some seeds.
+
+    Attributes:
+      setting, method: names.
+      make: `settings -> Learner`; settings is a scalar that it may use.
+      stream: what it learns from.
+    """
+
+    setting: str
+    method: str
+    make: Callable[[Any], Learner]
+    stream: Stream
+
+
+def run_cells(cells: Sequence[Cell], directory: Path, seeds: Sequence[int], setting: float = 0.0) -> dict[tuple[str, str], dict[str, Any]]:
+    """Runs every cell for every seed, each with a task order of its own; what is finished is kept and not run again.
+
+    On a CPU seeds run one after another by the same program, elsewhere together.
+
+    Returns:
+      `{(setting, method): {"accuracy": [S, T + 1, T], "seconds": [S], "compile_seconds": float}}`.
+    """
+    folder = directory / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    together = 1 if jax.default_backend() == "cpu" else len(seeds)
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    with tqdm(total=len(cells) * len(seeds), unit="run") as bar:
+        for cell in cells:
+            bar.set_description(f"{cell.setting}, {cell.method}")
+            matrices, seconds, compiling = [], [], 0.0
+            for i in range(0, len(seeds), together):
+                chunk = seeds[i : i + together]
+                path = folder / f"{cell.setting}-{cell.method}-{chunk[0]}-{chunk[-1]}.json".replace(" ", "_")
+                if path.exists():
+                    kept = json.loads(path.read_text())
+                else:
+                    keys = jnp.stack([jax.random.key(seed) for seed in chunk])
+                    begun = time.perf_counter()
+                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", within_task=False)
+                    matrix = np.asarray(result.accuracy)[0]
+                    kept = {"accuracy": matrix.tolist(), "seconds": time.perf_counter() - begun}
+                    write_json(path, kept)
+                matrices += kept["accuracy"]
+                seconds += [kept["seconds"] / len(chunk)] * len(chunk)
+                bar.update(len(chunk))
+            found[cell.setting, cell.method] = {"accuracy": np.array(matrices), "seconds": seconds, "compile_seconds": compiling}
+    return found
+
+
+def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Average accuracy in percent, a row per method, a column per setting: mean and standard deviation over seeds."""
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    methods = list(dict.fromkeys(method for _, method in found))
+    lines = [f"{'accuracy (%)':14s}" + "".join(f"{setting:>18s}" for setting in settings)]
+    for method in methods:
+        row = f"{method:14s}"
+        for setting in settings:
+            if (setting, method) not in found:
+                row += f"{'':>18s}"
+                continue
+            s = statistics(100 * average_accuracy(found[setting, method]["accuracy"]))
+            row += f"{s.mean:>10.2f} ± {s.sd:5.2f}" if s.n > 1 else f"{s.mean:>10.2f}        "
+        lines.append(row)
+    n = len(next(iter(found.values()))["seconds"])
+    return "\n".join(lines) + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, after the last task, test set"
+
+
+def record(
+    name: str,
+    benchmark: str,
+    command: str,
+    found: dict[tuple[str, str], dict[str, Any]],
+    published: dict[tuple[str, str], list[dict[str, Any]]],
+    notes: dict[tuple[str, str], str],
+    path: Path,
+) -> None:
+    """Writes the result file that the ledger is made from."""
+    rows = []
+    for (setting, method), cell in found.items():
+        s = statistics(100 * average_accuracy(cell["accuracy"]))
+        rows.append(
+            {
+                "algorithm": method,
+                "setting": setting,
+                "ours": {"mean": s.mean, "sd": s.sd if s.n > 1 else None, "sem": s.sem if s.n > 1 else None, "n": s.n},
+                "published": published.get((setting, method), []),
+                "seconds_per_seed": float(np.median(cell["seconds"])),
+                "note": notes.get((setting, method), ""),
+            }
+        )
+    write_json(path, {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows})

@@ -1,0 +1,197 @@
+"""Split MNIST in three scenarios: how much is kept by EWC, distillation and replay.
+
+Command                                                         hardware        time      expected
+python -m experiments.split_mnist                               2 CPU cores     4 min     the table of the README
+python -m experiments.split_mnist --data-dir DIR \\
+    --protocol van_de_ven --seeds 3 --record                    2 CPU cores     45 min    EWC: task >= 98, class about 20;
+                                                                                          none: class 19.9
+
+Protocol "van_de_ven" is that of van de Ven, Tuytelaars and Tolias 2022 (doi 10.1038/s42256-022-00568-3): 5 tasks of two
+digits, a class order for each seed; MLP 400-400; Adam 1e-3, not reset; 2000 batches of 128 per task; class-incremental
+losses over all ten outputs; EWC with the Fisher of all classes on the whole task. "demo" is the same in small, on the
+digits that come with the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+import tyro
+
+from cl_zoo import Component, Model, Stream, compose, enable_compilation_cache, ewc, load_digits, lwf, mlp, replay
+from cl_zoo import split_mnist as split_mnist_stream
+from cl_zoo import supervised
+from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy
+from cl_zoo.training.run_directory import settle_config
+from experiments.common import RESULTS, Cell, record, run_cells, table
+
+Scenario = Literal["task", "domain", "class"]
+Method = Literal["none", "joint", "ewc", "online ewc", "lwf", "replay"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run. Unknown or impossible values are refused before anything compiles."""
+
+    protocol: Literal["demo", "van_de_ven", "smoke"] = "demo"
+    data_dir: str | None = None
+    """Folder of the MNIST files; without it, the embedded digits."""
+    source: Literal["embedded", "idx", "tfds"] | None = None
+    seeds: int = 2
+    first_seed: int = 2
+    scenarios: tuple[Scenario, ...] = ("task", "domain", "class")
+    methods: tuple[Method, ...] = ("none", "joint", "ewc", "online ewc", "lwf", "replay")
+    directory: str | None = None
+    """Of the run; finished parts of an interrupted run there are not run again. Default: runs/split_mnist-PROTOCOL."""
+    record: bool = False
+    """Write the result file that the ledger is made from."""
+
+
+SIZES = {  # updates per task, hidden widths, batch size, replay capacity
+    "demo": (300, (256, 256), 64, 500),
+    "van_de_ven": (2000, (400, 400), 128, 1000),
+    "smoke": (5, (16,), 16, 50),
+}
+STRENGTHS = {"task": 1e5, "domain": 1e10, "class": 1e9}  # van de Ven et al. 2022, their code's param_values
+DECAYS = {"task": 0.8, "domain": 0.7, "class": 0.8}  # van de Ven and Tolias 2019, likewise
+
+
+def components(method: str, scenario: str, batch_size: int, capacity: int) -> list[Component]:
+    """What is kept, and how."""
+    strength = STRENGTHS[scenario]
+    kept: dict[str, list[Component]] = {
+        "none": [],
+        "joint": [],
+        "ewc": [ewc(strength)],
+        "online ewc": [ewc(strength, decay=DECAYS[scenario])],
+        "lwf": [lwf(weighting="constant" if scenario == "class" else "tasks")],
+        "replay": [replay(capacity, batch_size=batch_size, weighting="tasks")],
+    }
+    return [supervised(), *kept[method]]
+
+
+def cell(config: Config, scenario: str, method: str, images: Any) -> Cell:
+    """One method in one scenario."""
+    steps, hidden, batch_size, capacity = SIZES[config.protocol]
+    stream: Stream = split_mnist_stream(
+        scenario=scenario,
+        images=images,
+        outputs="all",
+        batch_size=batch_size,
+        steps=steps,
+        joint="all" if method == "joint" else None,
+    )
+    model: Model = mlp(
+        (28, 28), stream.tasks.active.shape[-1], hidden=hidden, initialiser="fan_in_uniform"
+    )
+
+    def make(_: Any) -> Any:
+        return compose(
+            model, optax.adam(1e-3), *components(method, scenario, batch_size, capacity), tasks=stream.tasks
+        )
+
+    return Cell(scenario, method, make, stream)
+
+
+# Mean and standard error over 20 seeds. 2022: table 2 of doi 10.1038/s42256-022-00568-3; 2019: arXiv 1904.07734 v1.
+_2022 = {
+    "none": ((84.32, 0.99), (60.13, 1.66), (19.89, 0.02)),
+    "joint": ((99.67, None), (98.59, None), (98.17, None)),
+    "ewc": ((99.06, 0.15), (63.03, 1.58), (20.64, 0.52)),
+    "lwf": ((99.60, 0.03), (71.18, 1.42), (21.89, 0.32)),
+    "replay": ((98.98, 0.07), (93.75, 0.24), (88.79, 0.20)),
+}
+_2019 = {
+    "none": ((87.19, 0.94), (59.21, 2.04), (19.90, 0.02)),
+    "joint": ((99.66, 0.02), (98.42, 0.06), (97.94, 0.03)),
+    "ewc": ((98.64, 0.22), (63.95, 1.90), (20.01, 0.06)),
+    "online ewc": ((99.12, 0.11), (64.32, 1.90), (19.96, 0.07)),
+    "lwf": ((99.57, 0.02), (71.50, 1.63), (23.85, 0.44)),
+}
+_SCENARIOS = ("task", "domain", "class")
+PUBLISHED = {
+    (scenario, method): [
+        {"mean": values[method][i][0], "sem": values[method][i][1], "n": 20, "source": source}
+        for source, values in (("van de Ven et al. 2022", _2022), ("van de Ven and Tolias 2019", _2019))
+        if method in values
+    ]
+    for i, scenario in enumerate(_SCENARIOS)
+    for method in _2019 | _2022
+}
+NOTES = {
+    (scenario, method): note
+    for scenario in _SCENARIOS
+    for method, note in {
+        "online ewc": "2019's settings but for the Fisher: that of all classes, with EWC's strength of 2022",
+        "replay": "a reservoir of 1000 rows; theirs is filled at each task's end with 100 rows per class",
+    }.items()
+}
+
+
+def main(config: Config) -> None:
+    """Runs the study, prints its table, draws its figures."""
+    if config.seeds < 1:
+        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
+    enable_compilation_cache()
+    directory = Path(config.directory or f"runs/split_mnist-{config.protocol}")
+    settled = dataclasses.asdict(config)
+    for field in ("record", "directory"):
+        settled.pop(field)
+    settle_config(directory, settled)
+    images = load_digits(config.data_dir, config.source)
+    cells = [cell(config, scenario, method, images) for scenario in config.scenarios for method in config.methods]
+    found = run_cells(cells, directory, range(config.first_seed, config.first_seed + config.seeds))
+
+    print(f"\nSplit MNIST, protocol {config.protocol}\n{table(found)}\n")
+    for path in figures(found, directory):
+        print(f"figure: {path}")
+    path = RESULTS / f"split_mnist_{config.protocol}.json" if config.record else directory / "results.json"
+    command = "python -m experiments.split_mnist " + " ".join(_shown(sys.argv[1:]))
+    published = PUBLISHED if config.protocol == "van_de_ven" else {}
+    record("split_mnist", f"split MNIST, {config.protocol}", command, found, published, NOTES, path)
+    print(f"results: {path}")
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """The command line without this machine's paths."""
+    shown = list(arguments)
+    for flag, stand_in in (("--data-dir", "DATA"), ("--directory", "RUN")):
+        if flag in shown[:-1]:
+            shown[shown.index(flag) + 1] = stand_in
+    return shown
+
+
+def figures(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> list[Path]:
+    """Accuracy against tasks seen for all methods, and the accuracy matrices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scenarios = list(dict.fromkeys(scenario for scenario, _ in found))
+    methods = list(dict.fromkeys(method for _, method in found))
+    paths = [directory / "accuracy_by_task.png", directory / "accuracy_matrices.png"]
+
+    figure, axes = plt.subplots(1, len(scenarios), figsize=(4 * len(scenarios), 3.4), squeeze=False, layout="constrained")
+    for column, scenario in zip(axes[0], scenarios, strict=True):
+        matrices = {method: found[scenario, method]["accuracy"] for method in methods}
+        seen_task_accuracy(column, matrices, f"{scenario}-incremental")
+    axes[0, 0].legend(fontsize=8, loc="lower left")
+    figure.savefig(paths[0], dpi=150)
+
+    shape = (len(scenarios), len(methods))
+    figure, axes = plt.subplots(*shape, figsize=(3.4 * shape[1], 3 * shape[0]), squeeze=False, layout="constrained")
+    for row, scenario in zip(axes, scenarios, strict=True):
+        for place, method in zip(row, methods, strict=True):
+            accuracy_heat_map(place, found[scenario, method]["accuracy"], f"{scenario}: {method}")
+    figure.savefig(paths[1], dpi=110)
+    plt.close("all")
+    return paths
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
