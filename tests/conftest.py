@@ -1,0 +1,53 @@
+"""Set before JAX starts: eight devices on any machine, and compiling fast rather than running fast."""
+
+import os
+
+# Eight devices need eight threads to meet each other, also where there are two cores.
+os.environ["NPROC"] = "16"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from cl_zoo import LabelledImages, enable_compilation_cache, load_digits  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if cache := os.environ.get("CL_ZOO_TEST_CACHE"):
+    enable_compilation_cache(cache)
+
+
+@pytest.fixture(scope="session")
+def tiny_images() -> LabelledImages:
+    """Six classes of noisy 4 x 4 patterns: learnt in a few steps, 60 + 30 images a class."""
+    random = np.random.default_rng(0)
+    patterns = random.integers(0, 256, (6, 4, 4))
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.tile(np.arange(6), n)
+        images = 0.7 * patterns[labels] + 0.3 * random.integers(0, 256, (6 * n, 4, 4))
+        return images.astype(np.uint8), labels.astype(np.uint8)
+
+    return LabelledImages(*draw(60), *draw(30))
+
+
+@pytest.fixture(scope="session")
+def digits() -> LabelledImages:
+    """The embedded digits."""
+    return load_digits()
+
+
+@pytest.fixture(scope="session")
+def full_digits() -> LabelledImages:
+    """All of MNIST, where CL_ZOO_DATA_DIR says where it is."""
+    folder = os.environ.get("CL_ZOO_DATA_DIR")
+    if not folder:
+        pytest.skip("CL_ZOO_DATA_DIR is not set: it names the folder of the four MNIST files")
+    return load_digits(folder)

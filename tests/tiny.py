@@ -1,0 +1,54 @@
+"""A stream and learners small enough to compile fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from cl_zoo import Component, LabelledImages, Learner, Stream, compose, mlp, split_mnist, supervised
+from cl_zoo.catalogue import Entry
+
+STEPS, BATCH = 6, 8
+
+
+def tiny_stream(images: LabelledImages, scenario: str = "task", **options: Any) -> Stream:
+    """Three tasks of two classes."""
+    settings = {"batch_size": BATCH, "steps": STEPS, "sample_size": 40, "sample_batch": 20, "evaluation_batch": 30}
+    return split_mnist(3, scenario, images=images, **{**settings, **options})
+
+
+def tiny_learner(stream: Stream, *components: Component, optimiser: Any = None) -> Learner:
+    """An MLP 16-5-C."""
+    model = mlp((4, 4), stream.tasks.active.shape[-1], hidden=(5,))
+    return compose(model, optimiser or optax.adam(1e-2), *components, tasks=stream.tasks)
+
+
+def entry_learner(stream: Stream, entry: Entry, optimiser: Any = None, **changes: Any) -> Learner:
+    """The learner of a catalogue entry: its component beside the supervised one."""
+    component = entry.factory(**{**entry.arguments, **changes})
+    components = [component] if component.name == "supervised" else [supervised(), component]
+    return tiny_learner(stream, *components, optimiser=optimiser)
+
+
+def close(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Two trees hold the same numbers, up to rounding."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(raw(x), raw(y), rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def same_bytes(a: Any, b: Any) -> None:
+    """Two trees hold the same bytes."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert raw(x).tobytes() == raw(y).tobytes(), jax.tree_util.keystr(path)
+
+
+def raw(leaf: Any) -> np.ndarray:
+    """A NumPy array, of a key's data where it is a key."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
