@@ -216,7 +216,9 @@ def _check_outputs(context: Context, params: PyTree, model_state: PyTree, batch:
             lambda p, s, b: context.model.apply(p, s, b.x, task=b.task, weight=b.weight), params, model_state, batch
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"compose: the model cannot take the stream's batches, x of shape {shapes}: {error}") from error
+        raise ValueError(
+            f"compose: the model cannot take the stream's batches, x of shape {shapes}: {error}"
+        ) from error
     if context.tasks is not None and outputs.shape[-1] != context.tasks.active.shape[-1]:
         raise ValueError(
             f"compose: the model has {outputs.shape[-1]} outputs, but the stream's tasks have"

@@ -48,7 +48,9 @@ def seen_task_accuracy(axes: Any, matrices: Mapping[str, ArrayLike], title: str 
     return axes
 
 
-def accuracy_within_tasks(axes: Any, curve: ArrayLike, task: int = 0, every: int = 1, label: str = "", title: str = "") -> Any:
+def accuracy_within_tasks(
+    axes: Any, curve: ArrayLike, task: int = 0, every: int = 1, label: str = "", title: str = ""
+) -> Any:
     """Accuracy on one task at points within all tasks: where the stability gap shows.
 
     Args:

@@ -35,7 +35,9 @@ class Cell(NamedTuple):
     stream: Stream
 
 
-def run_cells(cells: Sequence[Cell], directory: Path, seeds: Sequence[int], setting: float = 0.0) -> dict[tuple[str, str], dict[str, Any]]:
+def run_cells(
+    cells: Sequence[Cell], directory: Path, seeds: Sequence[int], setting: float = 0.0
+) -> dict[tuple[str, str], dict[str, Any]]:
     """Runs every cell for every seed, each with a task order of its own; what is finished is kept and not run again.
 
     On a CPU seeds run one after another by the same program, elsewhere together.
@@ -59,14 +61,20 @@ def run_cells(cells: Sequence[Cell], directory: Path, seeds: Sequence[int], sett
                 else:
                     keys = jnp.stack([jax.random.key(seed) for seed in chunk])
                     begun = time.perf_counter()
-                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", within_task=False)
+                    result = sweep(
+                        cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", within_task=False
+                    )
                     matrix = np.asarray(result.accuracy)[0]
                     kept = {"accuracy": matrix.tolist(), "seconds": time.perf_counter() - begun}
                     write_json(path, kept)
                 matrices += kept["accuracy"]
                 seconds += [kept["seconds"] / len(chunk)] * len(chunk)
                 bar.update(len(chunk))
-            found[cell.setting, cell.method] = {"accuracy": np.array(matrices), "seconds": seconds, "compile_seconds": compiling}
+            found[cell.setting, cell.method] = {
+                "accuracy": np.array(matrices),
+                "seconds": seconds,
+                "compile_seconds": compiling,
+            }
     return found
 
 
@@ -85,7 +93,10 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
             row += f"{s.mean:>10.2f} ± {s.sd:5.2f}" if s.n > 1 else f"{s.mean:>10.2f}        "
         lines.append(row)
     n = len(next(iter(found.values()))["seconds"])
-    return "\n".join(lines) + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, after the last task, test set"
+    return (
+        "\n".join(lines)
+        + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, after the last task, test set"
+    )
 
 
 def record(
@@ -111,4 +122,6 @@ def record(
                 "note": notes.get((setting, method), ""),
             }
         )
-    write_json(path, {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows})
+    write_json(
+        path, {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows}
+    )

@@ -85,14 +85,10 @@ def cell(config: Config, scenario: str, method: str, images: Any) -> Cell:
         steps=steps,
         joint="all" if method == "joint" else None,
     )
-    model: Model = mlp(
-        (28, 28), stream.tasks.active.shape[-1], hidden=hidden, initialiser="fan_in_uniform"
-    )
+    model: Model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=hidden, initialiser="fan_in_uniform")
 
     def make(_: Any) -> Any:
-        return compose(
-            model, optax.adam(1e-3), *components(method, scenario, batch_size, capacity), tasks=stream.tasks
-        )
+        return compose(model, optax.adam(1e-3), *components(method, scenario, batch_size, capacity), tasks=stream.tasks)
 
     return Cell(scenario, method, make, stream)
 
@@ -176,7 +172,9 @@ def figures(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> li
     methods = list(dict.fromkeys(method for _, method in found))
     paths = [directory / "accuracy_by_task.png", directory / "accuracy_matrices.png"]
 
-    figure, axes = plt.subplots(1, len(scenarios), figsize=(4 * len(scenarios), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(scenarios), figsize=(4 * len(scenarios), 3.4), squeeze=False, layout="constrained"
+    )
     for column, scenario in zip(axes[0], scenarios, strict=True):
         matrices = {method: found[scenario, method]["accuracy"] for method in methods}
         seen_task_accuracy(column, matrices, f"{scenario}-incremental")

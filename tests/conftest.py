@@ -19,7 +19,6 @@ import pytest  # noqa: E402
 
 from cl_zoo import LabelledImages, enable_compilation_cache, load_digits  # noqa: E402
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
 if cache := os.environ.get("CL_ZOO_TEST_CACHE"):
     enable_compilation_cache(cache)
 

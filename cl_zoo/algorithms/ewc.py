@@ -95,6 +95,4 @@ def ewc(
         faded = jax.tree.map(lambda old, new: decay * old + new, part.precision, fisher)
         return state, EwcState(faded, state.params, jnp.zeros(()))
 
-    return Component(
-        name, frozenset({"boundaries", "end_sample"}), init=init, penalty=penalty, end_task=end_task
-    )
+    return Component(name, frozenset({"boundaries", "end_sample"}), init=init, penalty=penalty, end_task=end_task)

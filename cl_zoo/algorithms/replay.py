@@ -19,8 +19,8 @@ def replay(capacity: int, *, batch_size: int = 32, weighting: str = "rows", name
 
     With n current rows and m replayed ones, the loss of the joined batch is
 
-        weighting "rows":   sum of all losses / (n + m)
-        weighting "tasks":  1/t * (mean current loss) + (1 - 1/t) * (mean replayed loss),   t = tasks so far
+        weighting "rows":   L = sum of all losses / (n + m)
+        weighting "tasks":  L = 1/t * (mean current loss) + (1 - 1/t) * (mean replayed loss),   t = tasks so far
 
     Args:
       capacity: rows in memory, at least 1.

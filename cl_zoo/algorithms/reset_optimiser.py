@@ -8,7 +8,7 @@ __all__ = ["reset_optimiser"]
 
 
 def reset_optimiser(*, name: str = "reset_optimiser") -> Component:
-    """opt_state <- optimiser.init(p) when a task begins, so that no momentum of the last task moves the new one.
+    """opt_state = optimiser.init(p) when a task begins, so that no momentum of the last task moves the new one.
 
     Args:
       name: of the component.

@@ -34,8 +34,9 @@ def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name:
     Raises:
       ValueError: at the first trace, if the stream has no labels.
 
-    Differences from the paper or its code: none; the naive baseline and the multi-head masks are those of van de Ven
-    et al. 2022, doi 10.1038/s42256-022-00568-3.
+    Source: the naive baseline and the masks of van de Ven et al. 2022, doi 10.1038/s42256-022-00568-3.
+
+    Differences from the paper or its code: none.
 
     Example:
       >>> import jax.numpy as jnp

@@ -33,7 +33,7 @@ def soft_cross_entropy(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> round(float(soft_cross_entropy(jnp.zeros((1, 2)), jnp.zeros((1, 2)), 2.0)[0]), 4)    # log 2
+      >>> round(float(soft_cross_entropy(jnp.zeros((1, 2)), jnp.zeros((1, 2)), 2.0)[0]), 4)  # log 2
       0.6931
     """
     targets = jax.nn.softmax(mask_outputs(teacher / temperature, teacher_active))

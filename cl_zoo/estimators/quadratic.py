@@ -44,7 +44,9 @@ def add_quadratic(old: Quadratic, precision: PyTree, anchor: PyTree) -> Quadrati
 
     shares = jax.tree.map(share, old.precision, precision)
     moved = jax.tree.map(lambda a, s, b: a + s * (b - a), old.anchor, shares, anchor)
-    spread = jax.tree.map(lambda f, s, a, b: jnp.sum(f * s * jnp.square(b - a)), old.precision, shares, old.anchor, anchor)
+    spread = jax.tree.map(
+        lambda f, s, a, b: jnp.sum(f * s * jnp.square(b - a)), old.precision, shares, old.anchor, anchor
+    )
     total = jax.tree.map(jnp.add, old.precision, precision)
     return Quadratic(total, moved, old.residual + sum(jax.tree.leaves(spread)))
 

@@ -51,4 +51,9 @@ def state_bytes(state: PyTree) -> dict[str, int]:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     parts = {name: count(part) for name, part in state.parts.items()}
-    return {"params": count(state.params), "model_state": count(state.model_state), "opt_state": count(state.opt_state), **parts}
+    return {
+        "params": count(state.params),
+        "model_state": count(state.model_state),
+        "opt_state": count(state.opt_state),
+        **parts,
+    }

@@ -33,7 +33,9 @@ class Mlp(nnx.Module):
             options = {}
             if initialiser == "fan_in_uniform":
                 options["kernel_init"] = fan_in_uniform
-                options["bias_init"] = lambda key, shape, dtype=None, *, n=n_in: fan_in_uniform(key, shape, dtype, fan_in=n)
+                options["bias_init"] = lambda key, shape, dtype=None, *, n=n_in: fan_in_uniform(
+                    key, shape, dtype, fan_in=n
+                )
             setattr(self, name, nnx.Linear(n_in, n_out, rngs=rngs, **options))
         self.names = tuple(names)
 

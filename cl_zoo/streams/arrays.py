@@ -135,7 +135,8 @@ def array_stream(
         return Cursor(key, jnp.zeros((), jnp.int32))
 
     def next_batch(data: PyTree, cursor: Cursor, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, Cursor]:
-        task, step = cursor.step // steps, cursor.step % steps
+        task = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream goes on with its last task
+        step = cursor.step - task * steps
         sizes = size(data, "train")
         if joint is not None:
             sizes = jnp.where((jnp.arange(n_tasks) <= task) | (joint == "all"), sizes, 0)

@@ -84,7 +84,14 @@ def split_mnist(
 
     classes = np.arange(n_tasks * per_task, dtype=np.int32).reshape(n_tasks, per_task)
     return image_stream(
-        images, classes, scenario, draw=deal, key=key, outputs=outputs, pixels=lambda data, task, image: image, **options
+        images,
+        classes,
+        scenario,
+        draw=deal,
+        key=key,
+        outputs=outputs,
+        pixels=lambda data, task, image: image,
+        **options,
     )
 
 
@@ -125,7 +132,9 @@ def permuted_mnist(
 
     def draw(data: ImageData, key: Key) -> ImageData:
         keys = jax.vmap(lambda task: jax.random.fold_in(key, task))(jnp.arange(n_tasks))
-        return data._replace(permutations=jax.vmap(lambda k: jax.random.permutation(k, n_pixels))(keys).astype(jnp.int32))
+        return data._replace(
+            permutations=jax.vmap(lambda k: jax.random.permutation(k, n_pixels))(keys).astype(jnp.int32)
+        )
 
     def permute(data: ImageData, task: Array, image: Array) -> Array:
         flat = image.reshape((n_pixels, *image.shape[2:]))
@@ -205,7 +214,9 @@ def rotated_mnist(
 def rotate(image: Array, degrees: Array) -> Array:
     """`uint8[height, width]` turned anticlockwise about its centre, bilinear, black outside."""
     height, width = image.shape
-    row, column = jnp.meshgrid(jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij")
+    row, column = jnp.meshgrid(
+        jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij"
+    )
     sin, cos = jnp.sin(jnp.deg2rad(degrees)), jnp.cos(jnp.deg2rad(degrees))
     source = [cos * row + sin * column + (height - 1) / 2, cos * column - sin * row + (width - 1) / 2]
     turned = jax.scipy.ndimage.map_coordinates(image.astype(jnp.float32), source, order=1, mode="constant")
@@ -257,7 +268,9 @@ def image_stream(
     n_tasks, per_task = classes.shape
     n_classes = _n_classes(images)
     sorted_images, start, count = _sort(images, n_classes, validation)
-    data = ImageData(jnp.asarray(sorted_images), jnp.asarray(start), jnp.asarray(count), jnp.asarray(classes), None, None)
+    data = ImageData(
+        jnp.asarray(sorted_images), jnp.asarray(start), jnp.asarray(count), jnp.asarray(classes), None, None
+    )
     if key is not None:
         data = jax.jit(draw)(data, key)
 

@@ -68,7 +68,9 @@ def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | No
         image_path, images = _read_named(Path(data_dir), f"{split}-images-idx3-ubyte", 3)
         label_path, labels = _read_named(Path(data_dir), f"{split}-labels-idx1-ubyte", 1)
         if images.shape[1:] != (28, 28):
-            raise ValueError(f"{image_path}: images of {images.shape[1]} x {images.shape[2]} pixels, but they must be 28 x 28")
+            raise ValueError(
+                f"{image_path}: images of {images.shape[1]} x {images.shape[2]} pixels, but they must be 28 x 28"
+            )
         if len(images) != len(labels):
             raise ValueError(f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}")
         if len(labels) == 0:

@@ -68,7 +68,10 @@ class Checkpoints:
                 problems.append(f"step {step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
                 continue
             for problem in problems:
-                warnings.warn(f"{self.directory}: damaged checkpoint passed over, {problem}; going on from step {step}", stacklevel=2)
+                warnings.warn(
+                    f"{self.directory}: damaged checkpoint passed over, {problem}; going on from step {step}",
+                    stacklevel=2,
+                )
             return step, tree
         if problems:
             raise CheckpointError(f"{self.directory}: no usable checkpoint; " + "; ".join(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import signal
@@ -88,7 +89,7 @@ def fit(
     settle_config(
         directory,
         {
-            "config": config if config is None or isinstance(config, dict) else vars(config),
+            "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,
             "run": {
                 "n_tasks": n_tasks,
                 "steps": steps,
@@ -149,7 +150,7 @@ def fit(
             n = min(checkpoint_every - step % checkpoint_every, steps - step)
             carry, metrics = programs["train"](data, carry, n)
             metrics = jax.device_get(metrics)
-            newest = f"; the checkpoint of step {done} in {checkpoints.directory} is good"
+            newest = f"; the last checkpoint before it is that of step {done}, in {checkpoints.directory}"
             check_finite(metrics, steps, done, kept=newest)
             log.updates(done, task, metrics)
             done += n

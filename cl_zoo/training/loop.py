@@ -57,7 +57,9 @@ def start(learner: Learner, stream: Stream, data: PyTree, key: Key) -> tuple[Tra
     return learner.init(jax.random.fold_in(key, 0), example), cursor
 
 
-def begin(learner: Learner, stream: Stream, tasks: TaskInfo, data: PyTree, key: Key, state: TrainState, t: Array) -> TrainState:
+def begin(
+    learner: Learner, stream: Stream, tasks: TaskInfo, data: PyTree, key: Key, state: TrainState, t: Array
+) -> TrainState:
     """Begins task `t`; the sample is dropped by the compiler where no component reads it."""
     sample_key = jax.random.fold_in(jax.random.fold_in(key, 2), t)
     return learner.begin_task(state, jax.tree.map(lambda leaf: leaf[t], tasks), stream.sample(data, t, sample_key))
@@ -97,17 +99,24 @@ def check_finite(metrics: dict[str, Any], steps: int, first_step: int = 0, kept:
       NonFiniteError: names the task, the step and the likely cause.
     """
     values = {name: np.ravel(np.asarray(value)) for name, value in metrics.items()}
-    bad = {name: int(np.flatnonzero(~np.isfinite(value))[0]) for name, value in values.items() if not np.isfinite(value).all()}
+    bad = {
+        name: int(np.flatnonzero(~np.isfinite(value))[0])
+        for name, value in values.items()
+        if not np.isfinite(value).all()
+    }
     if not bad:
         return
     name = min(bad, key=lambda name: (bad[name], name != "loss"))
     task, step = divmod(first_step + bad[name], steps)
-    penalties = [value for metric, value in values.items() if metric.endswith("/penalty")]
-    if any(value[: bad[name]].max(initial=0) > 10 * max(value[0], 1e-30) for value in penalties if np.isfinite(value[0])):
+    last = max(bad[name] - 1, 0)
+    penalties = [value[last] for metric, value in values.items() if metric.endswith("/penalty")]
+    if name.endswith("/penalty") or any(value > 100 * max(values["loss"][0], 1.0) for value in penalties):
         cause = (
             "a penalty grew until it overflowed: with plain SGD, strength x learning rate x largest Fisher value must"
             " stay below 2; lower the strength or the learning rate, or use Adam"
         )
     else:
         cause = "too high a learning rate, or inputs that are not finite"
-    raise NonFiniteError(f"{name} is {values[name][bad[name]]} at task {task}, step {step}; likely cause: {cause}{kept}")
+    raise NonFiniteError(
+        f"{name} is {values[name][bad[name]]} at task {task}, step {step}; likely cause: {cause}{kept}"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
+import io
 import json
 import os
 import platform
@@ -29,8 +29,6 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_array(path: Path, value: np.ndarray) -> None:
     """As `write_json`, for a .npy file."""
-    import io
-
     buffer = io.BytesIO()
     np.save(buffer, value, allow_pickle=False)
     _replace(path, buffer.getvalue())
@@ -62,19 +60,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def settle_config(directory: Path, config: Any) -> None:
+def settle_config(directory: Path, config: Mapping[str, Any]) -> None:
     """Writes config.json, or compares with the one that is there.
 
     Args:
       directory: of the run; made if missing.
-      config: a dataclass or a mapping of values that JSON can hold.
+      config: a mapping of values that JSON can hold.
 
     Raises:
       ConfigError: the directory's run has another value somewhere; names the field and both values.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
     path = directory / "config.json"
     now = json.loads(json.dumps(config, default=str))
     if not path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,28 +55,36 @@ def run_stream(
       >>> run_stream(learner, stream, jax.random.key(0)).metrics["loss"].shape
       (5, 20)
     """
-    result = stream_program(
+    program = stream_program(
         learner,
         stream,
         split=split,
         within_task=within_task,
         evaluate_every=evaluate_every,
         evaluation_batches=evaluation_batches,
-    )(stream.tasks, stream.data, key)
+    )
+    result = program(stream.tasks, stream.data, key)
     check_finite(result.metrics, stream.steps)
     return result
 
 
-def stream_program(learner: Learner, stream: Stream, **options: Any) -> Callable[[TaskInfo, PyTree, Key], Result]:
+def stream_program(
+    learner: Learner,
+    stream: Stream,
+    *,
+    split: str = "test",
+    within_task: bool = False,
+    evaluate_every: int | None = None,
+    evaluation_batches: int = 1,
+) -> Callable[[TaskInfo, PyTree, Key], Result]:
     """The jitted program behind `run_stream`, to lower, compile and time: `(stream.tasks, stream.data, key) -> Result`.
 
     Args and errors are those of `run_stream`, except that a loss that is not finite raises nothing.
     """
     check_needs(learner, stream)
-    every = options.get("evaluate_every")
-    if every is not None and (every < 1 or stream.steps % every):
-        raise ValueError(f"evaluate_every is {every}, but it must divide the {stream.steps} steps of a task")
-    return _program(learner, _functions(stream), **options)
+    if evaluate_every is not None and (evaluate_every < 1 or stream.steps % evaluate_every):
+        raise ValueError(f"evaluate_every is {evaluate_every}, but it must divide the {stream.steps} steps of a task")
+    return _program(learner, _functions(stream), split, within_task, evaluate_every, evaluation_batches)
 
 
 def _functions(stream: Stream) -> Stream:
@@ -84,8 +93,8 @@ def _functions(stream: Stream) -> Stream:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(learner: Learner, stream: Stream, **options: Any) -> Callable[[TaskInfo, PyTree, Key], Result]:
-    return jax.jit(lambda tasks, data, key: _run(learner, stream, tasks, data, key, **options))
+def _program(learner: Learner, stream: Stream, *options: Any) -> Callable[[TaskInfo, PyTree, Key], Result]:
+    return jax.jit(lambda tasks, data, key: _run(learner, stream, tasks, data, key, *options))
 
 
 def _run(
@@ -94,7 +103,6 @@ def _run(
     tasks: TaskInfo,
     data: PyTree,
     key: Key,
-    *,
     split: str = "test",
     within_task: bool = False,
     evaluate_every: int | None = None,
@@ -226,20 +234,17 @@ def _sweep_program(
             result = _run(learner, stream, tasks, reordered, key, **dict(options))
             return result if keep_states else result._replace(state=None)
 
-        total = 1
-        for length in shape:
-            total *= length
-        flat = jax.lax.map(one, jnp.arange(total), batch_size=batch_size if batch_size > 1 else None)
+        flat = jax.lax.map(one, jnp.arange(math.prod(shape)), batch_size=batch_size if batch_size > 1 else None)
         return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), flat)
 
     return program
 
 
-def _runs_that_fit(make: Callable[[Any], Learner], settings: PyTree, stream: Stream, keys: Key, shape: tuple[int, ...]) -> int:
+def _runs_that_fit(
+    make: Callable[[Any], Learner], settings: PyTree, stream: Stream, keys: Key, shape: tuple[int, ...]
+) -> int:
     """How many runs half the device's memory holds, at four states and one stack of metrics each."""
-    total = 1
-    for length in shape:
-        total *= length
+    total = math.prod(shape)
     device = jax.devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if device.platform == "cpu" or limit is None:

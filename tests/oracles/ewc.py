@@ -1,8 +1,20 @@
 """Elastic weight consolidation: a quadratic penalty weighted by the diagonal Fisher."""
+
 import numpy as np
 
-from .mlp import (OPTIMIZERS, cross_entropy, forward, gradient, init_state, masked_softmax,
-                  tree_add, tree_copy, tree_map, tree_sum, tree_zeros)
+from .mlp import (
+    OPTIMIZERS,
+    cross_entropy,
+    forward,
+    gradient,
+    init_state,
+    masked_softmax,
+    tree_add,
+    tree_copy,
+    tree_map,
+    tree_sum,
+    tree_zeros,
+)
 
 
 def log_likelihood_gradient(params, x_row, c, active):
@@ -67,8 +79,7 @@ def penalty(params, memory, strength):
     """
     value, grads = 0.0, tree_zeros(params)
     for f_k, a_k in memory:
-        value += 0.5 * strength * tree_sum(
-            tree_map(lambda f, a, p: f * (p - a) ** 2, f_k, a_k, params))
+        value += 0.5 * strength * tree_sum(tree_map(lambda f, a, p: f * (p - a) ** 2, f_k, a_k, params))
         grads = tree_add(grads, tree_map(lambda f, a, p: f * (p - a), f_k, a_k, params), strength)
     return value, grads
 
@@ -85,8 +96,18 @@ def consolidate(memory, new_fisher, params, form="separate", decay=1.0):
     return [(new_fisher, tree_copy(params))]
 
 
-def run(params, tasks, strength, lr, form="separate", decay=1.0, optimizer="sgd",
-        labels="expected", batch_square=False, reset_optimizer=False):
+def run(
+    params,
+    tasks,
+    strength,
+    lr,
+    form="separate",
+    decay=1.0,
+    optimizer="sgd",
+    labels="expected",
+    batch_square=False,
+    reset_optimizer=False,
+):
     """Train on the tasks in turn; each step descends cross-entropy + penalty.
 
     tasks: list of {'batches': list of (x, y, w), 'sample': (x, y), 'active': bool [C]}; with

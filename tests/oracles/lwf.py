@@ -1,8 +1,18 @@
 """Learning without forgetting: distillation from the network of the end of the last task."""
+
 import numpy as np
 
-from .mlp import (OPTIMIZERS, cross_entropy, forward, gradient, init_state, masked_log_softmax,
-                  masked_softmax, tree_add, tree_copy)
+from .mlp import (
+    OPTIMIZERS,
+    cross_entropy,
+    forward,
+    gradient,
+    init_state,
+    masked_log_softmax,
+    masked_softmax,
+    tree_add,
+    tree_copy,
+)
 
 
 def soft_cross_entropy(teacher_row, student_row, teacher_active, student_active, temperature):
@@ -23,8 +33,9 @@ def soft_cross_entropy(teacher_row, student_row, teacher_active, student_active,
     return value, (s - q) / temperature
 
 
-def distillation(params, teacher, x, w, teacher_active, active, temperature=2.0, heads=None,
-                 scale_by_temperature=False):
+def distillation(
+    params, teacher, x, w, teacher_active, active, temperature=2.0, heads=None, scale_by_temperature=False
+):
     """D = sum_b w_b d_b / max(sum_b w_b, 1e-12), and dD/dparams.
 
     heads None:  d_b is the soft cross-entropy with q over teacher_active and s over active.
@@ -52,8 +63,18 @@ def distillation(params, teacher, x, w, teacher_active, active, temperature=2.0,
     return value, gradient(params, x, dlogits)
 
 
-def run(params, tasks, strength, lr, temperature=2.0, form="outputs", weighting="none",
-        scale_by_temperature=False, optimizer="sgd", reset_optimizer=False):
+def run(
+    params,
+    tasks,
+    strength,
+    lr,
+    temperature=2.0,
+    form="outputs",
+    weighting="none",
+    scale_by_temperature=False,
+    optimizer="sgd",
+    reset_optimizer=False,
+):
     """Train on the tasks in turn; from the second on, a step descends
 
     cross-entropy + strength * D        (times the number of previous tasks: weighting='tasks').
@@ -73,9 +94,17 @@ def run(params, tasks, strength, lr, temperature=2.0, form="outputs", weighting=
             extra = 0.0
             if t > 0:
                 heads = [old["active"] for old in tasks[:t]] if form == "heads" else None
-                d, d_grads = distillation(params, teacher, x, w, tasks[t - 1]["active"],
-                                          task["active"], temperature, heads,
-                                          scale_by_temperature)
+                d, d_grads = distillation(
+                    params,
+                    teacher,
+                    x,
+                    w,
+                    tasks[t - 1]["active"],
+                    task["active"],
+                    temperature,
+                    heads,
+                    scale_by_temperature,
+                )
                 factor = strength * (t if weighting == "tasks" else 1)
                 extra = factor * d
                 grads = tree_add(grads, d_grads, factor)

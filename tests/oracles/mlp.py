@@ -2,6 +2,7 @@
 
 params = {'hidden_0': {'kernel': [in, out], 'bias': [out]}, 'hidden_1': ..., 'output': ...}
 """
+
 import numpy as np
 
 

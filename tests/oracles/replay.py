@@ -1,4 +1,5 @@
 """Replay: each batch is extended by rows seen before, and is then an ordinary batch."""
+
 import numpy as np
 
 from .mlp import OPTIMIZERS, cross_entropy, init_state, tree_copy
@@ -26,8 +27,7 @@ def extend(batch, active, replay, seen, mask="now"):
     return x, np.array(y), w, np.array(masks)
 
 
-def run(params, tasks, replays, lr, mask="now", optimizer="sgd", reset_optimizer=False,
-        include_present=False):
+def run(params, tasks, replays, lr, mask="now", optimizer="sgd", reset_optimizer=False, include_present=False):
     """Train on the tasks in turn; step s descends the weighted cross-entropy of the extended batch
 
     L = (sum_batch w_b l_b + sum_replayed v_m l_m) / max(sum_batch w_b + sum_replayed v_m, 1e-12).

@@ -1,0 +1,164 @@
+"""Each algorithm equals its NumPy oracle over three tasks (a stale anchor or teacher shows at the third)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cl_zoo import Batch, Component, TaskInfo, compose, ewc, lwf, mlp, replay, reset_optimiser, supervised
+from tests.oracles import ewc as ewc_oracle
+from tests.oracles import lwf as lwf_oracle
+from tests.oracles import replay as replay_oracle
+
+INPUTS, OUTPUTS, ROWS, STEPS = 6, 6, 8, 5
+OPTIMISERS = {"sgd": (optax.sgd, 0.05), "adam": (optax.adam, 0.01)}
+ACTIVE = {
+    "task": np.repeat(np.eye(3, dtype=bool), 2, axis=1),
+    "domain": np.array([[True, True, False, False, False, False]] * 3),
+    "class": np.arange(6)[None] < np.array([[2], [4], [6]]),
+}
+
+
+def make_tasks(scenario: str) -> list[dict[str, Any]]:
+    """Three tasks of five batches; some rows are padding."""
+    random = np.random.default_rng(7)
+    tasks = []
+    for t in range(3):
+        first = 0 if scenario == "domain" else 2 * t
+
+        def draw(n: int, first: int = first) -> tuple[np.ndarray, np.ndarray]:
+            return random.normal(size=(n, INPUTS)), first + random.integers(0, 2, n)
+
+        batches = [(*draw(ROWS), (random.random(ROWS) > 0.2).astype(float)) for _ in range(STEPS)]
+        tasks.append({"batches": batches, "sample": draw(12), "active": ACTIVE[scenario][t]})
+    return tasks
+
+
+def run_ours(
+    scenario: str, tasks: list[dict[str, Any]], optimiser: str, *components: Component
+) -> tuple[Any, list[dict[str, float]], Any, list[Any]]:
+    """Initial parameters, metrics of every update, final state, and the state before every update."""
+    make, rate = OPTIMISERS[optimiser]
+    table = TaskInfo(jnp.arange(3), jnp.asarray(ACTIVE[scenario]))
+    learner = compose(mlp((INPUTS,), OUTPUTS, hidden=(5, 4)), make(rate), supervised(), *components, tasks=table)
+    update, begin, end = jax.jit(learner.update), jax.jit(learner.begin_task), jax.jit(learner.end_task)
+
+    def batch(x: Any, y: Any, w: Any, t: int) -> Batch:
+        told = jnp.full(len(y), t, jnp.int32) if scenario == "task" else None
+        return Batch(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32), told, jnp.asarray(w, jnp.float32))
+
+    state = learner.init(jax.random.key(5), batch(*tasks[0]["batches"][0], 0))
+    first, metrics, states = state.params, [], []
+    for t, task in enumerate(tasks):
+        sample = jax.tree.map(lambda leaf: leaf.reshape(3, 4, *leaf.shape[1:]), batch(*task["sample"], np.ones(12), t))
+        state = begin(state, jax.tree.map(lambda leaf: leaf[t], table), sample)
+        for rows in task["batches"]:
+            states.append(state)
+            state, values = update(state, batch(*rows, t))
+            metrics.append({name: float(value) for name, value in values.items()})
+        state = end(state, sample)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), first), metrics, state, states
+
+
+def agree(ours: Any, theirs: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours, theirs)
+
+
+@pytest.mark.parametrize("scenario", list(ACTIVE))
+@pytest.mark.parametrize("form", ["separate", "online"])
+@pytest.mark.parametrize(("optimiser", "labels"), [("sgd", "expected"), ("adam", "expected"), ("sgd", "observed")])
+def test_ewc(scenario: str, form: str, optimiser: str, labels: str) -> None:
+    tasks = make_tasks(scenario)
+    strength, decay = 20.0, 0.7
+    component = ewc(strength, decay=None if form == "separate" else decay, labels=labels)
+    first, metrics, state, _ = run_ours(scenario, tasks, optimiser, component)
+    history, final = ewc_oracle.run(
+        first, tasks, strength, OPTIMISERS[optimiser][1], form=form, decay=decay, optimizer=optimiser, labels=labels
+    )
+    np.testing.assert_allclose([m["loss"] for m in metrics], [loss for loss, _ in history], rtol=1e-4)
+    np.testing.assert_allclose([m["ewc/penalty"] for m in metrics], [p for _, p in history], rtol=1e-3, atol=1e-7)
+    assert history[-1][1] > 1e-4
+    agree(state.params, final)
+
+
+def test_ewc_with_the_square_of_batch_means() -> None:
+    tasks = make_tasks("domain")
+    first, _, state, _ = run_ours("domain", tasks, "sgd", ewc(50.0, labels="observed", batch_square=True))
+    for task in tasks:
+        x, y = task["sample"]
+        task["sample"] = (list(x.reshape(3, 4, INPUTS)), list(y.reshape(3, 4)))
+    _, final = ewc_oracle.run(first, tasks, 50.0, 0.05, labels="observed", batch_square=True)
+    agree(state.params, final)
+
+
+@pytest.mark.parametrize("scenario", list(ACTIVE))
+@pytest.mark.parametrize(("weighting", "squared"), [("constant", False), ("tasks", True)])
+@pytest.mark.parametrize("optimiser", list(OPTIMISERS))
+def test_lwf(scenario: str, weighting: str, squared: bool, optimiser: str) -> None:
+    tasks = make_tasks(scenario)
+    component = lwf(0.7, temperature=3.0, weighting=weighting, temperature_squared=squared)
+    first, metrics, state, _ = run_ours(scenario, tasks, optimiser, component)
+    history, final = lwf_oracle.run(
+        first,
+        tasks,
+        0.7,
+        OPTIMISERS[optimiser][1],
+        temperature=3.0,
+        form="heads" if scenario == "task" else "outputs",
+        weighting="tasks" if weighting == "tasks" else "none",
+        scale_by_temperature=squared,
+        optimizer=optimiser,
+    )
+    np.testing.assert_allclose([m["supervised/loss"] for m in metrics], [loss for loss, _ in history], rtol=1e-3)
+    np.testing.assert_allclose([m["lwf/loss"] for m in metrics], [d for _, d in history], rtol=1e-3, atol=1e-5)
+    agree(state.params, final)
+
+
+@pytest.mark.parametrize("scenario", list(ACTIVE))
+@pytest.mark.parametrize("weighting", ["rows", "tasks"])
+def test_replay(scenario: str, weighting: str) -> None:
+    """The rows that our memory drew, read back from its states, go through the oracle's arithmetic."""
+    tasks = make_tasks(scenario)
+    component = replay(20, batch_size=6, weighting=weighting)
+    first, metrics, state, states = run_ours(scenario, tasks, "adam", component)
+    seen = np.concatenate([x[w > 0] for task in tasks for x, _, w in task["batches"]]).astype(np.float32)
+    drawn = []
+    for step, before in enumerate(states):
+        t, (_, _, w) = step // STEPS, tasks[step // STEPS]["batches"][step % STEPS]
+        empty = Batch(jnp.zeros((1, INPUTS)), jnp.zeros(1, jnp.int32), None if scenario != "task" else jnp.zeros(1, jnp.int32),
+                      jnp.full(1, w.sum()))  # fmt: skip
+        key = _hook_key(before, "prepare", "replay")
+        joined = component.prepare(None, before, before.parts["replay"], empty, key)
+        weight = np.asarray(joined.weight[1:], np.float64)
+        ids = [
+            int(np.flatnonzero((seen == row).all(1))[0])
+            for row, w_ in zip(np.asarray(joined.x[1:]), weight, strict=True)
+            if w_ > 0
+        ]
+        assert len(set(ids)) == len(ids)
+        drawn.append((ids, weight[weight > 0]))
+        if weighting == "tasks":
+            np.testing.assert_allclose(weight.sum(), t * w.sum(), rtol=1e-5)
+    mask = "own" if scenario == "task" else "now"
+    history, final = replay_oracle.run(first, tasks, drawn, 0.01, mask=mask, optimizer="adam")
+    np.testing.assert_allclose([m["loss"] for m in metrics], history, rtol=1e-3)
+    agree(state.params, final)
+
+
+def _hook_key(state: Any, hook: str, name: str) -> Any:
+    from cl_zoo.compose import _key
+
+    return _key(state.key, state.step, hook, name)
+
+
+@pytest.mark.parametrize("optimiser", list(OPTIMISERS))
+def test_reset_optimiser(optimiser: str) -> None:
+    tasks = make_tasks("class")
+    first, _, state, _ = run_ours("class", tasks, optimiser, reset_optimiser())
+    _, final = ewc_oracle.run(first, tasks, 0.0, OPTIMISERS[optimiser][1], optimizer=optimiser, reset_optimizer=True)
+    agree(state.params, final)

@@ -1,0 +1,49 @@
+"""What every algorithm says of itself."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import cl_zoo
+from cl_zoo import catalogue, cite
+
+MODULES = [module.name for module in pkgutil.walk_packages(cl_zoo.__path__, "cl_zoo.")]
+
+
+@pytest.mark.parametrize("name", list(catalogue()))
+def test_docstring_is_whole(name: str) -> None:
+    entry = catalogue()[name]
+    text = inspect.getdoc(entry.factory) or ""
+    for section in ("Args:", "Returns:", "Raises:", "Source:", "Differences from the paper or its code:", "Example:"):
+        assert section in text, f"{name}: no {section!r}"
+    for argument in inspect.signature(entry.factory).parameters:
+        assert f"{argument}:" in text, f"{name}: {argument} is not described"
+    assert "=" in text.split("Args:")[0], f"{name}: no equation"
+
+
+@pytest.mark.parametrize("name", list(catalogue()))
+def test_paper_can_be_cited(name: str) -> None:
+    entry = catalogue()[name]
+    assert entry.bibtex.startswith("@") and "title=" in entry.bibtex and "year=" in entry.bibtex
+    assert entry.bibtex in cite(name)
+    assert entry.url.startswith("https://")
+    assert set(entry.numbers) <= set(entry.arguments)
+
+
+def test_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="no algorithm is named 'ewcc'; there are supervised, ewc"):
+        cite("ewcc")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_run(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("name", cl_zoo.__all__)
+def test_public_names_are_described(name: str) -> None:
+    assert inspect.getdoc(getattr(cl_zoo, name)), name

@@ -1,0 +1,48 @@
+"""Imports point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "cl_zoo"
+# What each part may import, beside itself.
+ALLOWED = {
+    "types": set(),
+    "shuffle": {"types"},
+    "estimators": {"types"},
+    "buffers": {"types", "shuffle"},
+    "models": {"types", "layers"},
+    "compose": {"types", "estimators", "buffers"},
+    "algorithms": {"types", "shuffle", "estimators", "buffers", "compose"},
+    "catalogue": {"types", "algorithms"},
+    "streams": {"types", "shuffle", "estimators", "buffers", "models", "compose", "algorithms", "catalogue"},
+    "evaluation": {"types", "estimators", "buffers", "models", "compose", "algorithms", "catalogue", "streams"},
+    "training": {"types", "evaluation", "streams", "compose", "algorithms", "catalogue", "models"},
+    "plots": {"types", "evaluation"},
+}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    """Parts of the package that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cl_zoo"):
+            found.add((node.module.split(".") + [""])[1])
+        if isinstance(node, ast.Import):
+            found |= {(name.name.split(".") + [""])[1] for name in node.names if name.name.startswith("cl_zoo")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert part in ALLOWED, f"{part} is a new part: say what it may import"
+    assert imported(path) - {part} <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_adapters_and_nets_know_flax(path: Path) -> None:
+    if path.relative_to(ROOT).parts[0] != "models":
+        assert "flax" not in path.read_text().lower().replace('"flax"', "")

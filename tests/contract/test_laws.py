@@ -1,0 +1,267 @@
+"""The laws that every algorithm of the catalogue keeps. To be registered is to be tested."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from cl_zoo import Batch, catalogue, fit, split_mnist, stream_program, supervised, sweep
+from cl_zoo.catalogue import Entry
+from cl_zoo.training import loop, run_stream
+from cl_zoo.training.checkpoint import Checkpoints
+from cl_zoo.training.fit import _programs
+from cl_zoo.training.run_stream import _functions
+from tests.tiny import BATCH, STEPS, close, entry_learner, same_bytes, tiny_learner, tiny_stream
+
+KEY = jax.random.key(3)
+OPTIMISERS = {False: optax.adam(1e-2), True: optax.sgd(0.1)}
+
+
+@pytest.fixture(scope="module", params=list(catalogue()))
+def subject(request: pytest.FixtureRequest, tiny_images: Any) -> SimpleNamespace:
+    """One entry, its learner, and the pieces of a run that its laws share, each compiled once."""
+    entry: Entry = catalogue()[request.param]
+    stream = tiny_stream(tiny_images)
+    learner = entry_learner(stream, entry)
+    update = jax.jit(learner.update)
+    programs = _programs(learner, _functions(stream), "test")
+    state, cursor = programs["start"](stream.data, KEY)
+    next_batch = jax.jit(lambda data, cursor: stream.next(data, cursor, lambda x: None))
+
+    def train_task(state: Any, cursor: Any, t: int) -> tuple[Any, Any, list[dict[str, Any]]]:
+        """One task, step by step: what the scanned program must equal."""
+        state, _ = programs["begin"](stream.tasks, stream.data, KEY, (copy(state), copy(cursor)), jnp.int32(t))
+        history = []
+        for _ in range(STEPS):
+            batch, cursor = next_batch(stream.data, cursor)
+            state, metrics = update(state, batch)
+            history.append(metrics)
+        return programs["finish"](stream.data, KEY, (state, copy(cursor)), jnp.int32(t))[0], cursor, history
+
+    states, metrics = [state], []
+    for t in range(stream.n_tasks):
+        state, cursor, history = train_task(state, cursor, t)
+        states.append(state)
+        metrics += history
+    batch, _ = next_batch(stream.data, cursor)
+    return SimpleNamespace(
+        entry=entry, stream=stream, learner=learner, update=update, states=states, metrics=metrics, batch=batch
+    )
+
+
+def copy(tree: Any) -> Any:
+    """For programs that take their argument's memory."""
+    return jax.tree.map(lambda leaf: leaf.copy(), tree)
+
+
+@pytest.fixture(scope="module")
+def naive(tiny_images: Any) -> dict[bool, Any]:
+    """What the naive learner makes of the same run, under Adam and under SGD."""
+    stream = tiny_stream(tiny_images)
+    learners = {sgd: tiny_learner(stream, supervised(), optimiser=optimiser) for sgd, optimiser in OPTIMISERS.items()}
+    return {sgd: stream_program(learner, stream)(stream.tasks, stream.data, KEY) for sgd, learner in learners.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(subject: SimpleNamespace) -> Any:
+    """The same run as one compiled program."""
+    return stream_program(subject.learner, subject.stream)(subject.stream.tasks, subject.stream.data, KEY)
+
+
+def kinds(tree: Any) -> Any:
+    """Structure, and shape, dtype and weak type of every leaf."""
+    return jax.tree.structure(tree), [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
+
+
+def test_every_transition_keeps_the_kind_of_the_state(subject: SimpleNamespace) -> None:
+    learner, stream, batch = subject.learner, subject.stream, subject.batch
+    state = jax.eval_shape(lambda: subject.states[0])
+    wanted = kinds(jax.eval_shape(lambda s: s, subject.states[0]))
+    sample = jax.eval_shape(lambda: stream.sample(stream.data, 0, KEY))
+    task = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], stream.tasks))
+    assert kinds(jax.eval_shape(learner.begin_task, state, task, sample)) == wanted
+    assert kinds(jax.eval_shape(learner.update, state, batch)[0]) == wanted
+    assert kinds(jax.eval_shape(learner.end_task, state, sample)) == wanted
+    assert kinds(jax.eval_shape(learner.adapt, state, batch)[0]) == wanted
+
+
+def test_second_update_does_not_retrace(subject: SimpleNamespace) -> None:
+    assert subject.update._cache_size() == 1
+
+
+def test_jit_equals_eager(subject: SimpleNamespace) -> None:
+    state = subject.states[1]
+    close(subject.learner.update(state, subject.batch), subject.update(state, subject.batch), rtol=1e-4, atol=1e-5)
+
+
+def test_scan_equals_loop(subject: SimpleNamespace, whole: Any) -> None:
+    close(whole.state, subject.states[-1], rtol=1e-4, atol=1e-5)
+    for name in whole.metrics:
+        looped = jnp.stack([metrics[name] for metrics in subject.metrics])
+        np.testing.assert_allclose(np.ravel(whole.metrics[name]), looped, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_numbers_and_seeds_are_one_nested_vmap_that_new_numbers_do_not_retrace(
+    subject: SimpleNamespace, whole: Any
+) -> None:
+    entry = subject.entry
+
+    def make(settings: Any) -> Any:
+        return entry_learner(subject.stream, entry, **{name: settings[name] for name in entry.numbers})
+
+    def run(factor: float) -> Any:
+        values = {name: factor * jnp.array([0.5, 1.0]) * entry.arguments[name] for name in entry.numbers}
+        values = values or {"nothing": jnp.zeros(2)}
+        return sweep(make, values, subject.stream, jnp.stack([jax.random.key(8), KEY]), batch_size=4)
+
+    result = run(1.0)
+    assert result.accuracy.shape == (2, 2, 4, 3)
+    np.testing.assert_allclose(result.metrics["loss"][1, 1], whole.metrics["loss"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(result.accuracy[1, 1], whole.accuracy, atol=0.02)
+    assert np.abs(np.asarray(result.metrics["loss"][0, 0] - result.metrics["loss"][0, 1])).max() > 1e-3
+    compiled = run_stream._sweep_program.cache_info().misses
+    assert np.isfinite(run(0.5).accuracy).all()
+    assert run_stream._sweep_program.cache_info().misses == compiled
+
+
+def test_eight_devices_equal_one(subject: SimpleNamespace) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = jax.device_put(subject.states[1], everywhere)
+    batch = jax.tree.map(lambda leaf: jax.device_put(leaf, rows), subject.batch)
+    assert BATCH % 8 == 0
+    close(jax.jit(subject.learner.update)(state, batch), subject.update(subject.states[1], subject.batch), 1e-4, 1e-5)
+
+
+def spoil(batch: Batch, rows: Any) -> Batch:
+    """Rows of weight 0, full of what must not matter."""
+    return Batch(
+        jnp.where(rows[:, None, None], jnp.uint8(255), batch.x),
+        jnp.where(rows, 77, batch.y),
+        jnp.where(rows, 99, batch.task),
+        jnp.where(rows, 0.0, batch.weight),
+    )
+
+
+def test_rows_of_weight_zero_change_nothing(subject: SimpleNamespace) -> None:
+    rows = jnp.arange(BATCH) >= 5
+    absent = subject.batch._replace(weight=jnp.where(rows, 0.0, 1.0))
+    one, other = (subject.update(subject.states[1], batch) for batch in (spoil(subject.batch, rows), absent))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one[1]))
+    same_bytes(one, other)
+
+
+def test_not_even_nan_in_rows_of_weight_zero(tiny_images: Any) -> None:
+    stream = tiny_stream(tiny_images)
+    learner = tiny_learner(stream, supervised())
+    batch = Batch(jnp.full((BATCH, 4, 4), jnp.nan).at[:3].set(0.5), jnp.zeros(BATCH, int), jnp.zeros(BATCH, int),
+                  (jnp.arange(BATCH) < 3).astype(jnp.float32))  # fmt: skip
+    state = learner.init(KEY, batch)
+    state, metrics = jax.jit(learner.update)(state, batch)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.opt_state, metrics)))
+
+
+def test_batch_of_padding_leaves_all_but_step(subject: SimpleNamespace) -> None:
+    state = subject.states[2]
+    after, metrics = subject.update(state, spoil(subject.batch, jnp.full(BATCH, True)))
+    same_bytes(after._replace(step=state.step), state)
+    assert int(after.step) == int(state.step) + 1
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_killed_and_resumed_run_ends_in_the_same_bytes(
+    subject: SimpleNamespace, whole: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str) -> Any:
+        return fit(subject.learner, subject.stream, KEY, tmp_path / name, checkpoint_every=3, progress=False)
+
+    once = run("once")
+    with monkeypatch.context() as patch:
+        # A kill in the middle of the second task, after metrics were written and before the checkpoint was.
+        save = Checkpoints.save
+
+        def die(self: Any, step: int, tree: Any) -> None:
+            if step == STEPS + 3:
+                raise SystemExit("killed")
+            save(self, step, tree)
+
+        patch.setattr(Checkpoints, "save", die)
+        with pytest.raises(SystemExit):
+            run("stopped")
+    resumed = run("stopped")
+    same_bytes(resumed, once)
+    for file in ("metrics.csv", "accuracy.npy"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "once" / file).read_bytes()
+    close(once.state, whole.state, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(once.accuracy, whole.accuracy, atol=1e-6)
+
+
+def test_null_setting_equals_naive(subject: SimpleNamespace, naive: dict[bool, Any]) -> None:
+    null = subject.entry.null
+    nulled = entry_learner(subject.stream, subject.entry, OPTIMISERS[null.sgd], **null.arguments)
+    result = stream_program(nulled, subject.stream)(subject.stream.tasks, subject.stream.data, KEY)
+    close(result.state.params, naive[null.sgd].state.params, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.accuracy, naive[null.sgd].accuracy, atol=1e-6)
+
+
+def test_it_moves_what_it_should(subject: SimpleNamespace) -> None:
+    name = subject.entry.factory(**subject.entry.arguments).name
+    first, *_, last = subject.states
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((last.params, last.parts, last.opt_state)))
+    assert not np.allclose(first.params["output"]["kernel"], last.params["output"]["kernel"])
+    if name in first.parts:
+        for t in range(subject.stream.n_tasks):
+            before, after = subject.states[t].parts[name], subject.states[t + 1].parts[name]
+            changed = [
+                not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+            ]
+            assert any(changed), f"{name} kept nothing of task {t}"
+    for metric in ("ewc/penalty", "lwf/loss"):
+        if metric in subject.metrics[0]:
+            values = [float(metrics[metric]) for metrics in subject.metrics]
+            assert max(values[:STEPS]) == 0, f"{metric} on the first task"
+            assert max(values[STEPS : 2 * STEPS]) > 0, f"{metric} on the second task"
+
+
+def test_it_is_not_naive(subject: SimpleNamespace, naive: dict[bool, Any]) -> None:
+    """Beyond its null setting, it changes what is learnt."""
+    if subject.entry.name == "supervised":
+        pytest.skip("it is the naive learner")
+    kernel = naive[False].state.params["hidden_0"]["kernel"]
+    assert np.abs(kernel - subject.states[-1].params["hidden_0"]["kernel"]).max() > 1e-4
+
+
+def test_metrics_are_scalars_with_fixed_names(subject: SimpleNamespace) -> None:
+    names = {frozenset(metrics) for metrics in subject.metrics}
+    assert len(names) == 1
+    assert all(value.shape == () and value.dtype == jnp.float32 for value in subject.metrics[0].values())
+
+
+@pytest.mark.parametrize("scenario", ["domain", "class"])
+def test_it_runs_in_its_other_scenarios(subject: SimpleNamespace, tiny_images: Any, scenario: str) -> None:
+    assert scenario in subject.entry.scenarios
+    stream = tiny_stream(tiny_images, scenario)
+    learner = entry_learner(stream, subject.entry)
+    shapes = jax.eval_shape(stream_program(learner, stream), stream.tasks, stream.data, KEY)
+    assert shapes.accuracy.shape == (4, 3)
+
+
+def test_state_does_not_grow_with_tasks(subject: SimpleNamespace, tiny_images: Any) -> None:
+    def size(n_tasks: int) -> int:
+        stream = split_mnist(n_tasks, "domain", images=tiny_images, batch_size=BATCH, steps=STEPS)
+        learner = entry_learner(stream, subject.entry)
+        state, _ = jax.eval_shape(partial(loop.start, learner, stream), stream.data, KEY)
+        return sum(leaf.size for leaf in jax.tree.leaves(state.parts))
+
+    outputs = {n: 6 // n for n in (2, 3)}
+    per_output = 3 * 6  # up to three numbers for each parameter of an output
+    assert abs(size(2) - size(3)) <= per_output * (outputs[2] - outputs[3])

@@ -1,0 +1,150 @@
+"""Composition: order, isolation, and clear refusals before anything compiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cl_zoo import Component, compose, ewc, lwf, mlp, replay, run_stream, split_mnist, supervised
+from cl_zoo.training.loop import check_needs
+from tests.tiny import tiny_learner, tiny_stream
+
+MODEL = mlp((4, 4), 6, hidden=(5,))
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        ((supervised(), ewc(1.0), ewc(2.0)), "2 components are named 'ewc'"),
+        ((ewc(1.0),), r"none of the components \(ewc\) has a loss"),
+        ((), "there are none"),
+        ((supervised(), Component("a", predict=len), Component("b", predict=len)), "but these do: a, b"),
+    ],
+)
+def test_impossible_compositions_are_refused(components: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose(MODEL, optax.sgd(0.1), *components)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ewc(-1.0), "ewc: strength is -1, but it must be at least 0"),
+        (lambda: ewc(jnp.array([1.0, -2.0])), "strength is -2"),
+        (lambda: ewc(1.0, decay=1.5), r"decay is 1.5, but it must be in \[0, 1\]"),
+        (lambda: ewc(1.0, labels="true"), "labels is 'true', but it must be one of 'expected', 'sampled', 'observed'"),
+        (lambda: lwf(temperature=0.0), "lwf: temperature is 0"),
+        (lambda: lwf(weighting="x"), "lwf: weighting is 'x'"),
+        (lambda: replay(0), "replay: capacity is 0"),
+        (lambda: replay(10, batch_size=11), r"replay: batch_size is 11, but it must be in \[0, 10\]"),
+        (lambda: ewc(float("nan")), "strength is nan"),
+    ],
+)
+def test_impossible_numbers_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_too_few_outputs_are_refused(tiny_images: Any) -> None:
+    stream = tiny_stream(tiny_images)
+    learner = compose(mlp((4, 4), 4), optax.sgd(0.1), supervised(), tasks=stream.tasks)
+    with pytest.raises(ValueError, match="the model has 4 outputs, but the stream's tasks have 6 classes"):
+        run_stream(learner, stream, jax.random.key(0))
+
+
+def test_model_of_another_shape_is_refused(tiny_images: Any) -> None:
+    stream = tiny_stream(tiny_images)
+    learner = compose(mlp((28, 28), 6), optax.sgd(0.1), supervised(), tasks=stream.tasks)
+    with pytest.raises(
+        ValueError, match=r"takes inputs of shape \(28, 28\), but a row of the batch has shape \(4, 4\)"
+    ):
+        run_stream(learner, stream, jax.random.key(0))
+
+
+def test_component_that_needs_boundaries_is_refused_by_name(tiny_images: Any) -> None:
+    stream = tiny_stream(tiny_images)._replace(provides=frozenset({"open_outputs"}))
+    with pytest.raises(ValueError, match="ewc needs 'boundaries', task boundaries"):
+        check_needs(tiny_learner(stream, supervised(), ewc(1.0)), stream)
+
+
+def test_forgotten_tasks_are_noticed(tiny_images: Any) -> None:
+    learner = compose(MODEL, optax.sgd(0.1), supervised())
+    with pytest.raises(ValueError, match=r"compose\(tasks=None\) needs 'open_outputs'.*tasks=stream.tasks"):
+        run_stream(learner, tiny_stream(tiny_images), jax.random.key(0))
+
+
+def test_unlabelled_batches_are_refused(tiny_images: Any) -> None:
+    stream = tiny_stream(tiny_images)
+    learner = tiny_learner(stream, supervised())
+    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    state = learner.init(jax.random.key(0), batch)
+    with pytest.raises(ValueError, match="has no labels"):
+        learner.update(state, batch._replace(y=None))
+
+
+def test_adding_a_component_does_not_change_the_draws_of_another(tiny_images: Any) -> None:
+    stream = tiny_stream(tiny_images)
+    results = [
+        run_stream(tiny_learner(stream, *components), stream, jax.random.key(1))
+        for components in ((supervised(), replay(20, batch_size=8)), (supervised(), ewc(0.0), replay(20, batch_size=8)))
+    ]
+    np.testing.assert_allclose(results[0].metrics["loss"], results[1].metrics["loss"], rtol=1e-4)
+    np.testing.assert_array_equal(*(result.state.parts["replay"].rows[0] for result in results))
+
+
+def test_hooks_run_left_to_right_and_transform_sees_the_task_gradient_alone(tiny_images: Any) -> None:
+    calls = []
+
+    def spy(name: str) -> Component:
+        def transform(context: Any, state: Any, part: Any, record: Any, grads: Any, key: Any) -> Any:
+            calls.append(f"{name} transform")
+            return jax.tree.map(lambda task, g: 2 * g + 0 * task, record.task_gradient, grads)
+
+        def observe(context: Any, state: Any, part: Any, record: Any, key: Any) -> Any:
+            calls.append(f"{name} observe")
+            return state, part + 1
+
+        def pull(context: Any, state: Any, part: Any, params: Any) -> Any:
+            return 3.0 * jnp.sum(params["output"]["bias"])
+
+        return Component(name, init=lambda *_: jnp.zeros(()), transform=transform, observe=observe, penalty=pull)
+
+    stream = tiny_stream(tiny_images)
+    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    learner = tiny_learner(stream, supervised(), spy("a"), spy("b"), optimiser=optax.sgd(1.0))
+    plain = tiny_learner(stream, supervised(), optimiser=optax.sgd(1.0))
+    state = learner.init(jax.random.key(0), batch)
+    after, metrics = learner.update(state, batch)
+    one, _ = plain.update(plain.init(jax.random.key(0), batch), batch)
+    assert calls == ["a transform", "b transform", "a observe", "b observe"]
+    gradient = state.params["output"]["bias"] - one.params["output"]["bias"]
+    np.testing.assert_allclose(
+        after.params["output"]["bias"], state.params["output"]["bias"] - 4 * gradient - 6, rtol=1e-5
+    )
+    assert after.parts == {"a": 1.0, "b": 1.0}
+    assert set(metrics) == {"loss", "a/penalty", "b/penalty"}
+
+
+def test_a_component_may_answer(tiny_images: Any) -> None:
+    constant = Component("constant", predict=lambda context, state, part, x, task: jnp.ones((x.shape[0], 6)))
+    stream = tiny_stream(tiny_images, "class")
+    result = run_stream(tiny_learner(stream, supervised(), constant), stream, jax.random.key(0))
+    np.testing.assert_allclose(result.accuracy[-1], [0.5, 0.0, 0.0])
+
+
+def test_classes_not_open_are_never_answered(tiny_images: Any) -> None:
+    stream = tiny_stream(tiny_images, "class")
+    matrix = run_stream(tiny_learner(stream, supervised()), stream, jax.random.key(0)).accuracy
+    assert matrix[1, 1] == matrix[1, 2] == matrix[2, 2] == 0
+
+
+def test_task_incremental_score_of_a_class_incremental_run(tiny_images: Any) -> None:
+    stream = split_mnist(3, "class", images=tiny_images, batch_size=8, steps=30)
+    result = run_stream(tiny_learner(stream, supervised()), stream, jax.random.key(0), within_task=True)
+    assert (result.within_task_accuracy[1:] >= result.accuracy[1:]).all()
+    assert result.within_task_accuracy[-1].mean() > result.accuracy[-1].mean() + 0.2

@@ -1,0 +1,282 @@
+"""run_stream, sweep and fit beyond what the laws say: stops, damage, bad numbers, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cl_zoo import NonFiniteError, ewc, fit, replay, run_stream, stream_program, supervised, sweep
+from cl_zoo.evaluation.cost import state_bytes, timed, update_flops
+from cl_zoo.training.checkpoint import CheckpointError, Checkpoints
+from cl_zoo.training.run_directory import ConfigError, read_metrics
+from tests.tiny import STEPS, same_bytes, tiny_learner, tiny_stream
+
+KEY = jax.random.key(2)
+
+
+@pytest.fixture(scope="module")
+def stream(tiny_images: Any) -> Any:
+    return tiny_stream(tiny_images)
+
+
+@pytest.fixture(scope="module")
+def learner(stream: Any) -> Any:
+    return tiny_learner(stream, supervised())
+
+
+def run(learner: Any, stream: Any, directory: Path, **options: Any) -> Any:
+    return fit(learner, stream, KEY, directory, **{"checkpoint_every": 3, "progress": False, **options})
+
+
+def test_curve_within_tasks(learner: Any, stream: Any) -> None:
+    result = run_stream(learner, stream, KEY, evaluate_every=2, evaluation_batches=2)
+    assert result.curve.shape == (3, 3, 3)
+    np.testing.assert_allclose(result.curve[:, -1], result.accuracy[1:], atol=1e-6)  # the test sets have two batches
+    with pytest.raises(ValueError, match="evaluate_every is 4, but it must divide the 6 steps"):
+        run_stream(learner, stream, KEY, evaluate_every=4)
+
+
+def test_second_run_compiles_nothing(learner: Any, stream: Any) -> None:
+    program = stream_program(learner, stream)
+    run_stream(learner, stream, jax.random.key(0))
+    run_stream(learner, stream, jax.random.key(1))
+    assert stream_program(learner, stream) is program
+    assert program._cache_size() == 1
+
+
+def test_sweep_over_orders(stream: Any, tiny_images: Any) -> None:
+    make = lambda rate: tiny_learner(stream, supervised(), optimiser=optax.adam(rate))  # noqa: E731
+    keys, rates = jax.random.split(KEY, 2), jnp.array([1e-2, 3e-2])
+    full = sweep(make, rates, stream, keys, orders=jax.random.split(jax.random.key(9), 3), batch_size=4)
+    assert full.accuracy.shape == (2, 2, 3, 4, 3)
+    paired = sweep(make, rates, stream, keys, orders="per_seed")
+    assert paired.accuracy.shape == (2, 2, 4, 3)
+    one = jax.random.fold_in(keys[1], 3)
+    alone = run_stream(make(1e-2), stream._replace(data=stream.reorder(stream.data, one)), keys[1])
+    np.testing.assert_allclose(paired.metrics["loss"][0, 1], alone.metrics["loss"], rtol=1e-3, atol=1e-5)
+    assert len({float(full.metrics["loss"][0, 0, order].sum()) for order in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"a": jnp.zeros(2), "b": jnp.zeros(3)}, {}, "one common leading axis"),
+        ({"a": jnp.zeros(())}, {}, "one common leading axis"),
+        ({"a": jnp.zeros(2)}, {"orders": "random"}, "orders is 'random'"),
+        ({"a": jnp.zeros(2)}, {"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_impossible_sweeps_are_refused(stream: Any, settings: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(lambda s: tiny_learner(stream, supervised()), settings, stream, jax.random.split(KEY, 2), **options)
+
+
+def test_loss_that_is_not_finite_stops_the_run(stream: Any, tmp_path: Path) -> None:
+    stiff = tiny_learner(stream, supervised(), ewc(1e12), optimiser=optax.sgd(0.1))
+    with pytest.raises(NonFiniteError, match=r"at task 1, step \d+; likely cause: a penalty grew"):
+        run_stream(stiff, stream, KEY)
+    with pytest.raises(NonFiniteError, match=r"a penalty grew.*checkpoint before it is that of step [69]"):
+        run(stiff, stream, tmp_path)
+    whole, tree = _saved(tmp_path, stiff, stream)
+    assert whole in (6, 9)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree["carry"][0].params))
+    wild = tiny_learner(stream, supervised(), optimiser=optax.sgd(1e30))
+    with pytest.raises(NonFiniteError, match="at task 0, step 1; likely cause: too high a learning rate"):
+        run_stream(wild, stream, KEY)
+
+
+def _saved(directory: Path, learner: Any, stream: Any) -> Any:
+    from cl_zoo.training.loop import start
+
+    template = {
+        "carry": jax.eval_shape(lambda: start(learner, stream, stream.data, KEY)),
+        "accuracy": jax.ShapeDtypeStruct((4, 3), jnp.float32),
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "log": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    return Checkpoints(directory / "checkpoints").restore_newest(template)
+
+
+def test_run_directory(learner: Any, stream: Any, tmp_path: Path) -> None:
+    result = run(learner, stream, tmp_path, config={"rate": 0.01})
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == {"rate": 0.01}
+    assert "jax" in json.loads((tmp_path / "environment.json").read_text())["versions"]
+    np.testing.assert_array_equal(np.load(tmp_path / "accuracy.npy", allow_pickle=False), result.accuracy)
+    np.testing.assert_array_equal(read_metrics(tmp_path)["loss"], np.ravel(result.metrics["loss"]))
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "step,phase,task,metric,value"
+    assert len(lines) == 1 + 3 * STEPS + 4 * 3
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"15", "18"}
+    same_bytes(run(learner, stream, tmp_path, config={"rate": 0.01}), result)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"rate": 0.02}}, r"config.rate was 0.01, now it is 0.02"),
+        ({"config": {"rate": 0.01, "new": 1}}, r"config.new was 'absent', now it is 1"),
+        ({"config": {"rate": 0.01}, "checkpoint_every": 2}, r"run.checkpoint_every was 3, now it is 2"),
+    ],
+)
+def test_resume_with_another_config_is_refused(
+    learner: Any, stream: Any, tmp_path: Path, changes: Any, message: str
+) -> None:
+    run(learner, stream, tmp_path, config={"rate": 0.01})
+    with pytest.raises(ConfigError, match=message):
+        run(learner, stream, tmp_path, **changes)
+
+
+def test_resume_with_another_model_is_refused(learner: Any, stream: Any, tmp_path: Path) -> None:
+    run(learner, stream, tmp_path)
+    with pytest.raises(CheckpointError, match="it holds .* where this run has"):
+        run(tiny_learner(stream, supervised(), replay(20, batch_size=8)), stream, tmp_path)
+
+
+def _largest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "manifest"])
+def test_damaged_newest_checkpoint_is_passed_over(learner: Any, stream: Any, tmp_path: Path, damage: str) -> None:
+    once = run(learner, stream, tmp_path / "once")
+    shutil.copytree(tmp_path / "once", tmp_path / "hurt")
+    newest = tmp_path / "hurt" / "checkpoints" / "18"
+    if damage == "manifest":
+        (newest / "manifest" / "metadata").write_text("{")
+    else:
+        path = _largest_file(newest / "tree")
+        content = bytearray(path.read_bytes())
+        if damage == "flipped":
+            content[len(content) // 2] ^= 0x10
+        path.write_bytes({"truncated": content[: len(content) // 2], "emptied": b"", "flipped": content}[damage])
+    with pytest.warns(UserWarning, match="damaged checkpoint passed over, step 18: .*; going on from step 15"):
+        again = run(learner, stream, tmp_path / "hurt")
+    same_bytes(again, once)
+    assert (tmp_path / "hurt" / "metrics.csv").read_bytes() == (tmp_path / "once" / "metrics.csv").read_bytes()
+
+
+def test_all_checkpoints_damaged_is_an_error(learner: Any, stream: Any, tmp_path: Path) -> None:
+    run(learner, stream, tmp_path)
+    for step in ("15", "18"):
+        for path in (tmp_path / "checkpoints" / step / "tree").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"\x80\x04cos\nsystem\n")  # a pickle, which nothing here would ever load
+    with pytest.raises(CheckpointError, match="no usable checkpoint; step 18: .*; step 15: "):
+        run(learner, stream, tmp_path)
+
+
+def test_full_disk_leaves_the_checkpoint_before(learner: Any, stream: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    once = run(learner, stream, tmp_path / "once")
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+
+        def full(self: Any, step: int, tree: Any) -> None:
+            if step == 9:
+                raise OSError(28, "No space left on device")
+            save(self, step, tree)
+
+        patch.setattr(Checkpoints, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(learner, stream, tmp_path / "full")
+    same_bytes(run(learner, stream, tmp_path / "full"), once)
+
+
+SCRIPT = """
+import sys, jax
+sys.path.insert(0, {root!r})
+import tests.conftest
+from cl_zoo import ewc, fit, replay, supervised, split_mnist
+from tests.tiny import tiny_learner
+stream = split_mnist(3, "class", images=tests.conftest.tiny_images.__wrapped__(), batch_size=8, steps=60)
+learner = tiny_learner(stream, supervised(), replay(50, batch_size=8), ewc(100.0))
+print("ready", flush=True)
+fit(learner, stream, jax.random.key(0), sys.argv[1], checkpoint_every=10, progress=False)
+print("done", flush=True)
+"""
+
+
+def start_process(directory: Path) -> subprocess.Popen[str]:
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(root=root), str(directory)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "CL_ZOO_TEST_CACHE": str(directory.parent / "cache")},
+    )
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in ("metrics.csv", "accuracy.npy")}
+
+
+def final_bytes(directory: Path) -> Any:
+    manifest = json.loads((directory / "checkpoints" / "180" / "manifest" / "metadata").read_text())
+    return files(directory), manifest["leaves"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_process_resumes_to_the_same_bytes(tmp_path: Path, number: signal.Signals) -> None:
+    once = start_process(tmp_path / "once")
+    assert once.wait(timeout=240) == 0
+    process = start_process(tmp_path / "killed")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    while process.poll() is None and not (tmp_path / "killed" / "checkpoints" / "30").exists():
+        pass
+    process.send_signal(number)
+    assert process.wait(timeout=60) != 0
+    assert not (tmp_path / "killed" / "checkpoints" / "180").exists()
+    assert start_process(tmp_path / "killed").wait(timeout=240) == 0
+    assert final_bytes(tmp_path / "killed") == final_bytes(tmp_path / "once")
+
+
+def test_cost_is_told(learner: Any, stream: Any) -> None:
+    timing = timed(stream_program(learner, stream), stream.tasks, stream.data, KEY, repeats=2)
+    assert timing.compile_seconds > 0 and len(timing.run_seconds) == 2
+    state = timing.result.state
+    counted = state_bytes(state)
+    n = 16 * 5 + 5 + 5 * 6 + 6
+    assert counted["params"] == 4 * n
+    assert counted["opt_state"] == 2 * 4 * n + 4
+    batch, _ = stream.next(stream.data, stream.init(KEY), lambda x: None)
+    floor = 8 * 2 * (2 * 16 * 5 + 3 * 5 * 6)
+    assert floor <= update_flops(learner, state, batch) < 20 * floor
+
+
+def test_no_program_holds_a_large_constant(digits: Any) -> None:
+    from cl_zoo import compose, mlp, permuted_mnist
+
+    stream = permuted_mnist(2, images=digits, batch_size=64, steps=2, sample_size=64)
+    learner = compose(mlp((28, 28), 10, hidden=(8,)), optax.sgd(0.1), supervised(), ewc(1.0), tasks=stream.tasks)
+    text = stream_program(learner, stream).lower(stream.tasks, stream.data, KEY).as_text()
+    assert max(map(len, text.splitlines())) < 1 << 20
+
+
+def test_peak_memory_of_ten_permuted_tasks(digits: Any) -> None:
+    """One copy of the data, ten times the state, the activations of one batch."""
+    from cl_zoo import compose, mlp, permuted_mnist
+
+    hidden, rows = (256, 256), 500
+    stream = permuted_mnist(10, images=digits, batch_size=128, sample_batch=rows, evaluation_batch=rows)
+    learner = compose(mlp((28, 28), 10, hidden=hidden), optax.adam(1e-3), supervised(), ewc(1.0), tasks=stream.tasks)
+    compiled = stream_program(learner, stream).lower(stream.tasks, stream.data, KEY).compile()
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    from cl_zoo.training.loop import start
+
+    state = jax.eval_shape(lambda: start(learner, stream, stream.data, KEY)[0])
+    n_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(state))
+    activations = rows * 4 * (784 + 2 * sum(hidden) + 10)
+    assert peak <= stream.data.images.nbytes + 10 * n_bytes + activations
