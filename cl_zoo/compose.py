@@ -86,9 +86,9 @@ def compose(
         raise ValueError(
             f"compose: none of the components ({', '.join(names) or 'there are none'}) has a loss; add supervised()"
         )
-    answering = [component for component in components if component.predict]
+    answering = [(component, component.predict) for component in components if component.predict]
     if len(answering) > 1:
-        both = ", ".join(component.name for component in answering)
+        both = ", ".join(component.name for component, _ in answering)
         raise ValueError(f"compose: only one component may answer (predict), but these do: {both}")
     context = Context(model, optimiser, tasks)
 
@@ -154,11 +154,11 @@ def compose(
                         context, state, part(c), params, forward, prepared, key("loss", c.name)
                     )
             outputs, model_state = shared[0] if shared else (None, state.model_state)
-            return sum(terms.values()), (terms, aux, outputs, model_state)
+            return jnp.asarray(sum(terms.values())), (terms, aux, outputs, model_state)
 
         def penalties(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
             terms = {c.name: c.penalty(context, state, part(c), params) for c in components if c.penalty}
-            return sum(terms.values()), terms
+            return jnp.asarray(sum(terms.values())), terms
 
         old = state.params
         (loss, (terms, aux, outputs, model_state)), gradient = jax.value_and_grad(losses, has_aux=True)(old)
@@ -193,8 +193,8 @@ def compose(
         return after._replace(step=state.step + 1), metrics
 
     def predict(state: TrainState, x: PyTree, task: jax.Array | None = None) -> PyTree:
-        for c in answering:
-            return c.predict(context, state, state.parts.get(c.name), x, task)
+        for c, answer in answering:
+            return answer(context, state, state.parts.get(c.name), x, task)
         outputs, _, _ = model.apply(state.params, state.model_state, x, task=task)
         active = context.active(state.task, task)
         return outputs if active is None else mask_outputs(outputs, active)

@@ -15,15 +15,15 @@ __all__ = ["accuracy_heat_map", "accuracy_within_tasks", "seen_task_accuracy", "
 
 def accuracy_heat_map(axes: Any, matrix: ArrayLike, title: str = "") -> Any:
     """The accuracy matrix R in percent, the mean over any leading axes: rows are moments, columns are tasks."""
-    matrix = 100 * np.asarray(matrix)
-    matrix = matrix.reshape((-1, *matrix.shape[-2:])).mean(0)
-    n_tasks = matrix.shape[1]
-    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    runs = 100 * np.asarray(matrix)
+    percent = runs.reshape((-1, *runs.shape[-2:])).mean(0)
+    n_tasks = percent.shape[1]
+    image = axes.imshow(percent, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     if n_tasks <= 10:
         for row in range(n_tasks + 1):
             for column in range(n_tasks):
-                shade = "black" if matrix[row, column] > 60 else "white"
-                axes.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=shade, fontsize=7)
+                shade = "black" if percent[row, column] > 60 else "white"
+                axes.text(column, row, f"{percent[row, column]:.0f}", ha="center", va="center", color=shade, fontsize=7)
     axes.set_xticks(range(n_tasks), [str(i + 1) for i in range(n_tasks)])
     axes.set_yticks(range(n_tasks + 1), ["before"] + [str(i + 1) for i in range(n_tasks)])
     axes.set_xlabel("tested on task")

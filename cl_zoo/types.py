@@ -55,7 +55,7 @@ class TaskInfo(NamedTuple):
       active: `bool[C]`, the outputs that compete while this is the task at hand.
     """
 
-    index: Array
+    index: Array  # type: ignore[assignment]
     active: Array
 
 

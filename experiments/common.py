@@ -43,7 +43,7 @@ def run_cells(
     On a CPU seeds run one after another by the same program, elsewhere together.
 
     Returns:
-      `{(setting, method): {"accuracy": [S, T + 1, T], "seconds": [S], "compile_seconds": float}}`.
+      `{(setting, method): {"accuracy": [S, T + 1, T], "seconds": [S]}}`.
     """
     folder = directory / "cells"
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def run_cells(
     with tqdm(total=len(cells) * len(seeds), unit="run") as bar:
         for cell in cells:
             bar.set_description(f"{cell.setting}, {cell.method}")
-            matrices, seconds, compiling = [], [], 0.0
+            matrices, seconds = [], []
             for i in range(0, len(seeds), together):
                 chunk = seeds[i : i + together]
                 path = folder / f"{cell.setting}-{cell.method}-{chunk[0]}-{chunk[-1]}.json".replace(" ", "_")
@@ -73,7 +73,6 @@ def run_cells(
             found[cell.setting, cell.method] = {
                 "accuracy": np.array(matrices),
                 "seconds": seconds,
-                "compile_seconds": compiling,
             }
     return found
 
@@ -97,6 +96,15 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
         "\n".join(lines)
         + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, after the last task, test set"
     )
+
+
+def shown_command(module: str, arguments: Sequence[str]) -> str:
+    """The command of this run, without the paths of one machine."""
+    shown = list(arguments)
+    for flag, stand_in in (("--data-dir", "DATA"), ("--directory", "RUN")):
+        if flag in shown[:-1]:
+            shown[shown.index(flag) + 1] = stand_in
+    return " ".join(["python -m", module, *shown])
 
 
 def record(

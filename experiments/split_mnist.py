@@ -1,10 +1,10 @@
 """Split MNIST in three scenarios: how much is kept by EWC, distillation and replay.
 
-Command                                                         hardware        time      expected
-python -m experiments.split_mnist                               2 CPU cores     4 min     the table of the README
-python -m experiments.split_mnist --data-dir DIR \\
-    --protocol van_de_ven --seeds 3 --record                    2 CPU cores     45 min    EWC: task >= 98, class about 20;
-                                                                                          none: class 19.9
+Command                                                   hardware       time      expected
+python -m experiments.split_mnist                         2 CPU cores    3 min     the table of the README
+python -m experiments.split_mnist --data-dir DATA \\
+    --protocol van_de_ven --seeds 3 --record              2 CPU cores    45 min    EWC: task >= 98, class about 20;
+                                                                                   none: class 19.9
 
 Protocol "van_de_ven" is that of van de Ven, Tuytelaars and Tolias 2022 (doi 10.1038/s42256-022-00568-3): 5 tasks of two
 digits, a class order for each seed; MLP 400-400; Adam 1e-3, not reset; 2000 batches of 128 per task; class-incremental
@@ -22,12 +22,23 @@ from typing import Any, Literal
 import optax
 import tyro
 
-from cl_zoo import Component, Model, Stream, compose, enable_compilation_cache, ewc, load_digits, lwf, mlp, replay
+from cl_zoo import (
+    Component,
+    Model,
+    Stream,
+    compose,
+    enable_compilation_cache,
+    ewc,
+    load_digits,
+    lwf,
+    mlp,
+    replay,
+    supervised,
+)
 from cl_zoo import split_mnist as split_mnist_stream
-from cl_zoo import supervised
 from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy
 from cl_zoo.training.run_directory import settle_config
-from experiments.common import RESULTS, Cell, record, run_cells, table
+from experiments.common import RESULTS, Cell, record, run_cells, shown_command, table
 
 Scenario = Literal["task", "domain", "class"]
 Method = Literal["none", "joint", "ewc", "online ewc", "lwf", "replay"]
@@ -146,19 +157,10 @@ def main(config: Config) -> None:
     for path in figures(found, directory):
         print(f"figure: {path}")
     path = RESULTS / f"split_mnist_{config.protocol}.json" if config.record else directory / "results.json"
-    command = "python -m experiments.split_mnist " + " ".join(_shown(sys.argv[1:]))
+    command = shown_command("experiments.split_mnist", sys.argv[1:])
     published = PUBLISHED if config.protocol == "van_de_ven" else {}
     record("split_mnist", f"split MNIST, {config.protocol}", command, found, published, NOTES, path)
     print(f"results: {path}")
-
-
-def _shown(arguments: list[str]) -> list[str]:
-    """The command line without this machine's paths."""
-    shown = list(arguments)
-    for flag, stand_in in (("--data-dir", "DATA"), ("--directory", "RUN")):
-        if flag in shown[:-1]:
-            shown[shown.index(flag) + 1] = stand_in
-    return shown
 
 
 def figures(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> list[Path]:

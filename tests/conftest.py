@@ -13,11 +13,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
-from cl_zoo import LabelledImages, enable_compilation_cache, load_digits  # noqa: E402
+from cl_zoo import LabelledImages, enable_compilation_cache, load_digits
 
 if cache := os.environ.get("CL_ZOO_TEST_CACHE"):
     enable_compilation_cache(cache)

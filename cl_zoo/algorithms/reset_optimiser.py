@@ -19,8 +19,8 @@ def reset_optimiser(*, name: str = "reset_optimiser") -> Component:
     Raises:
       nothing.
 
-    Source: done so by Zenke et al. 2017, arXiv 1703.04200 (split MNIST), and many since; others, van de Ven et al. among
-    them, keep the optimiser's state.
+    Source: done so by Zenke et al. 2017, arXiv 1703.04200 (split MNIST), and many since; van de Ven et al. keep the
+    optimiser's state.
 
     Differences from the paper or its code: none.
 

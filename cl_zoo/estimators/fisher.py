@@ -92,7 +92,7 @@ def fisher_diagonal(
         if labels == "expected":
             q = jax.nn.softmax(logits).T
             return jnp.broadcast_to(jnp.arange(q.shape[0])[:, None], q.shape), q
-        drawn = jax.random.categorical(key, logits) if labels == "sampled" else batch.y
+        drawn = batch.y if key is None or labels != "sampled" else jax.random.categorical(key, logits)
         return drawn[None], jnp.ones_like(logits, shape=(1, logits.shape[0]))
 
     def dense_squares(batch: Batch, key: Key | None) -> dict[str, tuple[Array, Array]]:

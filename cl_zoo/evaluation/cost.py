@@ -41,7 +41,7 @@ def timed(function: Callable[..., Any], *arguments: Any, repeats: int = 1) -> Ti
 def update_flops(learner: Learner, state: TrainState, batch: Batch) -> float:
     """Floating-point operations of one update by XLA's cost analysis (a multiply-add is two)."""
     analysis = jax.jit(learner.update).lower(state, batch).compile().cost_analysis()
-    return float(analysis["flops"])
+    return float((analysis or {}).get("flops", float("nan")))
 
 
 def state_bytes(state: PyTree) -> dict[str, int]:

@@ -64,7 +64,7 @@ def forgetting(matrix: ArrayLike) -> np.ndarray:
     """1/(T-1) sum_{i<T-1} (max_{i<=t<T-1} a_{t,i} - a_{T-1,i}) (Chaudhry et al. 2018); nan for one task."""
     after = _after(matrix)
     learnt = np.where(np.tril(np.ones(after.shape[-2:], bool)), after, -np.inf)
-    return _mean((learnt[..., :-1, :-1].max(-2, initial=-np.inf) - after[..., -1, :-1]))
+    return _mean(learnt[..., :-1, :-1].max(-2, initial=-np.inf) - after[..., -1, :-1])
 
 
 def forward_transfer(matrix: ArrayLike) -> np.ndarray:

@@ -74,12 +74,12 @@ def from_nnx(
       (5, 2)
     """
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    graph, abstract_params, abstract_keys, abstract_rest = nnx.split(abstract, nnx.Param, nnx.RngState, ...)
+    graph, abstract_params, abstract_keys, abstract_rest = _split(abstract)
     extra = _accepted(type(abstract).__call__)
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         _check_shape(x, input_shape)
-        _, params, _, rest = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+        _, params, _, rest = _split(make(nnx.Rngs(key)))
         return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
     def apply(
@@ -103,14 +103,14 @@ def from_nnx(
             lambda leaf: jax.random.key(0) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 0,
             abstract_keys,
         )
-        module = nnx.merge(graph, states[0], keys, states[1])
+        module: Any = nnx.merge(graph, states[0], keys, states[1])
         if train and key is not None:
             nnx.reseed(module, default=key)
         module.set_attributes(deterministic=not train, use_running_average=not train, raise_if_not_found=False)
         tap = _Tap(perturb)
         given = {"tap": tap, "task": task, "weight": weight}
         outputs = module(preprocess(x), **{name: given[name] for name in extra})
-        _, _, _, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        _, _, _, rest = _split(module)
         return outputs, nnx.to_pure_dict(rest), tap.taps
 
     return Model(init, apply, units)
@@ -184,3 +184,8 @@ def _accepted(call: Callable[..., Any], *more: str) -> tuple[str, ...]:
     """Which of our keyword arguments a module's `__call__` names."""
     named = inspect.signature(call).parameters
     return tuple(name for name in ("tap", "task", "weight", *more) if name in named)
+
+
+def _split(module: nnx.Module) -> Any:
+    """A module's graph, its parameters, the keys it draws from, and all else that it holds."""
+    return nnx.split(module, nnx.Param, nnx.RngState, ...)

@@ -30,7 +30,7 @@ class Mlp(nnx.Module):
     def __init__(self, sizes: Sequence[int], *, initialiser: str, rngs: nnx.Rngs):
         names = [f"hidden_{i}" for i in range(len(sizes) - 2)] + ["output"]
         for name, n_in, n_out in zip(names, sizes, sizes[1:], strict=False):
-            options = {}
+            options: dict[str, Any] = {}
             if initialiser == "fan_in_uniform":
                 options["kernel_init"] = fan_in_uniform
                 options["bias_init"] = lambda key, shape, dtype=None, *, n=n_in: fan_in_uniform(
@@ -43,7 +43,7 @@ class Mlp(nnx.Module):
         x = x.reshape((x.shape[0], -1))
         for name in self.names[:-1]:
             x = nnx.relu(tap(name, getattr(self, name), x))
-        return tap("output", self.output, x)
+        return tap("output", getattr(self, self.names[-1]), x)
 
 
 def mlp(

@@ -32,10 +32,10 @@ class ImageData(NamedTuple):
 
     images: Array
     start: Array
-    count: Array
+    count: Array  # type: ignore[assignment]
     classes: Array
-    permutations: Array | None
-    angles: Array | None
+    permutations: Any
+    angles: Any
 
 
 def split_mnist(

@@ -37,7 +37,7 @@ def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | No
       data_dir: folder of the four MNIST files (`train-images-idx3-ubyte`, ..., plain or .gz), or with source="tfds"
         the TFDS data folder (None: its own default).
       source: "embedded", 10 000 + 2 000 digits of MNIST that come with the package, balanced over the classes; "idx",
-        the files in `data_dir`; "tfds", the prepared set "mnist". None: "idx" if a `data_dir` is given, else "embedded".
+        the files in `data_dir`; "tfds", the prepared set "mnist". None: "idx" with a `data_dir`, else "embedded".
 
     Returns:
       `LabelledImages`, labels 0 to 9.
@@ -56,9 +56,9 @@ def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | No
     if source == "embedded":
         if data_dir is not None:
             raise ValueError("load_digits: source='embedded' reads no data_dir; leave one of the two out")
-        with resources.as_file(resources.files("cl_zoo") / "data" / "mnist_subset.npz") as path:
-            with np.load(path, allow_pickle=False) as arrays:
-                return LabelledImages(*(arrays[field] for field in LabelledImages._fields))
+        file = resources.files("cl_zoo") / "data" / "mnist_subset.npz"
+        with resources.as_file(file) as path, np.load(path, allow_pickle=False) as arrays:
+            return LabelledImages(*(arrays[field] for field in LabelledImages._fields))
     if source == "tfds":
         return _load_tfds(data_dir)
     if data_dir is None:

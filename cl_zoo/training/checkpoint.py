@@ -64,7 +64,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 tree = self._restore(step, template)
-            except Exception as error:  # noqa: BLE001  a damaged file may raise anything; it is reported, and the next tried
+            except Exception as error:
                 problems.append(f"step {step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
                 continue
             for problem in problems:

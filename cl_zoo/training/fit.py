@@ -89,7 +89,7 @@ def fit(
     settle_config(
         directory,
         {
-            "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,
+            "config": config if config is None or isinstance(config, dict) else dataclasses.asdict(config),
             "run": {
                 "n_tasks": n_tasks,
                 "steps": steps,
@@ -192,7 +192,7 @@ def _programs(learner: Learner, stream: Stream, split: str) -> dict[str, Callabl
 def _checksum(data: PyTree) -> int:
     crc = 0
     for leaf in jax.tree.leaves(data):
-        crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)), crc)
+        crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).data, crc)
     return crc
 
 
@@ -204,8 +204,8 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -213,5 +213,5 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(asked)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)

@@ -89,7 +89,7 @@ def stream_program(
 
 def _functions(stream: Stream) -> Stream:
     """The stream without its arrays: hashable, so that programs can be kept by it."""
-    return stream._replace(tasks=None, data=None)
+    return stream._replace(tasks=None, data=None)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,8 +124,8 @@ def _run(
                 carry, metrics = train_steps(learner, stream, data, carry, evaluate_every)
                 return carry, (metrics, evaluate(learner, stream, data, carry[0], split, batches=evaluation_batches))
 
-            carry, (metrics, curve) = jax.lax.scan(chunk, carry, length=stream.steps // evaluate_every)
-            metrics = jax.tree.map(jnp.ravel, metrics)
+            carry, points = jax.lax.scan(chunk, carry, length=stream.steps // evaluate_every)
+            metrics, curve = jax.tree.map(jnp.ravel, points[0]), points[1]
         state = finish(learner, stream, data, key, carry[0], t)
         return (state, carry[1]), (metrics, curve)
 

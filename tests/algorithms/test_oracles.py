@@ -54,9 +54,10 @@ def run_ours(
 
     state = learner.init(jax.random.key(5), batch(*tasks[0]["batches"][0], 0))
     first, metrics, states = state.params, [], []
+    infos = [jax.tree.map(lambda leaf, t=t: leaf[t], table) for t in range(3)]
     for t, task in enumerate(tasks):
         sample = jax.tree.map(lambda leaf: leaf.reshape(3, 4, *leaf.shape[1:]), batch(*task["sample"], np.ones(12), t))
-        state = begin(state, jax.tree.map(lambda leaf: leaf[t], table), sample)
+        state = begin(state, infos[t], sample)
         for rows in task["batches"]:
             states.append(state)
             state, values = update(state, batch(*rows, t))
@@ -130,8 +131,8 @@ def test_replay(scenario: str, weighting: str) -> None:
     drawn = []
     for step, before in enumerate(states):
         t, (_, _, w) = step // STEPS, tasks[step // STEPS]["batches"][step % STEPS]
-        empty = Batch(jnp.zeros((1, INPUTS)), jnp.zeros(1, jnp.int32), None if scenario != "task" else jnp.zeros(1, jnp.int32),
-                      jnp.full(1, w.sum()))  # fmt: skip
+        told = jnp.zeros(1, jnp.int32) if scenario == "task" else None
+        empty = Batch(jnp.zeros((1, INPUTS)), jnp.zeros(1, jnp.int32), told, jnp.full(1, w.sum()))
         key = _hook_key(before, "prepare", "replay")
         joined = component.prepare(None, before, before.parts["replay"], empty, key)
         weight = np.asarray(joined.weight[1:], np.float64)
