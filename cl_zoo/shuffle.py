@@ -22,9 +22,10 @@ def _hash(x: Array) -> Array:
 def shuffled_index(key: Key, position: Array, n: Array | int, *salt: Array | int) -> Array:
     """Where `position` goes in the random order of `n` things that `key` (and `salt`) names.
 
-    A Feistel network over pairs (left, right) of digits below ceil(sqrt(n)):
+    A Feistel network over pairs (left, right) of digits below s, the even
+    number from ceil(sqrt(n)):
 
-        left <- left + hash(right, round key);   right <- right + hash(left, round key)     (modulo ceil(sqrt(n)))
+        left <- left + hash(right, round key);   right <- right + hash(left, round key)     (modulo s)
 
     is a bijection of a set slightly larger than n; walking on until the result is below n makes it one of [0, n).
     So an epoch's shuffle, or k draws without replacement, cost O(k) and need no state but the key: no sort, no table
@@ -49,6 +50,7 @@ def shuffled_index(key: Key, position: Array, n: Array | int, *salt: Array | int
     n = jnp.maximum(jnp.asarray(n).astype(jnp.uint32), 1)
     side = jnp.ceil(jnp.sqrt(n.astype(jnp.float32))).astype(jnp.uint32)
     side = side + (side * side < n)  # the root is rounded, to float32
+    side = side + side % 2  # rotations of odd length would make even permutations only
     seed = jnp.uint32(0x9E3779B9)
     for word in (*jnp.ravel(jax.random.key_data(key)), *salt):
         seed = _hash(seed ^ jnp.asarray(word).astype(jnp.uint32)) + jnp.uint32(0x9E3779B9)

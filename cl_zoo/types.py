@@ -263,6 +263,13 @@ def check_range(owner: str, field: str, value: Any, low: float, high: float = fl
             raise ValueError(f"{owner}: {field} is {float(number):g}, but it must be {allowed}")
 
 
+def check_whole(owner: str, field: str, value: Any, low: int, high: float = float("inf")) -> None:
+    """Refuses what is not a whole number in `[low, high]`: sizes and counts set shapes."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise ValueError(f"{owner}: {field} is {value!r}, but it must be a whole number")
+    check_range(owner, field, value, low, high)
+
+
 def check_choice(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuses a value that is not one of `allowed`."""
     if value not in allowed:

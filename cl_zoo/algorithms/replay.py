@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
-from cl_zoo.types import Batch, Component, Context, Key, Record, TrainState, check_choice, check_range
+from cl_zoo.types import Batch, Component, Context, Key, Record, TrainState, check_choice, check_whole
 
 __all__ = ["ReplayState", "replay"]
 
@@ -46,8 +46,8 @@ def replay(capacity: int, *, batch_size: int = 32, weighting: str = "rows", name
       >>> from cl_zoo import compose, mlp, supervised
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), replay(capacity=500, batch_size=10))
     """
-    check_range(name, "capacity", capacity, 1)
-    check_range(name, "batch_size", batch_size, 0, capacity)
+    check_whole(name, "capacity", capacity, 1)
+    check_whole(name, "batch_size", batch_size, 0, capacity)
     check_choice(name, "weighting", weighting, ("rows", "tasks"))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> ReplayState:

@@ -69,8 +69,8 @@ def forgetting(matrix: ArrayLike) -> np.ndarray:
 
 def forward_transfer(matrix: ArrayLike) -> np.ndarray:
     """FWT = 1/(T-1) sum_{i>0} (a_{i-1,i} - R[0,i]): before task i is trained, over the untrained net; nan for one."""
-    before = np.asarray(matrix, np.float64)[..., 0, :]
-    return _mean(np.diagonal(_after(matrix), offset=1, axis1=-2, axis2=-1) - before[..., 1:])
+    after, before = _after(matrix), np.asarray(matrix, np.float64)[..., 0, :]
+    return _mean(np.diagonal(after, offset=1, axis1=-2, axis2=-1) - before[..., 1:])
 
 
 def learning_accuracy(matrix: ArrayLike) -> np.ndarray:
@@ -85,7 +85,7 @@ def min_accuracy(curve: ArrayLike, matrix: ArrayLike) -> np.ndarray:
       curve: `[..., T, points, T]`, scores within each task.
       matrix: R, for the scores at the ends of tasks.
     """
-    curve, after = np.asarray(curve, np.float64), _after(matrix)
+    curve, after = _within(curve, matrix)
     lowest = []
     for i in range(after.shape[-1] - 1):
         within = curve[..., i + 1 :, :, i].min((-2, -1))
@@ -96,11 +96,24 @@ def min_accuracy(curve: ArrayLike, matrix: ArrayLike) -> np.ndarray:
 def stability_gap(curve: ArrayLike, matrix: ArrayLike) -> np.ndarray:
     """1/(T-1) sum_{t>0} mean_{i<t} max(0, a_{t-1,i} - min over points within task t): how far scores on earlier tasks
     fall while task t is trained, below where they stood when it began; nan for one task."""
-    curve, after = np.asarray(curve, np.float64), _after(matrix)
+    curve, after = _within(curve, matrix)
     falls = [
         np.maximum(after[..., t - 1, :t] - curve[..., t, :, :t].min(-2), 0).mean(-1) for t in range(1, after.shape[-1])
     ]
     return _mean(np.stack(falls, -1)) if falls else np.full(after.shape[:-2], np.nan)
+
+
+def _within(curve: ArrayLike, matrix: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    curve, after = np.asarray(curve, np.float64), _after(matrix)
+    n_tasks = after.shape[-1]
+    if (
+        curve.ndim < 3
+        or curve.shape[-3] != n_tasks
+        or curve.shape[-1] != n_tasks
+        or curve.shape[:-3] != after.shape[:-2]
+    ):
+        raise ValueError(f"the curve must be [..., T, points, T] with T = {n_tasks}, but its shape is {curve.shape}")
+    return curve, after
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

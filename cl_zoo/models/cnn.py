@@ -8,7 +8,7 @@ from flax import nnx
 
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.preprocess import scale_images
-from cl_zoo.types import Array, Model, PyTree, check_range
+from cl_zoo.types import Array, Model, PyTree, check_whole
 
 __all__ = ["cnn"]
 
@@ -67,7 +67,11 @@ def cnn(
       (1568, 128)
     """
     for field, value in (("outputs", outputs), ("hidden", hidden), *(("channels", value) for value in channels)):
-        check_range("cnn", field, value, 1)
+        check_whole("cnn", field, value, 1)
+    if len(input_shape) not in (2, 3):
+        raise ValueError(f"cnn: input_shape is {tuple(input_shape)}, but it must be (height, width) or with channels")
+    for length in input_shape:
+        check_whole("cnn", "input_shape", length, 1)
     height, width, *depth = input_shape
     if min(height, width) < 2 ** len(channels):
         raise ValueError(

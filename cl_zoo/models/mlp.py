@@ -11,7 +11,7 @@ from flax import nnx
 
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.preprocess import scale_images
-from cl_zoo.types import Array, Model, PyTree, check_range
+from cl_zoo.types import Array, Model, PyTree, check_whole
 
 __all__ = ["fan_in_uniform", "mlp"]
 
@@ -76,11 +76,13 @@ def mlp(
       >>> params["hidden_0"]["kernel"].shape
       (784, 32)
     """
-    check_range("mlp", "outputs", outputs, 1)
+    check_whole("mlp", "outputs", outputs, 1)
+    for length in input_shape:
+        check_whole("mlp", "input_shape", length, 1)
     if initialiser not in ("lecun_normal", "fan_in_uniform"):
         raise ValueError(f"mlp: initialiser is {initialiser!r}, but it must be 'lecun_normal' or 'fan_in_uniform'")
     for width in hidden:
-        check_range("mlp", "hidden", width, 1)
+        check_whole("mlp", "hidden", width, 1)
     sizes = (math.prod(input_shape), *hidden, outputs)
     layers = [f"hidden_{i}" for i in range(len(hidden))] + ["output"]
     units = tuple(

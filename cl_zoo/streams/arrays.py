@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo.shuffle import shuffled_index
-from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo, check_choice, check_range
+from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo, check_choice, check_whole
 
 __all__ = ["Cursor", "array_stream", "locate", "scenario_tasks"]
 
@@ -109,14 +109,16 @@ def array_stream(
     Raises:
       ValueError: a size below 1, a batch larger than a task, joint="all" over tasks whose outputs are not open.
     """
-    for field, value in (("steps", steps), ("batch_size", batch_size), ("sample_size", sample_size or 1)):
-        check_range("stream", field, value, 1)
-    check_choice("stream", "joint", joint, (None, "all", "seen"))
+    check_whole("stream", "batch_size", batch_size, 1)
     if batch_size > smallest:
         raise ValueError(
             f"stream: batch_size is {batch_size}, but a task may have only {smallest} training examples; it must be at"
             f" most {smallest}"
         )
+    sizes = {"sample_size": 1 if sample_size is None else sample_size, "sample_batch": sample_batch}
+    for field, value in {"steps": steps, **sizes, "evaluation_batch": evaluation_batch}.items():
+        check_whole("stream", field, value, 1)
+    check_choice("stream", "joint", joint, (None, "all", "seen"))
     n_tasks = tasks.index.shape[0]
     all_open = bool(np.all(tasks.active))
     if joint == "all" and not (all_open or task_ids):

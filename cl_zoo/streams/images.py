@@ -12,7 +12,7 @@ import numpy as np
 
 from cl_zoo.streams.arrays import array_stream, locate, scenario_tasks
 from cl_zoo.streams.sources import LabelledImages, load_digits
-from cl_zoo.types import Array, Key, Stream, check_range
+from cl_zoo.types import Array, Key, Stream, check_range, check_whole
 
 __all__ = ["ImageData", "permuted_mnist", "rotated_mnist", "split_mnist"]
 
@@ -75,7 +75,7 @@ def split_mnist(
     """
     images = load_digits() if images is None else images
     n_classes = _n_classes(images)
-    check_range("split_mnist", "n_tasks", n_tasks, 1, n_classes)
+    check_whole("split_mnist", "n_tasks", n_tasks, 1, n_classes)
     per_task = n_classes // n_tasks
 
     def deal(data: ImageData, key: Key) -> ImageData:
@@ -127,7 +127,7 @@ def permuted_mnist(
       (3, 10)
     """
     images = load_digits() if images is None else images
-    check_range("permuted_mnist", "n_tasks", n_tasks, 1)
+    check_whole("permuted_mnist", "n_tasks", n_tasks, 1)
     n_pixels = math.prod(images.train_images.shape[1:3])
 
     def draw(data: ImageData, key: Key) -> ImageData:
@@ -188,7 +188,8 @@ def rotated_mnist(
       [0.0, 90.0]
     """
     images = load_digits() if images is None else images
-    check_range("rotated_mnist", "n_tasks", n_tasks, 1)
+    check_whole("rotated_mnist", "n_tasks", n_tasks, 1)
+    check_range("rotated_mnist", "largest_angle", largest_angle, 0)
     if angles is not None and len(angles) != n_tasks:
         raise ValueError(f"rotated_mnist: angles has {len(angles)} values, but there are {n_tasks} tasks")
     given = None if angles is None else jnp.asarray(angles, jnp.float32)
@@ -212,7 +213,9 @@ def rotated_mnist(
 
 
 def rotate(image: Array, degrees: Array) -> Array:
-    """`uint8[height, width]` turned anticlockwise about its centre, bilinear, black outside."""
+    """`uint8[height, width]` (channels may follow) turned anticlockwise about its centre, bilinear, black outside."""
+    if image.ndim == 3:
+        return jax.vmap(lambda channel: rotate(channel, degrees), in_axes=2, out_axes=2)(image)
     height, width = image.shape
     row, column = jnp.meshgrid(
         jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij"
@@ -253,7 +256,7 @@ def image_stream(
       batch_size: rows of a training batch.
       steps: batches per task; None takes as many as `epochs` have, for tasks of average size.
       epochs: passes over each task where `steps` is None.
-      validation: share of each class's training images that is held out, at least 0 and below 1.
+      validation: share of each class's training images that is held out, in [0, 0.999].
       joint, sample_size, sample_batch, evaluation_batch: see `array_stream`.
 
     Returns:
@@ -263,8 +266,8 @@ def image_stream(
       ValueError: an impossible value, named.
     """
     check_range("stream", "validation", validation, 0, 0.999)
-    check_range("stream", "epochs", epochs, 1)
-    check_range("stream", "batch_size", batch_size, 1)
+    check_whole("stream", "epochs", epochs, 1)
+    check_whole("stream", "batch_size", batch_size, 1)
     n_tasks, per_task = classes.shape
     n_classes = _n_classes(images)
     sorted_images, start, count = _sort(images, n_classes, validation)
@@ -293,7 +296,7 @@ def image_stream(
         fetch=fetch,
         largest={split: int(by_size[i, -per_task:].sum()) for i, split in enumerate(_SPLITS)},
         smallest=int(by_size[0, :per_task].sum()),
-        steps=epochs * (average // batch_size) if steps is None else steps,
+        steps=epochs * max(average // batch_size, 1) if steps is None else steps,
         batch_size=batch_size,
         task_ids=scenario == "task",
         reorder=draw,

@@ -69,14 +69,19 @@ def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | No
         label_path, labels = _read_named(Path(data_dir), f"{split}-labels-idx1-ubyte", 1)
         if images.shape[1:] != (28, 28):
             raise ValueError(
-                f"{image_path}: images of {images.shape[1]} x {images.shape[2]} pixels, but they must be 28 x 28"
+                f"{image_path}: images of {images.shape[1]} x {images.shape[2]} pixels, but they must be 28 x 28;"
+                " give other images as LabelledImages"
             )
         if len(images) != len(labels):
-            raise ValueError(f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}")
-        if len(labels) == 0:
-            raise ValueError(f"{label_path}: no labels in it")
+            raise ValueError(
+                f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name};"
+                " take both of one set"
+            )
         if labels.max() > 9:
-            raise ValueError(f"{label_path}: label {labels.max()} in row {labels.argmax()}, but labels must be 0 to 9")
+            raise ValueError(
+                f"{label_path}: label {labels.max()} in row {labels.argmax()}, but labels must be 0 to 9;"
+                " use MNIST's own file"
+            )
         parts += [images, labels]
     return LabelledImages(*parts)
 
@@ -116,6 +121,8 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
                 raise ValueError(f"{path}: truncated within its header; {again}")
             shape = struct.unpack(f">{dimensions}I", header[4:])
             expected = math.prod(shape)
+            if expected == 0:
+                raise ValueError(f"{path}: its header announces an array of shape {shape}, with nothing in it; {again}")
             chunks, length = [], 0
             while length <= expected and (chunk := file.read(1 << 20)):  # a header that lies allocates nothing
                 chunks.append(chunk)

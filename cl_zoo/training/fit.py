@@ -23,7 +23,7 @@ from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, train_steps
 from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config, write_array
 from cl_zoo.training.run_stream import _functions
-from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_range
+from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
 
 __all__ = ["Stopped", "fit"]
 
@@ -82,8 +82,8 @@ def fit(
       (3, 2)
     """
     check_needs(learner, stream)
-    check_range("fit", "checkpoint_every", checkpoint_every, 1)
-    check_range("fit", "keep", keep, 1)
+    check_whole("fit", "checkpoint_every", checkpoint_every, 1)
+    check_whole("fit", "keep", keep, 1)
     directory = Path(directory).resolve()
     n_tasks, steps = stream.n_tasks, stream.steps
     settle_config(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, train_steps
-from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_range
+from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
 
 __all__ = ["run_stream", "stream_program", "sweep"]
 
@@ -196,7 +196,7 @@ def sweep(
     shape = (*lengths.pop(), len(keys), *(() if orders is None or paired else (len(orders),)))
     if batch_size is None:
         batch_size = _runs_that_fit(make, settings, stream, keys, shape)
-    check_range("sweep", "batch_size", batch_size, 1)
+    check_whole("sweep", "batch_size", batch_size, 1)
     names = tuple(sorted(options.items()))
     program = _sweep_program(make, _functions(stream), shape, batch_size, paired, keep_states, names)
     return program(stream.tasks, stream.data, settings, keys, None if paired else orders)

@@ -4,9 +4,9 @@
     python -m experiments.speed.compare --peer PEER         about 10 minutes on 2 cores, with nothing else running
 
 Every number is the median of `repeats` fresh processes, taken in turn so that a slow minute of the machine hits all.
-Peers run with 1 and with 2 threads, and the better counts. "warm" compares the run alone (training, Fisher, evaluation) of a
-compiled program with the peer's run; "cached" and "cold" compare a fresh process from after its imports to its result,
-with a full and with an empty compilation cache, with the peer's same span.
+Peers run with 1 and with 2 threads, and the better counts. "warm" compares the run alone (training, Fisher,
+evaluation) of a compiled program with the peer's run; "cached" and "cold" compare a fresh process from after its imports
+to its result, with a full and with an empty compilation cache, with the peer's same span.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_zoo import LabelledImages, permuted_mnist, rotated_mnist, split_mnist
+from cl_zoo import Batch, LabelledImages, permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.arrays import locate, scenario_tasks
 from cl_zoo.streams.images import rotate
 from tests.tiny import same_bytes
@@ -262,11 +262,6 @@ def test_epochs_of_unequal_tasks(unequal_images):
         assert np.sum(unequal_images.train_labels // 2 == t) == n
 
 
-def test_streams_with_other_keys_have_other_orders(tiny_images):
-    stream = make("split", "class", tiny_images, steps=2)
-    assert run(stream, 2).x.tolist() != run(stream, 2, key=jax.random.key(8)).x.tolist()
-
-
 def test_the_cursor_is_the_place_in_the_stream(tiny_images):
     stream = make("split", "task", tiny_images, steps=3)
     whole, cursor = run(stream, 9), stream.init(KEY)
@@ -274,6 +269,7 @@ def test_the_cursor_is_the_place_in_the_stream(tiny_images):
     for i in range(9):
         batch, cursor = step(stream.data, cursor)
         same_bytes(batch, jax.tree.map(lambda leaf, i=i: leaf[i], whole))
+    assert run(stream, 9, key=jax.random.key(8)).x.tolist() != whole.x.tolist(), "another key, another order"
 
 
 def test_joint_seen_draws_each_example_of_the_tasks_so_far(tiny_images):
@@ -302,8 +298,7 @@ def test_joint_all_draws_each_example_of_every_task_from_the_start(unequal_image
 
 @pytest.mark.parametrize(
     "kind,scenario,evaluation_batch",
-    [(kind, scenario, 7) for kind in MAKERS for scenario in SCENARIOS]
-    + [("split", "class", 1), ("split", "class", 1000)],
+    [(kind, scenario, 7) for kind in MAKERS for scenario in SCENARIOS] + [("split", "class", 1000)],
 )
 def test_evaluation_covers_each_test_example_once(kind, scenario, evaluation_batch, unequal_images):
     stream = make(kind, scenario, unequal_images, 2, batch_size=4, evaluation_batch=evaluation_batch)
@@ -347,7 +342,7 @@ def test_validation_is_held_out_of_every_class(tiny_images):
 
 @pytest.mark.parametrize(
     "scenario,sample_size,sample_batch",
-    [("task", None, 50), ("class", 30, 20), ("domain", 30, 500), ("class", 1000, 500)],
+    [("task", None, 50), ("domain", 30, 20), ("class", 1000, 500)],
 )
 def test_sample_has_distinct_rows_of_its_task(scenario, sample_size, sample_batch, tiny_images):
     stream = make("split", scenario, tiny_images, sample_size=sample_size, sample_batch=sample_batch)
@@ -379,8 +374,7 @@ def test_samples_differ_by_key(tiny_images):
 
 def test_score_is_one_where_the_largest_output_is_the_label(tiny_images):
     stream = make("split", "domain", tiny_images)
-    batch = held_out(stream, 0)
-    batch = jax.tree.map(lambda leaf: leaf[0, :3], batch)._replace(y=jnp.array([0, 1, 1]))
+    batch = Batch(None, jnp.array([0, 1, 1]), None, jnp.ones(3))
     assert stream.score(jnp.array([[2.0, 1.0], [2.0, 1.0], [-3.0, -1.0]]), batch).tolist() == [1.0, 0.0, 1.0]
 
 
@@ -397,10 +391,10 @@ def test_reorder_draws_per_key_and_shares_the_images(kind, field, tiny_images):
     orders = np.asarray(getattr(drawn, field))
     first = np.asarray(getattr(stream.data, field))
     assert len({order.tobytes() for order in (*orders, first)}) == 5, "two keys gave one order"
-    for key, order in zip(keys, orders, strict=True):
-        again = stream.reorder(stream.data, key)
-        np.testing.assert_array_equal(getattr(again, field), order)
-        assert again.images is stream.data.images
+    again = stream.reorder(stream.data, keys[2])
+    np.testing.assert_array_equal(getattr(again, field), orders[2])
+    assert again.images is stream.data.images
+    for order in orders:
         np.testing.assert_array_equal(np.sort(order, axis=None), np.sort(first, axis=None))
 
 
