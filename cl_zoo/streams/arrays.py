@@ -161,7 +161,7 @@ def array_stream(
         rows_each = min(sample_batch, total)
         position = jnp.arange(-(-total // rows_each) * rows_each)
         n = size(data, "train")[task]
-        index = shuffled_index(key, position, n)
+        index = shuffled_index(key, position, n, task)
         return stacked(jnp.where(position < jnp.minimum(n, total), index, n), rows_each, data, "train", task)
 
     def evaluation(data: PyTree, task: Array, split: str) -> Batch:

@@ -50,25 +50,25 @@ def check_needs(learner: Learner, stream: Stream) -> None:
 
 
 def start(learner: Learner, stream: Stream, data: PyTree, key: Key) -> tuple[TrainState, PyTree]:
-    """The state and the cursor before the first task. Learner, stream and samples draw from keys of their own."""
-    cursor = stream.init(jax.random.fold_in(key, 1))
+    """The state and the cursor before the first task. Learner and stream draw from keys of their own."""
+    learner_key, stream_key = jax.random.split(key)
+    cursor = stream.init(stream_key)
     shapes, _ = jax.eval_shape(lambda: stream.next(data, cursor, lambda x: None))
     example = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return learner.init(jax.random.fold_in(key, 0), example), cursor
+    return learner.init(learner_key, example), cursor
 
 
 def begin(
     learner: Learner, stream: Stream, tasks: TaskInfo, data: PyTree, key: Key, state: TrainState, t: Array
 ) -> TrainState:
     """Begins task `t`; the sample is dropped by the compiler where no component reads it."""
-    sample_key = jax.random.fold_in(jax.random.fold_in(key, 2), t)
-    return learner.begin_task(state, jax.tree.map(lambda leaf: leaf[t], tasks), stream.sample(data, t, sample_key))
+    sample = stream.sample(data, t, jax.random.split(key)[1])
+    return learner.begin_task(state, jax.tree.map(lambda leaf: leaf[t], tasks), sample)
 
 
 def finish(learner: Learner, stream: Stream, data: PyTree, key: Key, state: TrainState, t: Array) -> TrainState:
     """Ends task `t`, with the same sample of it."""
-    sample_key = jax.random.fold_in(jax.random.fold_in(key, 2), t)
-    return learner.end_task(state, stream.sample(data, t, sample_key))
+    return learner.end_task(state, stream.sample(data, t, jax.random.split(key)[1]))
 
 
 def train_steps(

@@ -43,7 +43,7 @@ def main() -> None:
     stream = permuted_mnist(n_tasks, images=images, batch_size=batch_size)
     stream = stream._replace(data=stream.data._replace(permutations=jax.numpy.asarray(permutations)))
     learner = compose(
-        mlp((28, 28), 10, hidden=hidden),
+        mlp((28, 28), 10, hidden=hidden, initialiser="fan_in_uniform"),
         optax.adam(1e-3),
         supervised(),
         ewc(100.0, labels=args.labels),

@@ -5,8 +5,8 @@
 
 Every number is the median of `repeats` fresh processes, taken in turn so that a slow minute of the machine hits all.
 Peers run with 1 and with 2 threads, and the better counts. "warm" compares the run alone (training, Fisher,
-evaluation) of a compiled program with the peer's run; "cached" and "cold" compare a fresh process from after its imports
-to its result, with a full and with an empty compilation cache, with the peer's same span.
+evaluation) of a compiled program with the peer's run; "cached" and "cold" compare a fresh process from after its
+imports to its result, with a full and with an empty compilation cache, with the peer's same span.
 """
 
 from __future__ import annotations
