@@ -129,6 +129,8 @@ def compose(
         for c in components:
             if c.prepare:
                 prepared = c.prepare(context, state, part(c), prepared, key("prepare", c.name))
+        # Without it, compilers fetch rows anew wherever x is read: forward, and transposed for the kernel's gradient.
+        prepared = jax.lax.optimization_barrier(prepared)
 
         def losses(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
             shared: list[tuple[PyTree, PyTree]] = []  # outputs and model_state of the one pass, made on first use

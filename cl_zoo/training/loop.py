@@ -79,7 +79,6 @@ def train_steps(
     def step(carry: tuple[TrainState, PyTree], _: Any) -> tuple[tuple[TrainState, PyTree], dict[str, Array]]:
         state, cursor = carry
         batch, cursor = stream.next(data, cursor, lambda x: learner.predict(state, x))
-        batch = jax.lax.optimization_barrier(batch)  # else the compiler fetches rows again wherever x is read
         state, metrics = learner.update(state, batch)
         return (state, cursor), metrics
 
