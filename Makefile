@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-all lint format ledger clean
 
-# The environment is made anew where setup.cfg has changed.
+# The environment is brought up to date where setup.cfg has changed.
 $(VENV)/ready-%: setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
 
@@ -15,10 +15,10 @@ demo: $(VENV)/ready-test
 	$(BIN)/python -m experiments.split_mnist
 
 test: $(VENV)/ready-test
-	NPROC=16 CL_ZOO_TEST_CACHE=$(CURDIR)/$(VENV)/compilation-cache $(BIN)/python -m pytest -q -m "not long" --durations=10
+	NPROC=16 CL_ZOO_TEST_CACHE="$(CURDIR)/$(VENV)/compilation-cache" $(BIN)/python -m pytest -q -m "not long" --durations=10
 
 test-all: $(VENV)/ready-test
-	NPROC=16 CL_ZOO_TEST_CACHE=$(CURDIR)/$(VENV)/compilation-cache $(BIN)/python -m pytest -q --durations=20
+	NPROC=16 CL_ZOO_TEST_CACHE="$(CURDIR)/$(VENV)/compilation-cache" $(BIN)/python -m pytest -q --durations=20
 
 lint: $(VENV)/ready-test $(VENV)/ready-dev
 	$(BIN)/ruff check .

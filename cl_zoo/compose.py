@@ -43,6 +43,10 @@ def _blank(batch: Batch) -> Batch:
     )
 
 
+def _blank_all(sample: Batch | None) -> Batch | None:
+    return None if sample is None else jax.vmap(_blank)(sample)
+
+
 def compose(
     model: Model, optimiser: optax.GradientTransformation, *components: Component, tasks: TaskInfo | None = None
 ) -> Learner:
@@ -113,10 +117,10 @@ def compose(
         return state
 
     def begin_task(state: TrainState, task: TaskInfo, sample: Batch | None = None) -> TrainState:
-        return each("begin_task", state._replace(task=jnp.asarray(task.index, jnp.int32)), task, sample)
+        return each("begin_task", state._replace(task=jnp.asarray(task.index, jnp.int32)), task, _blank_all(sample))
 
     def end_task(state: TrainState, sample: Batch | None = None) -> TrainState:
-        return each("end_task", state, sample)
+        return each("end_task", state, _blank_all(sample))
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         def key(phase: str, name: str) -> Key:
@@ -130,7 +134,7 @@ def compose(
             if c.prepare:
                 prepared = c.prepare(context, state, part(c), prepared, key("prepare", c.name))
         # Without it, compilers fetch rows anew wherever x is read: forward, and transposed for the kernel's gradient.
-        prepared = jax.lax.optimization_barrier(prepared)
+        prepared = prepared._replace(x=jax.lax.optimization_barrier(prepared.x))
 
         def losses(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
             shared: list[tuple[PyTree, PyTree]] = []  # outputs and model_state of the one pass, made on first use

@@ -25,10 +25,8 @@ NEEDS = {
     "begin_sample": "a sample of the new task when it begins",
     "end_sample": "a sample of the finished task when it ends",
     "open_outputs": "every output open to every row (or `compose(..., tasks=stream.tasks)`)",
-    "taps": "a model that records its layers' inputs and pre-activations",
-    "units": "a model that declares its hidden units",
 }
-"""What a component may ask of a stream or a model, and what each word means."""
+"""What a component may ask of a stream, and what each word means."""
 
 
 class Batch(NamedTuple):
@@ -89,7 +87,8 @@ class Model(NamedTuple):
       apply: `(params, model_state, x, *, task=None, weight=None, key=None, train=False, perturb=None)
         -> (outputs, model_state, taps)`. `taps[name]` is `(input, pre-activation)` of a dense or convolution
         layer whose parameters lie under the path `name` ("/" between levels) as `kernel` and `bias`;
-        `perturb[name]` is added to that pre-activation, so the gradient to it is the layer's cotangent.
+        `perturb[name]` is added to that pre-activation, so the gradient to it is the layer's cotangent. A layer with
+        taps is used once in a pass; one that is shared or tied has none.
       units: the wiring of hidden units, one tuple of `(path, axis, role)` per group of units, `path` a tuple of
         keys into `params`, `role` "out" where the axis makes the units and "in" where it reads them. An axis that
         is k times as long as its group is k blocks of it (a flattened feature map, channels last).

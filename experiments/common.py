@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from cl_zoo import Learner, Stream, sweep
+from cl_zoo import LabelledImages, Learner, Stream, load_digits, sweep
 from cl_zoo.evaluation.metrics import average_accuracy, statistics
-from cl_zoo.training.run_directory import environment, write_json
+from cl_zoo.training.run_directory import ConfigError, environment, settle_config, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,12 +36,30 @@ class Cell(NamedTuple):
     stream: Stream
 
 
+def load_images(data_dir: str | None, source: str | None) -> LabelledImages:
+    """The digits, or one line that says what is wrong with their files."""
+    try:
+        return load_digits(data_dir, source)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def settle_run(directory: Path, config: dict[str, Any], images: LabelledImages) -> None:
+    """A directory holds runs of one configuration on one set of images; more seeds or methods may be added to it."""
+    crc = [zlib.crc32(np.ascontiguousarray(array).data) for array in images]
+    try:
+        settle_config(directory, {**config, "images_crc32": crc})
+    except ConfigError as error:
+        raise SystemExit(str(error)) from error
+
+
 def run_cells(
     cells: Sequence[Cell], directory: Path, seeds: Sequence[int], setting: float = 0.0
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Runs every cell for every seed, each with a task order of its own; what is finished is kept and not run again.
 
-    On a CPU seeds run one after another by the same program, elsewhere together.
+    On a CPU seeds run one after another by the same program, elsewhere together. To run a finished part again, delete
+    its file.
 
     Returns:
       `{(setting, method): {"accuracy": [S, T + 1, T], "seconds": [S]}}`.
@@ -55,7 +74,9 @@ def run_cells(
             matrices, seconds = [], []
             for i in range(0, len(seeds), together):
                 chunk = seeds[i : i + together]
-                path = folder / f"{cell.setting}-{cell.method}-{chunk[0]}-{chunk[-1]}.json".replace(" ", "_")
+                path = folder / f"{cell.setting}-{cell.method}-{setting:g}-{chunk[0]}-{chunk[-1]}.json".replace(
+                    " ", "_"
+                )
                 if path.exists():
                     kept = json.loads(path.read_text())
                 else:

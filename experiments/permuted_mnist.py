@@ -27,12 +27,11 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import LabelledImages, compose, enable_compilation_cache, ewc, load_digits, mlp, supervised, sweep
+from cl_zoo import LabelledImages, compose, enable_compilation_cache, ewc, mlp, supervised, sweep
 from cl_zoo import permuted_mnist as permuted_mnist_stream
 from cl_zoo.evaluation.metrics import average_accuracy, statistics, summary
 from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy, strength_curve
-from cl_zoo.training.run_directory import settle_config
-from experiments.common import RESULTS, Cell, record, run_cells, shown_command, table
+from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +63,11 @@ def main(config: Config) -> None:
             raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
     enable_compilation_cache()
     directory = Path(config.directory)
-    settled = dataclasses.asdict(config)
-    for field in ("record", "directory"):
-        settled.pop(field)
-    settle_config(directory, settled)
-    images = load_digits(config.data_dir, config.source)
+    if not 0 < config.sweep_share <= 1 or min(config.strengths) < 0:
+        raise SystemExit("sweep_share must be in (0, 1], and no strength negative")
+    images = load_images(config.data_dir, config.source)
+    changing = {"data_dir", "source", "seeds", "directory", "record"}
+    settle_run(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in changing}, images)
 
     def stream(images: LabelledImages, sample_size: int) -> Any:
         return permuted_mnist_stream(
@@ -106,7 +105,7 @@ def main(config: Config) -> None:
         accuracy = average_accuracy(jax.block_until_ready(swept.accuracy))
         seconds = time.perf_counter() - begun
         np.savez(kept, accuracy=accuracy, seconds=seconds)
-    best = config.strengths[int(np.nanmean(accuracy, axis=1).argmax())]
+    best = config.strengths[int(accuracy.mean(axis=1).argmax())]
     print(f"sweep in {seconds:.0f} s: validation accuracy (%) by strength")
     for strength, values in zip(config.strengths, accuracy, strict=True):
         s = statistics(100 * values)

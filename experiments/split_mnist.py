@@ -29,7 +29,6 @@ from cl_zoo import (
     compose,
     enable_compilation_cache,
     ewc,
-    load_digits,
     lwf,
     mlp,
     replay,
@@ -37,8 +36,7 @@ from cl_zoo import (
 )
 from cl_zoo import split_mnist as split_mnist_stream
 from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy
-from cl_zoo.training.run_directory import settle_config
-from experiments.common import RESULTS, Cell, record, run_cells, shown_command, table
+from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 Scenario = Literal["task", "domain", "class"]
 Method = Literal["none", "joint", "ewc", "online ewc", "lwf", "replay"]
@@ -145,11 +143,8 @@ def main(config: Config) -> None:
         raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
     enable_compilation_cache()
     directory = Path(config.directory or f"runs/split_mnist-{config.protocol}")
-    settled = dataclasses.asdict(config)
-    for field in ("record", "directory"):
-        settled.pop(field)
-    settle_config(directory, settled)
-    images = load_digits(config.data_dir, config.source)
+    images = load_images(config.data_dir, config.source)
+    settle_run(directory, {"protocol": config.protocol}, images)
     cells = [cell(config, scenario, method, images) for scenario in config.scenarios for method in config.methods]
     found = run_cells(cells, directory, range(config.first_seed, config.first_seed + config.seeds))
 

@@ -43,6 +43,8 @@ def test_impossible_compositions_are_refused(components: Any, message: str) -> N
         (lambda: replay(0), "replay: capacity is 0"),
         (lambda: replay(10, batch_size=11), r"replay: batch_size is 11, but it must be in \[0, 10\]"),
         (lambda: ewc(float("nan")), "strength is nan"),
+        (lambda: ewc(1.0, batch_square=True), 'batch_square needs labels "sampled" or "observed"'),
+        (lambda: replay(10.5), "capacity is 10.5, but it must be a whole number"),
     ],
 )
 def test_impossible_numbers_are_refused(make: Any, message: str) -> None:

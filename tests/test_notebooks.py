@@ -13,7 +13,6 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CL_ZOO_NOTEBOOK_PROTOCOL", "smoke")
     monkeypatch.setenv("CL_ZOO_NOTEBOOK_DIRECTORY", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
     printed = "".join(

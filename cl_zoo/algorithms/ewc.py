@@ -7,7 +7,18 @@ import jax.numpy as jnp
 
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.estimators.quadratic import Quadratic, add_quadratic, quadratic_penalty, zero_quadratic
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, check_choice, check_range
+from cl_zoo.types import (
+    Array,
+    Batch,
+    Component,
+    Context,
+    Key,
+    PyTree,
+    TrainState,
+    check_choice,
+    check_range,
+    check_whole,
+)
 
 __all__ = ["EwcState", "ewc"]
 
@@ -51,7 +62,8 @@ def ewc(
       A component with an `EwcState`; metric `ewc/penalty`.
 
     Raises:
-      ValueError: negative strength, decay outside [0, 1], unknown labels.
+      ValueError: negative strength, decay outside [0, 1], unknown labels, batch_square of expected labels,
+        micro_batch below 1.
 
     Source: Kirkpatrick et al. 2017, arXiv 1612.00796; online: Schwarz et al. 2018, arXiv 1805.06370.
 
@@ -71,6 +83,9 @@ def ewc(
     if decay is not None:
         check_range(name, "decay", decay, 0, 1)
     check_choice(name, "labels", labels, ("expected", "sampled", "observed"))
+    check_whole(name, "micro_batch", micro_batch, 1)
+    if batch_square and labels == "expected":
+        raise ValueError(f'{name}: batch_square needs labels "sampled" or "observed"')
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> EwcState:
         return zero_quadratic(state.params)

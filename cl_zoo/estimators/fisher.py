@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.types import Array, Batch, Key, PyTree, check_choice
+from cl_zoo.types import Array, Batch, Key, PyTree, check_choice, check_whole
 
 __all__ = ["fisher_diagonal"]
 
@@ -52,8 +52,8 @@ def fisher_diagonal(
       A tree like `params`, not negative.
 
     Raises:
-      ValueError: unknown `labels`; "sampled" without a key; "observed" without labels; `batch_square` with
-        "expected", whose batch means are zero in expectation over the classes.
+      ValueError: unknown `labels`; micro_batch below 1; "sampled" without a key; "observed" without labels;
+        `batch_square` with "expected", whose batch means are zero in expectation over the classes.
 
     Source: Kirkpatrick et al. 2017, arXiv 1612.00796; the choices of labels: van de Ven 2025, arXiv 2502.11756.
 
@@ -67,6 +67,7 @@ def fisher_diagonal(
       Array([[1.25, 1.25]], dtype=float32)
     """
     check_choice("fisher_diagonal", "labels", labels, ("expected", "sampled", "observed"))
+    check_whole("fisher_diagonal", "micro_batch", micro_batch, 1)
     if labels == "sampled" and key is None:
         raise ValueError('fisher_diagonal: labels="sampled" draws labels, so it needs a key')
     if labels == "observed" and batches.y is None:
@@ -76,7 +77,7 @@ def fisher_diagonal(
 
     first = jax.tree.map(lambda leaf: leaf[0], batches)
     taps = jax.eval_shape(lambda p, b: forward(p, b, None)[1], params, first)
-    dense = {} if batch_square else _dense_taps(params, taps)
+    dense = {} if batch_square else _dense_taps(params, taps, first.weight.shape[0])
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     slow = [i for i, (path, _) in enumerate(leaves) if "/".join(_names(path)[:-1]) not in dense]
     values = [leaf for _, leaf in leaves]
@@ -181,8 +182,8 @@ def _names(path: tuple[Any, ...]) -> list[str]:
     return [str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path]
 
 
-def _dense_taps(params: PyTree, taps: dict[str, tuple[Any, Any]]) -> dict[str, PyTree]:
-    """Layers for which x^2 and g^2 suffice: `kernel` `[in, out]` (and `bias`) over inputs `[B, in]`."""
+def _dense_taps(params: PyTree, taps: dict[str, tuple[Any, Any]], rows: int) -> dict[str, PyTree]:
+    """Layers for which x^2 and g^2 suffice: `kernel` `[in, out]` (and `bias`) over inputs `[B, in]`, one row each."""
     found = {}
     for name, (inputs, outputs) in taps.items():
         layer = params
@@ -191,6 +192,7 @@ def _dense_taps(params: PyTree, taps: dict[str, tuple[Any, Any]]) -> dict[str, P
         shapes = {leaf: value.shape for leaf, value in layer.items()} if isinstance(layer, dict) else {}
         kernel = (inputs.shape[-1], outputs.shape[-1])
         expected = [{"kernel": kernel}, {"kernel": kernel, "bias": kernel[1:]}]
-        if inputs.ndim == outputs.ndim == 2 and shapes in expected:
+        one_row_each = inputs.ndim == outputs.ndim == 2 and inputs.shape[0] == outputs.shape[0] == rows
+        if one_row_each and shapes in expected:
             found[name] = layer
     return found

@@ -28,7 +28,7 @@ def evaluate(
       split: "validation" or "test".
       within_task: answers are restricted to the labels that occur in the task, which gives the task-incremental score
         of a class-incremental run. Needs logits.
-      batches: of each task; None for all. Batches are random subsets.
+      batches: of each task; None for all. Each batch is a fair part of the whole.
 
     Returns:
       `f32[T]`.

@@ -79,7 +79,7 @@ def learning_accuracy(matrix: ArrayLike) -> np.ndarray:
 
 
 def min_accuracy(curve: ArrayLike, matrix: ArrayLike) -> np.ndarray:
-    """min-ACC = 1/(T-1) sum_{i<T-1} min over all points after task i was trained (De Lange et al. 2023).
+    """min-ACC = 1/(T-1) sum_{i<T-1} min over all points after task i's own end (De Lange et al. 2023).
 
     Args:
       curve: `[..., T, points, T]`, scores within each task.
@@ -89,7 +89,7 @@ def min_accuracy(curve: ArrayLike, matrix: ArrayLike) -> np.ndarray:
     lowest = []
     for i in range(after.shape[-1] - 1):
         within = curve[..., i + 1 :, :, i].min((-2, -1))
-        lowest.append(np.minimum(within, after[..., i:, i].min(-1)))
+        lowest.append(np.minimum(within, after[..., i + 1 :, i].min(-1)))
     return _mean(np.stack(lowest, -1)) if lowest else np.full(after.shape[:-2], np.nan)
 
 

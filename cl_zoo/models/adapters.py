@@ -24,6 +24,8 @@ class _Tap:
         self.taps: dict[str, tuple[Array, Array]] = {}
 
     def __call__(self, name: str, layer: Callable[[Array], Array], x: Array) -> Array:
+        if name in self.taps:
+            raise ValueError(f"the layer {name!r} is called twice through tap; call a shared layer without it")
         z = layer(x)
         if name in self.perturb:
             z = z + self.perturb[name]

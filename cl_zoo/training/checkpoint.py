@@ -47,9 +47,10 @@ class Checkpoints:
             tree=self._args.StandardSave(tree), manifest=self._args.JsonSave({"leaves": _describe(tree)})
         )
         # Of a run that went on from an earlier checkpoint after a newer one was found damaged.
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
-        self._manager.save(step, args=items)
+        for newer in [found for found in self._manager.all_steps() if found >= step]:
+            self._manager.delete(newer)
+        if not self._manager.save(step, args=items):
+            raise OSError(f"{self.directory}: the checkpoint of step {step} was not written")
 
     def restore_newest(self, template: PyTree) -> tuple[int, PyTree] | None:
         """The newest checkpoint that is whole, as `(step, tree)`; None if there is none at all.

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,15 @@ def fit(
     The updates of a task are cut into chunks at multiples of `checkpoint_every`; at each chunk's edge, and after each
     task's end and evaluation, all there is goes into a checkpoint. As the grid does not depend on where a run was
     stopped, a resumed run executes the same programs on the same arrays, and ends in the same bytes (same machine and
-    versions). Ctrl-C and SIGTERM stop at the next edge; a second one, or SIGKILL, at once, and what is lost are the
-    updates since the last edge.
+    versions; tested on CPUs). Ctrl-C and SIGTERM stop at the next edge; a second one, or SIGKILL, at once, and what is
+    lost are the updates since the last edge.
 
     Args:
       learner, stream, key: as for `run_stream`.
       directory: of this run: config.json, environment.json, metrics.csv (step, phase, task, metric, value),
         accuracy.npy, checkpoints/.
-      config: a dataclass or mapping that describes learner and stream; kept, and compared on resume.
+      config: a dataclass or mapping that describes learner and stream; kept, and compared on resume. Numbers of the
+        learner (rates, strengths) are compared only through it.
       checkpoint_every: updates per chunk.
       keep: checkpoints kept.
       split: what R is measured on.
@@ -89,14 +90,15 @@ def fit(
     settle_config(
         directory,
         {
-            "config": config if config is None or isinstance(config, dict) else dataclasses.asdict(config),
+            "config": dict(config) if isinstance(config, Mapping) else config and dataclasses.asdict(config),
             "run": {
                 "n_tasks": n_tasks,
                 "steps": steps,
                 "checkpoint_every": checkpoint_every,
                 "split": split,
                 "key": np.asarray(jax.random.key_data(key)).tolist(),
-                "data_crc32": _checksum(stream.data),
+                "data_crc32": _checksum((stream.data, stream.tasks)),
+                "batch": _kinds(stream, key),
             },
         },
     )
@@ -151,7 +153,7 @@ def fit(
             carry, metrics = programs["train"](data, carry, n)
             metrics = jax.device_get(metrics)
             newest = f"; the last checkpoint before it is that of step {done}, in {checkpoints.directory}"
-            check_finite(metrics, steps, done, kept=newest)
+            check_finite(metrics, carry[0].params, steps, done, kept=newest)
             log.updates(done, task, metrics)
             done += n
             if step + n == steps:
@@ -187,6 +189,12 @@ def _programs(learner: Learner, stream: Stream, split: str) -> dict[str, Callabl
         "finish": jax.jit(end_task, donate_argnums=2),
         "evaluate": jax.jit(lambda data, state: evaluate(learner, stream, data, state, split)),
     }
+
+
+def _kinds(stream: Stream, key: Key) -> list[str]:
+    """Dtype and shape of every array of a batch."""
+    batch = jax.eval_shape(lambda: stream.next(stream.data, stream.init(key), lambda x: None)[0])
+    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(batch)]
 
 
 def _checksum(data: PyTree) -> int:

@@ -24,7 +24,7 @@ class Result(NamedTuple):
       curve: `f32[T, points, T]`, the scores within each task, or None.
     """
 
-    state: TrainState | None
+    state: PyTree
     metrics: dict[str, Array]
     accuracy: Array
     within_task_accuracy: Array | None = None
@@ -85,11 +85,12 @@ def train_steps(
     return jax.lax.scan(step, carry, length=n)
 
 
-def check_finite(metrics: dict[str, Any], steps: int, first_step: int = 0, kept: str = "") -> None:
-    """Refuses metrics that are not finite.
+def check_finite(metrics: dict[str, Any], params: PyTree, steps: int, first_step: int = 0, kept: str = "") -> None:
+    """Refuses metrics, or parameters after the last update, that are not finite.
 
     Args:
       metrics: `{name: [n]}` of consecutive updates.
+      params: after them.
       steps: updates per task.
       first_step: number of the first of them, from 0.
       kept: what is left to go on from, for the message.
@@ -104,7 +105,11 @@ def check_finite(metrics: dict[str, Any], steps: int, first_step: int = 0, kept:
         if not np.isfinite(value).all()
     }
     if not bad:
-        return
+        if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params)):
+            return
+        # The last update did it: no loss has seen these parameters yet.
+        values["parameters"] = np.append(np.zeros(len(values["loss"]) - 1), np.nan)
+        bad["parameters"] = len(values["loss"]) - 1
     name = min(bad, key=lambda name: (bad[name], name != "loss"))
     task, step = divmod(first_step + bad[name], steps)
     last = max(bad[name] - 1, 0)

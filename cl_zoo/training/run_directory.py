@@ -72,7 +72,10 @@ def settle_config(directory: Path, config: Mapping[str, Any]) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.json"
-    now = json.loads(json.dumps(config, default=str))
+    try:
+        now = json.loads(json.dumps(config, default=_plain, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the configuration holds what JSON cannot: {error}") from error
     if not path.exists():
         write_json(path, now)
         write_json(directory / "environment.json", environment())
@@ -88,6 +91,15 @@ def settle_config(directory: Path, config: Mapping[str, Any]) -> None:
                 f"cannot resume {directory}: {field} was {old.get(field, 'absent')!r}, now it is"
                 f" {new.get(field, 'absent')!r}; restore it, or use another directory"
             )
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, paths as text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{value!r}")
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -108,6 +120,8 @@ class MetricsLog:
 
     def rewind(self, length: int) -> None:
         """Keeps the first `length` bytes; 0 begins anew."""
+        if length and (not self.path.exists() or self.length() < length):
+            raise ConfigError(f"{self.path}: shorter than when the checkpoint was written; restore it, or start anew")
         with open(self.path, "ab") as file:
             file.truncate(length)
         if length == 0:

@@ -29,7 +29,7 @@ def run_stream(
 ) -> Result:
     """Trains on every task in turn and evaluates on all after each: a `scan` over tasks, one compiled program.
 
-    The program is kept for as long as `learner` and `stream` are: a second call, with any key, compiles nothing.
+    Programs of the last learners and streams are kept: a second call with the same two, and any key, compiles nothing.
 
     Args:
       learner, stream: what learns, and from what.
@@ -64,7 +64,7 @@ def run_stream(
         evaluation_batches=evaluation_batches,
     )
     result = program(stream.tasks, stream.data, key)
-    check_finite(result.metrics, stream.steps)
+    check_finite(result.metrics, result.state.params, stream.steps)
     return result
 
 
@@ -82,9 +82,13 @@ def stream_program(
     Args and errors are those of `run_stream`, except that a loss that is not finite raises nothing.
     """
     check_needs(learner, stream)
+    _check_curve(stream, evaluate_every)
+    return _program(learner, _functions(stream), split, within_task, evaluate_every, evaluation_batches)
+
+
+def _check_curve(stream: Stream, evaluate_every: int | None) -> None:
     if evaluate_every is not None and (evaluate_every < 1 or stream.steps % evaluate_every):
         raise ValueError(f"evaluate_every is {evaluate_every}, but it must divide the {stream.steps} steps of a task")
-    return _program(learner, _functions(stream), split, within_task, evaluate_every, evaluation_batches)
 
 
 def _functions(stream: Stream) -> Stream:
@@ -189,6 +193,7 @@ def sweep(
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(settings)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(f"sweep: settings need one common leading axis, but their leaves begin with {sorted(lengths)}")
+    _check_curve(stream, options.get("evaluate_every"))
     paired = isinstance(orders, str)
     if paired and orders != "per_seed":
         raise ValueError(f"sweep: orders is {orders!r}, but it must be None, 'per_seed' or an array of keys")

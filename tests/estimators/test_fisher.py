@@ -154,9 +154,25 @@ def test_layers_shared_over_positions_take_the_slow_path() -> None:
     assert relative(ours, jax.tree.map(lambda g: jnp.mean(jnp.square(g), axis=0), gradients)) < 1e-5
 
 
+def test_positions_flattened_into_rows_take_the_slow_path() -> None:
+    x = jax.random.normal(KEY, (1, 4, 3, 2))
+    params = {"layer": {"kernel": jax.random.normal(KEY, (2, 3))}}
+
+    def flattened(params: Any, batch: Batch, perturb: Any) -> Any:
+        rows = batch.x.reshape(-1, 2)
+        z = rows @ params["layer"]["kernel"]
+        z = z + perturb["layer"] if perturb else z
+        return jnp.sum(jnp.tanh(z).reshape(-1, 3, 3), axis=1), {"layer": (rows, z)}
+
+    data = Batch(x, jnp.array([[0, 1, 2, 0]]), None, jnp.ones((1, 4)))
+    untapped = partial(lambda params, batch, perturb: (flattened(params, batch, None)[0], {}))
+    assert relative(fisher_diagonal(flattened, params, data), fisher_diagonal(untapped, params, data)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"micro_batch": 0}, "micro_batch is 0"),
         ({"labels": "true"}, "labels is 'true'"),
         ({"labels": "sampled"}, "needs a key"),
         ({"batch_square": True}, "batch_square needs labels"),

@@ -44,10 +44,9 @@ def slow_min_accuracy(curve, matrix):
     n_tasks, lowest = len(curve), []
     for i in range(n_tasks - 1):
         seen = []
-        for t in range(i, n_tasks):
+        for t in range(i + 1, n_tasks):
             seen.append(matrix[t + 1][i])
-            if t > i:
-                seen += [point[i] for point in curve[t]]
+            seen += [point[i] for point in curve[t]]
         lowest.append(min(seen))
     return mean(lowest)
 

@@ -76,6 +76,7 @@ def test_sweep_over_orders(stream: Any, tiny_images: Any) -> None:
         ({"a": jnp.zeros(())}, {}, "one common leading axis"),
         ({"a": jnp.zeros(2)}, {"orders": "random"}, "orders is 'random'"),
         ({"a": jnp.zeros(2)}, {"batch_size": 0}, "batch_size is 0"),
+        ({"a": jnp.zeros(2)}, {"evaluate_every": 4}, "evaluate_every is 4"),
     ],
 )
 def test_impossible_sweeps_are_refused(stream: Any, settings: Any, options: Any, message: str) -> None:
@@ -107,6 +108,24 @@ def _saved(directory: Path, learner: Any, stream: Any) -> Any:
         "log": jax.ShapeDtypeStruct((), jnp.int32),
     }
     return Checkpoints(directory / "checkpoints").restore_newest(template)
+
+
+def test_parameters_spoilt_by_the_last_update_are_noticed(stream: Any) -> None:
+    late = optax.chain(optax.sgd(0.1), optax.scale_by_schedule(lambda count: jnp.where(count == 17, jnp.nan, 1.0)))
+    with pytest.raises(NonFiniteError, match="parameters is nan at task 2, step 5"):
+        run_stream(tiny_learner(stream, supervised(), optimiser=late), stream, KEY)
+
+
+def test_shortened_log_is_refused(learner: Any, stream: Any, tmp_path: Path) -> None:
+    run(learner, stream, tmp_path)
+    (tmp_path / "metrics.csv").write_text("step\n")
+    with pytest.raises(ConfigError, match="shorter than when the checkpoint was written"):
+        run(learner, stream, tmp_path)
+
+
+def test_config_that_json_cannot_hold_is_refused(learner: Any, stream: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds what JSON cannot"):
+        run(learner, stream, tmp_path, config={"activation": len})
 
 
 def test_run_directory(learner: Any, stream: Any, tmp_path: Path) -> None:
