@@ -67,7 +67,7 @@ def prepare(args: argparse.Namespace) -> Setting:
 
 def load_tasks(path: Path, setting: Setting) -> list[Task]:
     """Permuted in-memory tensors of every task: the first training images, all test images."""
-    with np.load(path) as data:
+    with np.load(path, allow_pickle=False) as data:
         if len(data["permutations"]) < setting.tasks:
             raise ValueError(f"{path} has fewer than {setting.tasks} permutations")
         if len(data["train_images"]) < setting.train_size:

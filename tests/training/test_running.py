@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_loss_that_is_not_finite_stops_the_run(stream: Any, tmp_path: Path) -> N
     whole, tree = _saved(tmp_path, stiff, stream)
     assert whole in (6, 9)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree["carry"][0].params))
-    wild = tiny_learner(stream, supervised(), optimiser=optax.sgd(1e30))
+    wild = tiny_learner(stream, supervised(), optimiser=optax.sgd(float("inf")))
     with pytest.raises(NonFiniteError, match="at task 0, step 1; likely cause: too high a learning rate"):
         run_stream(wild, stream, KEY)
 
@@ -246,19 +247,25 @@ def final_bytes(directory: Path) -> Any:
     return files(directory), manifest["leaves"]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: Any) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "once"
+    assert start_process(directory).wait(timeout=240) == 0
+    return directory
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_process_resumes_to_the_same_bytes(tmp_path: Path, number: signal.Signals) -> None:
-    once = start_process(tmp_path / "once")
-    assert once.wait(timeout=240) == 0
-    process = start_process(tmp_path / "killed")
+def test_killed_process_resumes_to_the_same_bytes(uninterrupted: Path, number: signal.Signals) -> None:
+    killed = uninterrupted.parent / f"killed-{number.name}"
+    process = start_process(killed)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    while process.poll() is None and not (tmp_path / "killed" / "checkpoints" / "30").exists():
-        pass
+    while process.poll() is None and not (killed / "checkpoints" / "30").exists():
+        time.sleep(0.005)
     process.send_signal(number)
     assert process.wait(timeout=60) != 0
-    assert not (tmp_path / "killed" / "checkpoints" / "180").exists()
-    assert start_process(tmp_path / "killed").wait(timeout=240) == 0
-    assert final_bytes(tmp_path / "killed") == final_bytes(tmp_path / "once")
+    assert not (killed / "checkpoints" / "180").exists()
+    assert start_process(killed).wait(timeout=240) == 0
+    assert final_bytes(killed) == final_bytes(uninterrupted)
 
 
 def test_cost_is_told(learner: Any, stream: Any) -> None:
