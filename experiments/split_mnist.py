@@ -3,7 +3,7 @@
 Command                                                   hardware       time      expected
 python -m experiments.split_mnist                         2 CPU cores    3 min     the table of the README
 python -m experiments.split_mnist --data-dir DATA \\
-    --protocol van_de_ven --seeds 3 --record              2 CPU cores    45 min    EWC: task >= 98, class about 20;
+    --protocol van_de_ven --seeds 3 --record              2 CPU cores    60 min    EWC: task >= 98, class about 20;
                                                                                    none: class 19.9
 
 Protocol "van_de_ven" is that of van de Ven, Tuytelaars and Tolias 2022 (doi 10.1038/s42256-022-00568-3): 5 tasks of two
