@@ -1,7 +1,7 @@
 """Side by side: cl_zoo, Avalanche 0.6 and a plain PyTorch loop, on the same digits, nets, batches, epochs, evaluations.
 
     bash experiments/speed/make_peer_env.sh PEER            once: the peers' own environment
-    python -m experiments.speed.compare --peer PEER         about 10 minutes on 2 cores, with nothing else running
+    python -m experiments.speed.compare --peer PEER         with nothing else running
 
 Every number is the median of `repeats` fresh processes, taken in turn so that a slow minute of the machine hits all.
 Peers run with 1 and with 2 threads, and the better counts. "warm" compares the run alone (training, Fisher,
