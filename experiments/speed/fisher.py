@@ -1,6 +1,6 @@
 """What the Fisher of an MLP costs: in Adam steps on the same batch, and against per-example gradients by `vmap(grad)`.
 
-    python -m experiments.speed.fisher          with nothing else running; over 100 s on 2 shared cores
+    python -m experiments.speed.fisher          with nothing else running; 25 s on 2 cores
 
 The floor, in multiply-adds per row for widths d-h-h-C: an Adam step takes 3 (dh + hh + hC) - dh, as no gradient goes to
 the input. The fast Fisher takes one forward pass, dh + hh + hC; C backward passes of cotangents alone, C (hh + hC); and
