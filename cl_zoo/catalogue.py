@@ -38,12 +38,14 @@ class Entry(NamedTuple):
       factory: gives a `Component`.
       arguments: that serve as an example, and in the tests.
       numbers: those of them that may be traced, and so swept.
-      scenarios: that it can be used in.
+      scenarios: that it can be used in; the laws are tested in the first.
       paper: authors, year, title.
       url: of the paper.
       bibtex: of the paper.
-      null: where it equals the naive learner.
+      null: where it equals the naive learner; None where nowhere.
       results: name in `experiments/LEDGER.md`, where its reproduction stands.
+      own_loss: whether it stands in the place of `supervised`, not beside it.
+      trains: whether the network's parameters move.
     """
 
     name: str
@@ -55,8 +57,10 @@ class Entry(NamedTuple):
     paper: str
     url: str
     bibtex: str
-    null: Null
+    null: Null | None
     results: str
+    own_loss: bool = False
+    trains: bool = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -110,6 +114,7 @@ _ENTRIES = (
         _VAN_DE_VEN,
         Null({}, False, "it is the naive learner"),
         "none",
+        own_loss=True,
     ),
     Entry(
         "ewc",

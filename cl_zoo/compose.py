@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from zlib import crc32
 
@@ -94,7 +95,39 @@ def compose(
     if len(answering) > 1:
         both = ", ".join(component.name for component, _ in answering)
         raise ValueError(f"compose: only one component may answer (predict), but these do: {both}")
-    context = Context(model, optimiser, tasks)
+
+    def losses(
+        state: TrainState, params: PyTree, batch: Batch, key: Callable[[str, str], Key]
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """The sum of all losses; each of them, its aux, and what the shared pass gave."""
+        shared: list[tuple[PyTree, PyTree, Any]] = []  # made on first use
+
+        def forward() -> PyTree:
+            if not shared:
+                shared.append(
+                    model.apply(
+                        params,
+                        state.model_state,
+                        batch.x,
+                        task=batch.task,
+                        weight=batch.weight,
+                        key=key("forward", "model"),
+                        train=True,
+                    )
+                )
+            return shared[0][0]
+
+        terms, aux = {}, {}
+        for c in components:
+            if c.loss:
+                part = state.parts.get(c.name)
+                terms[c.name], aux[c.name] = c.loss(context, state, part, params, forward, batch, key("loss", c.name))
+        return jnp.asarray(sum(terms.values())), (terms, aux, *(shared[0] if shared else (None, state.model_state, {})))
+
+    def objective(state: TrainState, params: PyTree, batch: Batch, key: Key) -> jax.Array:
+        return losses(state, params, batch, lambda hook, name: _key(key, 0, hook, name))[0]
+
+    context = Context(model, optimiser, tasks, objective)
 
     def init(key: Key, batch: Batch) -> TrainState:
         params, model_state = model.init(_key(key, 0, "init", "model"), batch.x)
@@ -136,38 +169,14 @@ def compose(
         # Without it, compilers fetch rows anew wherever x is read: forward, and transposed for the kernel's gradient.
         prepared = prepared._replace(x=jax.lax.optimization_barrier(prepared.x))
 
-        def losses(params: PyTree) -> tuple[jax.Array, tuple[Any, ...]]:
-            shared: list[tuple[PyTree, PyTree]] = []  # outputs and model_state of the one pass, made on first use
-
-            def forward() -> PyTree:
-                if not shared:
-                    outputs, model_state, _ = model.apply(
-                        params,
-                        state.model_state,
-                        prepared.x,
-                        task=prepared.task,
-                        weight=prepared.weight,
-                        key=key("forward", "model"),
-                        train=True,
-                    )
-                    shared.append((outputs, model_state))
-                return shared[0][0]
-
-            terms, aux = {}, {}
-            for c in components:
-                if c.loss:
-                    terms[c.name], aux[c.name] = c.loss(
-                        context, state, part(c), params, forward, prepared, key("loss", c.name)
-                    )
-            outputs, model_state = shared[0] if shared else (None, state.model_state)
-            return jnp.asarray(sum(terms.values())), (terms, aux, outputs, model_state)
-
         def penalties(params: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
             terms = {c.name: c.penalty(context, state, part(c), params) for c in components if c.penalty}
             return jnp.asarray(sum(terms.values())), terms
 
         old = state.params
-        (loss, (terms, aux, outputs, model_state)), gradient = jax.value_and_grad(losses, has_aux=True)(old)
+        (loss, (terms, aux, outputs, model_state, taps)), gradient = jax.value_and_grad(
+            lambda params: losses(state, params, prepared, key), has_aux=True
+        )(old)
         metrics = {"loss": loss}
         if len(terms) > 1:
             metrics |= {f"{name}/loss": term for name, term in terms.items()}
@@ -179,7 +188,7 @@ def compose(
             (_, penalty_terms), penalty_gradient = jax.value_and_grad(penalties, has_aux=True)(old)
             metrics |= {f"{name}/penalty": term for name, term in penalty_terms.items()}
 
-        record = Record(batch, prepared, outputs, aux, gradient, penalty_gradient, old, None)
+        record = Record(batch, prepared, outputs, taps, aux, gradient, penalty_gradient, old, None)
         for c in components:
             if c.transform:
                 gradient = c.transform(context, state, part(c), record, gradient, key("transform", c.name))

@@ -136,11 +136,14 @@ class Context(NamedTuple):
     Attributes:
       model, optimiser: as given to `compose`.
       tasks: `TaskInfo` with a leading axis `T`, or None where every output is open to every row.
+      objective: `(state, params, batch, key) -> f32[]`, the sum of all `loss` hooks on a batch: what is learnt from
+        it, without the penalties.
     """
 
     model: Model
     optimiser: Any
     tasks: TaskInfo | None
+    objective: Callable[[TrainState, PyTree, Batch, Key], Array]
 
     def active(self, current: Array, task: Array | None = None) -> Array | None:
         """The outputs that compete: those of each row's own task where that is told (`bool[B, C]`, a multi-head
@@ -158,6 +161,17 @@ class Context(NamedTuple):
         )
         return mask_outputs(outputs, self.active(state.task, batch.task)), taps
 
+    def features(self, state: TrainState, x: PyTree, task: Array | None = None) -> Array:
+        """What the network's last layer reads, `[B, F]`.
+
+        Raises:
+          ValueError: a model without taps.
+        """
+        _, _, taps = self.model.apply(state.params, state.model_state, x, task=task)
+        if not taps:
+            raise ValueError("the model records no taps, but its features are the input of its last tapped layer")
+        return list(taps.values())[-1][0]
+
 
 class Record(NamedTuple):
     """What happened in one update: given to `transform` (before the step) and `observe` (after it).
@@ -165,7 +179,7 @@ class Record(NamedTuple):
     Attributes:
       batch: as received, rows of weight 0 blanked.
       prepared: after every `prepare` hook; the first rows are those of `batch`.
-      outputs: the shared forward pass on `prepared`, before masking; None where no loss asked for it.
+      outputs, taps: of the shared forward pass on `prepared`, before masking; None and {} where no loss asked for it.
       aux: each loss's second result under its component's name.
       task_gradient, penalty_gradient: of the sum of losses, and of the sum of penalties (None without any).
       old_params, new_params: around the step; `new_params` is None in `transform`.
@@ -174,6 +188,7 @@ class Record(NamedTuple):
     batch: Batch
     prepared: Batch
     outputs: PyTree
+    taps: dict[str, tuple[Array, Array]]
     aux: dict[str, dict[str, PyTree]]
     task_gradient: PyTree
     penalty_gradient: PyTree

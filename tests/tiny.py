@@ -27,9 +27,9 @@ def tiny_learner(stream: Stream, *components: Component, optimiser: Any = None) 
 
 
 def entry_learner(stream: Stream, entry: Entry, optimiser: Any = None, **changes: Any) -> Learner:
-    """The learner of a catalogue entry: its component beside the supervised one."""
+    """The learner of a catalogue entry: its component, beside the supervised one unless it brings a loss of its own."""
     component = entry.factory(**{**entry.arguments, **changes})
-    components = [component] if component.name == "supervised" else [supervised(), component]
+    components = [component] if entry.own_loss else [supervised(), component]
     return tiny_learner(stream, *components, optimiser=optimiser)
 
 

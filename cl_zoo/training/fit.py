@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.training.checkpoint import Checkpoints
-from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, train_steps
+from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, stream_functions, train_steps
 from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config, write_array
-from cl_zoo.training.run_stream import _functions
 from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
 
 __all__ = ["Stopped", "fit"]
@@ -104,7 +103,7 @@ def fit(
     )
     log = MetricsLog(directory)
     checkpoints = Checkpoints(directory / "checkpoints", keep)
-    programs = _programs(learner, _functions(stream), split)
+    programs = _programs(learner, stream_functions(stream), split)
     data, tasks = stream.data, stream.tasks
 
     fresh = jax.eval_shape(programs["start"], data, key)

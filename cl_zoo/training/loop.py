@@ -10,7 +10,17 @@ import numpy as np
 
 from cl_zoo.types import NEEDS, Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState
 
-__all__ = ["NonFiniteError", "Result", "begin", "check_finite", "check_needs", "finish", "start", "train_steps"]
+__all__ = [
+    "NonFiniteError",
+    "Result",
+    "begin",
+    "check_finite",
+    "check_needs",
+    "finish",
+    "start",
+    "stream_functions",
+    "train_steps",
+]
 
 
 class Result(NamedTuple):
@@ -47,6 +57,11 @@ def check_needs(learner: Learner, stream: Stream) -> None:
                 f"{name} needs {need!r}, {NEEDS[need]}, which this stream does not provide;"
                 f" it provides {', '.join(sorted(stream.provides))}"
             )
+
+
+def stream_functions(stream: Stream) -> Stream:
+    """The stream without its arrays: hashable, so that programs can be kept by it."""
+    return stream._replace(tasks=None, data=None)  # type: ignore[arg-type]
 
 
 def start(learner: Learner, stream: Stream, data: PyTree, key: Key) -> tuple[TrainState, PyTree]:

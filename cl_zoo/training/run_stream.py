@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.evaluation.evaluate import evaluate
-from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, train_steps
+from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, stream_functions, train_steps
 from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
 
 __all__ = ["run_stream", "stream_program", "sweep"]
@@ -83,17 +83,12 @@ def stream_program(
     """
     check_needs(learner, stream)
     _check_curve(stream, evaluate_every)
-    return _program(learner, _functions(stream), split, within_task, evaluate_every, evaluation_batches)
+    return _program(learner, stream_functions(stream), split, within_task, evaluate_every, evaluation_batches)
 
 
 def _check_curve(stream: Stream, evaluate_every: int | None) -> None:
     if evaluate_every is not None and (evaluate_every < 1 or stream.steps % evaluate_every):
         raise ValueError(f"evaluate_every is {evaluate_every}, but it must divide the {stream.steps} steps of a task")
-
-
-def _functions(stream: Stream) -> Stream:
-    """The stream without its arrays: hashable, so that programs can be kept by it."""
-    return stream._replace(tasks=None, data=None)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=64)
@@ -203,7 +198,7 @@ def sweep(
         batch_size = _runs_that_fit(make, settings, stream, keys, shape)
     check_whole("sweep", "batch_size", batch_size, 1)
     names = tuple(sorted(options.items()))
-    program = _sweep_program(make, _functions(stream), shape, batch_size, paired, keep_states, names)
+    program = _sweep_program(make, stream_functions(stream), shape, batch_size, paired, keep_states, names)
     return program(stream.tasks, stream.data, settings, keys, None if paired else orders)
 
 
@@ -256,7 +251,7 @@ def _runs_that_fit(
         return 1
     first = jax.tree.map(lambda leaf: leaf[0], settings)
     result = jax.eval_shape(
-        lambda s, d, k: _run(make(s), _functions(stream), stream.tasks, d, k), first, stream.data, keys[0]
+        lambda s, d, k: _run(make(s), stream_functions(stream), stream.tasks, d, k), first, stream.data, keys[0]
     )
     state = sum(leaf.size * 4 for leaf in jax.tree.leaves(result.state))
     metrics = sum(leaf.size * 4 for leaf in jax.tree.leaves(result._replace(state=None)))
