@@ -1,0 +1,151 @@
+"""Moments of per-example gradients: what the Fisher and memory-aware synapses are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.types import Array, Batch, Key, PyTree
+
+__all__ = ["Forward", "gradient_moment"]
+
+Forward = Callable[[PyTree, Batch, dict[str, Array] | None], tuple[Array, dict[str, tuple[Array, Array]]]]
+
+
+def gradient_moment(
+    forward: Forward,
+    params: PyTree,
+    batches: Batch,
+    cotangents: Callable[[Array, Batch, Key | None], Array],
+    *,
+    moment: Callable[[Array], Array],
+    key: Key | None = None,
+    micro_batch: int = 16,
+) -> PyTree:
+    """mean over x of  sum_k moment(d <r_k(x), f(x)> / d params),  r_k held fixed, of each example's own gradient.
+
+    `moment` is `jnp.square` or `jnp.abs`, so moment(a b) = moment(a) moment(b). For a dense layer z = x W + b with
+    cotangents g_k = d <r_k, f> / d z, one example's gradient is x_i g_kj, so the moment of W is
+
+        mean moment(x)^T (sum_k moment(g_k)):
+
+    exact, one matrix product a batch, for all k together. That path is taken for every two-dimensional kernel whose
+    taps the model records for inputs `[B, in]`; every other parameter (convolutions, layers shared over positions,
+    models without taps) takes per-example gradients in micro-batches. Both may serve one network.
+
+    Args:
+      forward: `(params, batch, perturb) -> (outputs [B, C], taps)`, rows independent of each other. It must be the
+        network as it answers: dropout off, normalisation statistics fixed.
+      params: where to take it.
+      batches: `Batch[M, B, ...]`; rows count as their weight.
+      cotangents: `(outputs, batch, key) -> [K, B, C]`, the r_k of each row.
+      moment: element by element.
+      key: handed to `cotangents`, folded with the batch's number.
+      micro_batch: rows whose gradients the slow path holds at once.
+
+    Returns:
+      A tree like `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from cl_zoo.types import Batch
+      >>> batches = Batch(jnp.array([[[1.0], [-3.0]]]), None, None, jnp.ones((1, 2)))
+      >>> forward = lambda w, batch, perturb: (batch.x * w, {})
+      >>> gradient_moment(forward, jnp.ones((1, 1)), batches, lambda f, b, k: f[None], moment=jnp.abs)  # mean |x^2 w|
+      Array([[5.]], dtype=float32)
+    """
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    taps = jax.eval_shape(lambda p, b: forward(p, b, None)[1], params, first)
+    dense = _dense_taps(params, taps, first.weight.shape[0])
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    slow = [i for i, (path, _) in enumerate(leaves) if "/".join(_names(path)[:-1]) not in dense]
+    values = [leaf for _, leaf in leaves]
+
+    def with_slow(part: list[Array]) -> PyTree:
+        full = list(values)
+        for i, leaf in zip(slow, part, strict=True):
+            full[i] = leaf
+        return jax.tree.unflatten(treedef, full)
+
+    def dense_moments(batch: Batch, key: Key | None) -> dict[str, tuple[Array, Array]]:
+        """The fast path: per layer, the sums over rows of moments of the gradients of its kernel and bias."""
+        zeros = {name: jnp.zeros(taps[name][1].shape, taps[name][1].dtype) for name in dense}
+        outputs, pull, seen = jax.vjp(lambda perturb: forward(params, batch, perturb), zeros, has_aux=True)
+
+        def add(total: dict[str, Array], cotangent: Array) -> tuple[dict[str, Array], None]:
+            (g,) = pull(cotangent)
+            return jax.tree.map(lambda t, leaf: t + moment(leaf), total, g), None
+
+        # One k after another: memory stays that of one backward pass.
+        total, _ = jax.lax.scan(add, zeros, cotangents(outputs, batch, key))
+        total = jax.tree.map(lambda leaf: leaf * batch.weight[:, None], total)
+        return {name: (moment(seen[name][0]).T @ total[name], jnp.sum(total[name], axis=0)) for name in dense}
+
+    def slow_moments(batch: Batch, key: Key | None) -> list[Array]:
+        """The slow path: per-example gradients, `micro_batch` rows at a time."""
+        part = [values[i] for i in slow]
+
+        def example(row: Batch, r: Array) -> list[Array]:
+            one = jax.tree.map(lambda leaf: leaf[None], row)
+            _, pull = jax.vjp(lambda p: forward(with_slow(p), one, None)[0], part)
+            (gradients,) = jax.vmap(lambda c: pull(c[None]))(r)
+            return [row.weight * jnp.sum(moment(g), axis=0) for g in gradients]
+
+        r = cotangents(forward(params, batch, None)[0], batch, key)
+        rows = batch.weight.shape[0]
+        size = max(d for d in range(1, min(micro_batch, rows) + 1) if rows % d == 0)
+
+        def split(leaf: Array) -> Array:
+            return leaf.reshape((rows // size, size, *leaf.shape[1:]))
+
+        def step(total: list[Array], chunk: tuple[Any, ...]) -> tuple[list[Array], None]:
+            return [t + jnp.sum(s, axis=0) for t, s in zip(total, jax.vmap(example)(*chunk), strict=True)], None
+
+        chunks = jax.tree.map(split, (batch, jnp.swapaxes(r, 0, 1)))
+        return jax.lax.scan(step, [jnp.zeros_like(p) for p in part], chunks)[0]
+
+    def moments(batch: Batch, key: Key | None) -> PyTree:
+        full: list[Array | None] = [None] * len(values)
+        if slow:
+            for i, leaf in zip(slow, slow_moments(batch, key), strict=True):
+                full[i] = leaf
+        if dense:
+            fast = dense_moments(batch, key)
+            for i, (path, _) in enumerate(leaves):
+                *layer, leaf_name = _names(path)
+                if "/".join(layer) in dense:
+                    full[i] = fast["/".join(layer)][leaf_name == "bias"]
+        return jax.tree.unflatten(treedef, full)
+
+    def step(carry: tuple[PyTree, Array], numbered: tuple[Array, Batch]) -> tuple[tuple[PyTree, Array], None]:
+        total, count = carry
+        index, batch = numbered
+        drawn = None if key is None else jax.random.fold_in(key, index)
+        return (jax.tree.map(jnp.add, total, moments(batch, drawn)), count + jnp.sum(batch.weight)), None
+
+    start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), batches.weight.dtype))
+    (total, count), _ = jax.lax.scan(step, start, (jnp.arange(batches.weight.shape[0]), batches))
+    return jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1e-12), total)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path]
+
+
+def _dense_taps(params: PyTree, taps: dict[str, tuple[Any, Any]], rows: int) -> dict[str, PyTree]:
+    """Layers for which x^2 and g^2 suffice: `kernel` `[in, out]` (and `bias`) over inputs `[B, in]`, one row each."""
+    found = {}
+    for name, (inputs, outputs) in taps.items():
+        layer = params
+        for level in name.split("/"):
+            layer = layer.get(level, {}) if isinstance(layer, dict) else {}
+        shapes = {leaf: value.shape for leaf, value in layer.items()} if isinstance(layer, dict) else {}
+        kernel = (inputs.shape[-1], outputs.shape[-1])
+        expected = [{"kernel": kernel}, {"kernel": kernel, "bias": kernel[1:]}]
+        one_row_each = inputs.ndim == outputs.ndim == 2 and inputs.shape[0] == outputs.shape[0] == rows
+        if one_row_each and shapes in expected:
+            found[name] = layer
+    return found
