@@ -1,10 +1,15 @@
 """Continual learning in JAX: learner = model + optimiser + components."""
 
+from cl_zoo.algorithms.agem import agem
+from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.ewc import ewc
+from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.lwf import lwf
+from cl_zoo.algorithms.mas import mas
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
+from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
 from cl_zoo.evaluation.evaluate import evaluate
@@ -33,19 +38,23 @@ __all__ = [
     "Stream",
     "TaskInfo",
     "TrainState",
+    "agem",
     "catalogue",
     "cite",
     "cnn",
     "compose",
     "cross_entropy",
+    "der",
     "enable_compilation_cache",
     "evaluate",
     "ewc",
     "fit",
     "from_linen",
     "from_nnx",
+    "l2_init",
     "load_digits",
     "lwf",
+    "mas",
     "mlp",
     "permuted_mnist",
     "replay",
@@ -56,4 +65,5 @@ __all__ = [
     "stream_program",
     "supervised",
     "sweep",
+    "synaptic_intelligence",
 ]

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from cl_zoo.algorithms.agem import agem
+from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.ewc import ewc
+from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.lwf import lwf
+from cl_zoo.algorithms.mas import mas
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.supervised import supervised
+from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.types import Component
 
 __all__ = ["Entry", "Null", "catalogue", "cite"]
@@ -100,6 +105,26 @@ _ZENKE = """@inproceedings{zenke2017continual,
   author={Zenke, Friedemann and Poole, Ben and Ganguli, Surya},
   booktitle={International Conference on Machine Learning}, year={2017}
 }"""
+_ALJUNDI = """@inproceedings{aljundi2018memory,
+  title={Memory aware synapses: Learning what (not) to forget},
+  author={Aljundi, Rahaf and Babiloni, Francesca and Elhoseiny, Mohamed and Rohrbach, Marcus and Tuytelaars, Tinne},
+  booktitle={European Conference on Computer Vision}, year={2018}
+}"""
+_KUMAR = """@article{kumar2023maintaining,
+  title={Maintaining plasticity in continual learning via regenerative regularization},
+  author={Kumar, Saurabh and Marklund, Henrik and Van Roy, Benjamin},
+  journal={arXiv preprint arXiv:2308.11958}, year={2023}
+}"""
+_BUZZEGA = """@inproceedings{buzzega2020dark,
+  title={Dark experience for general continual learning: a strong, simple baseline},
+  author={Buzzega, Pietro and Boschini, Matteo and Porrello, Angelo and Abati, Davide and Calderara, Simone},
+  booktitle={Advances in Neural Information Processing Systems}, year={2020}
+}"""
+_CHAUDHRY_AGEM = """@inproceedings{chaudhry2019efficient,
+  title={Efficient lifelong learning with {A-GEM}},
+  author={Chaudhry, Arslan and Ranzato, Marc'Aurelio and Rohrbach, Marcus and Elhoseiny, Mohamed},
+  booktitle={International Conference on Learning Representations}, year={2019}
+}"""
 
 _ENTRIES = (
     Entry(
@@ -143,6 +168,45 @@ _ENTRIES = (
         "online ewc",
     ),
     Entry(
+        "synaptic_intelligence",
+        "parameters of finished tasks, by what each did for the loss along the path of training",
+        synaptic_intelligence,
+        {"strength": 1.0, "damping": 0.1},
+        ("strength", "damping"),
+        _ALL,
+        "Zenke et al. 2017, Continual learning through synaptic intelligence",
+        "https://arxiv.org/abs/1703.04200",
+        _ZENKE,
+        Null({"strength": 0.0}, False, "strength 0"),
+        "si",
+    ),
+    Entry(
+        "mas",
+        "parameters that the answers are sensitive to, without labels",
+        mas,
+        {"strength": 1.0},
+        ("strength",),
+        _ALL,
+        "Aljundi et al. 2018, Memory aware synapses: Learning what (not) to forget",
+        "https://arxiv.org/abs/1711.09601",
+        _ALJUNDI,
+        Null({"strength": 0.0}, False, "strength 0"),
+        "",
+    ),
+    Entry(
+        "l2_init",
+        "plasticity, by drawing parameters back to their first values",
+        l2_init,
+        {"strength": 1e-2},
+        ("strength",),
+        _ALL,
+        "Kumar et al. 2023, Maintaining plasticity in continual learning via regenerative regularization",
+        "https://arxiv.org/abs/2308.11958",
+        _KUMAR,
+        Null({"strength": 0.0}, False, "strength 0"),
+        "",
+    ),
+    Entry(
         "lwf",
         "the last model's answers to the new inputs, by distillation",
         lwf,
@@ -167,6 +231,45 @@ _ENTRIES = (
         _CHAUDHRY,
         Null({"batch_size": 0}, False, "0 rows replayed"),
         "replay",
+    ),
+    Entry(
+        "der",
+        "a sample of all rows seen, with the answers they got when they came",
+        der,
+        {"capacity": 20, "batch_size": 8, "alpha": 0.5},
+        ("alpha",),
+        _ALL,
+        "Buzzega et al. 2020, Dark experience for general continual learning",
+        "https://arxiv.org/abs/2004.07211",
+        _BUZZEGA,
+        Null({"alpha": 0.0}, False, "alpha 0"),
+        "der",
+    ),
+    Entry(
+        "der_plus_plus",
+        "the same, with labels too, on a draw of their own",
+        der,
+        {"capacity": 20, "batch_size": 8, "alpha": 0.5, "beta": 0.5},
+        ("alpha", "beta"),
+        _ALL,
+        "Buzzega et al. 2020, Dark experience for general continual learning",
+        "https://arxiv.org/abs/2004.07211",
+        _BUZZEGA,
+        Null({"alpha": 0.0, "beta": 0.0}, False, "alpha and beta 0"),
+        "der++",
+    ),
+    Entry(
+        "agem",
+        "the loss on rows of finished tasks, which no step may raise",
+        agem,
+        {"capacity": 20, "batch_size": 8},
+        (),
+        _ALL,
+        "Chaudhry et al. 2019, Efficient lifelong learning with A-GEM",
+        "https://arxiv.org/abs/1812.00420",
+        _CHAUDHRY_AGEM,
+        None,
+        "a-gem",
     ),
     Entry(
         "reset_optimiser",

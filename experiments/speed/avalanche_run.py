@@ -1,9 +1,11 @@
-"""EWC on permuted MNIST with Avalanche, the way its users write it; prints one JSON line.
+"""EWC or DER++ on permuted MNIST with Avalanche; prints one JSON line.
 
 Avalanche's Fisher differs from the per-example one: it squares each training batch's mean
 gradient, which makes it about `batch` times smaller, and its penalty has no factor 1/2. So the
 counterpart of a strength s on the per-example Fisher is near ewc_lambda = s * batch / 2. Its
 online mode keeps the sum of the Fishers and the latest parameters as the anchor.
+
+Its DER++ draws one batch from memory where the paper draws two, and stores outputs at the end of each task.
 
 --dataset says how much of it is Avalanche's own way:
   classic  its PermutedMNIST and the metrics and interactive logger of its example `ewc_mnist.py`, the digits as files;
@@ -39,9 +41,12 @@ from avalanche.evaluation.metrics import (  # noqa: E402
 )
 from avalanche.logging import InteractiveLogger  # noqa: E402
 from avalanche.training.plugins import EvaluationPlugin  # noqa: E402
-from avalanche.training.supervised import EWC  # noqa: E402
+from avalanche.training.supervised import DER, EWC  # noqa: E402
 from peer_common import (  # noqa: E402
+    ALPHA,
+    BETA,
     EVAL_BATCH,
+    MEMORY,
     Setting,
     Task,
     load_tasks,
@@ -122,13 +127,15 @@ def run(args: argparse.Namespace, setting: Setting, folder: Path) -> tuple[list[
     built = time.perf_counter()
 
     model = torch.nn.Sequential(torch.nn.Flatten(), *make_mlp(setting.hidden))
-    strategy = EWC(
+    make, options = {
+        "ewc": (EWC, {"ewc_lambda": args.ewc_lambda, "mode": "online", "decay_factor": 1.0}),
+        "der++": (DER, {"mem_size": MEMORY, "batch_size_mem": setting.batch, "alpha": ALPHA, "beta": BETA}),
+    }[args.method]
+    strategy = make(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=setting.learning_rate),
         criterion=torch.nn.CrossEntropyLoss(),
-        ewc_lambda=args.ewc_lambda,
-        mode="online",
-        decay_factor=1.0,
+        **options,
         train_mb_size=setting.batch,
         train_epochs=1,
         eval_mb_size=EVAL_BATCH,
@@ -154,13 +161,14 @@ def main() -> None:
     """See above."""
     parser = make_parser(__doc__, "factor of the penalty, no 1/2; default 50 * batch")
     parser.add_argument("--dataset", choices=["classic", *sorted(DATASETS)], default="classic")
+    parser.add_argument("--method", choices=["ewc", "der++"], default="ewc")
     args = parser.parse_args()
     setting = prepare(args)
     if args.ewc_lambda is None:
         args.ewc_lambda = 50.0 * setting.batch
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         matrix, seconds = run(args, setting, Path(folder))
-    print_report(args, seconds, matrix, {"avalanche": avalanche.__version__}, peer="avalanche", dataset=args.dataset)
+    print_report(args, seconds, matrix, {"avalanche": avalanche.__version__}, peer="avalanche", dataset=args.dataset, method=args.method)
 
 
 if __name__ == "__main__":

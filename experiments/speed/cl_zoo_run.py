@@ -1,4 +1,4 @@
-"""EWC on permuted MNIST with cl_zoo; prints one JSON line.
+"""EWC or DER++ on permuted MNIST with cl_zoo; prints one JSON line.
 
 A fresh process tells the time from after its imports to its result: reading the data, building the stream, tracing,
 compiling (or loading from the compilation cache given by --cache) and running. --repeats then runs the compiled program
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from cl_zoo import LabelledImages, compose, ewc, mlp, permuted_mnist, stream_program, supervised
+from cl_zoo import LabelledImages, compose, der, ewc, mlp, permuted_mnist, stream_program, supervised
 from cl_zoo.training.compilation import enable_compilation_cache
 
 SETTINGS = {"permuted": (5, 10_000, (256, 256), 64), "online": (10, 2_000, (100, 100), 10)}
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="npz with images and permutations")
     parser.add_argument("--setting", choices=sorted(SETTINGS), required=True)
+    parser.add_argument("--method", choices=["ewc", "der++"], default="ewc")
     parser.add_argument("--labels", choices=["expected", "observed"], default="observed")
     parser.add_argument("--cache", type=Path, help="of compiled programs")
     parser.add_argument("--repeats", type=int, default=0)
@@ -46,7 +47,7 @@ def main() -> None:
         mlp((28, 28), 10, hidden=hidden, initialiser="fan_in_uniform"),
         optax.adam(1e-3),
         supervised(),
-        ewc(100.0, labels=args.labels),
+        ewc(100.0, labels=args.labels) if args.method == "ewc" else der(500, alpha=0.5, beta=0.5, batch_size=batch_size),
         tasks=stream.tasks,
     )
     arguments = (stream.tasks, stream.data, jax.random.key(0))
@@ -62,6 +63,7 @@ def main() -> None:
     report = {
         "peer": "cl_zoo",
         "setting": args.setting,
+        "method": args.method,
         "labels": args.labels,
         "seconds_total_after_imports": first - begun,
         "seconds_build_and_compile": built - begun,

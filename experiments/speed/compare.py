@@ -1,4 +1,4 @@
-"""Side by side: cl_zoo, Avalanche 0.6 and a plain PyTorch loop, on the same digits, nets, batches, epochs, evaluations.
+"""EWC and DER++ side by side: cl_zoo, Avalanche 0.6 and a plain PyTorch loop, on the same digits, nets, batches, epochs, evaluations.
 
     bash experiments/speed/make_peer_env.sh PEER            once: the peers' own environment
     python -m experiments.speed.compare --peer PEER         with nothing else running
@@ -30,6 +30,7 @@ from cl_zoo.training.run_directory import environment, write_json
 
 HERE = Path(__file__).parent
 SIZES = {"permuted": (5, 10_000), "online": (10, 2_000)}
+LABELS = {"ewc": ("observed", "expected"), "der++": ("observed",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config:
     peer: Path
     """Folder of the peers' environment."""
     repeats: int = 5
-    settings: tuple[str, ...] = ("permuted", "online")
+    settings: tuple[str, ...] = ("permuted", "online", "online der++")
     record: bool = False
     """Write experiments/speed/results/peers_cpu.json."""
 
@@ -81,31 +82,34 @@ def medians(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(setting: str, config: Config, folder: Path) -> dict[str, Any]:
-    """All programs on one setting."""
-    data = folder / f"{setting}.npz"
-    write_data(data, *SIZES[setting])
+    """All programs on one setting, "SIZE" or "SIZE METHOD"."""
+    size, method = (setting.split() + ["ewc"])[:2]
+    data = folder / f"{size}.npz"
+    write_data(data, *SIZES[size])
     peer = str(config.peer.resolve() / "bin" / "python")
-    common = ["--data", str(data), "--setting", setting]
-    ours = [sys.executable, str(HERE / "cl_zoo_run.py"), *common]
-    commands: dict[str, tuple[list[str], dict[str, str]]] = {}
-    for threads in ("1", "2"):
-        passive = {"OMP_WAIT_POLICY": "passive"}
-        for dataset in ("classic", "tensors", "rows"):
-            name = f"avalanche, {dataset}, {threads} threads"
-            commands[name] = [peer, "avalanche_run.py", *common, "--threads", threads, "--dataset", dataset], passive
-        for labels in ("observed", "expected"):
-            name = f"torch loop, {labels}, {threads} threads"
-            commands[name] = [peer, "torch_loop.py", *common, "--threads", threads, "--labels", labels], passive
+    common = ["--data", str(data), "--setting", size]
+    ours = [sys.executable, str(HERE / "cl_zoo_run.py"), *common, "--method", method]
+    rivals: dict[str, list[str]] = {
+        f"avalanche, {dataset}": ["avalanche_run.py", "--method", method, "--dataset", dataset]
+        for dataset in ("classic", "tensors", "rows")
+    }
+    if method == "ewc":
+        rivals |= {f"torch loop, {labels}": ["torch_loop.py", "--labels", labels] for labels in LABELS[method]}
+    else:
+        rivals["torch loop, observed"] = ["torch_der.py"]
     reports: dict[str, list[dict[str, Any]]] = {}
     for i in range(config.repeats):
-        for labels in ("observed", "expected"):
+        for labels in LABELS[method]:
             cache = folder / f"cache-{setting}-{labels}-{i}"
             label = [*ours, "--labels", labels, "--cache", str(cache)]
             reports.setdefault(f"cl_zoo, {labels}, cold", []).append(run(label))
             reports.setdefault(f"cl_zoo, {labels}, cached", []).append(run(label))
-            reports.setdefault(f"cl_zoo, {labels}, warm", []).append(run([*label, "--repeats", "3"]))
-        for name, (command, variables) in commands.items():
-            reports.setdefault(name, []).append(run(command, **variables))
+            reports.setdefault(f"cl_zoo, {labels}, warm", []).append(run([*label, "--repeats", "5"]))
+        for name, (script, *options) in rivals.items():
+            for threads in ("1", "2"):
+                command = [peer, script, *common, *options, "--threads", threads]
+                report = run(command, OMP_WAIT_POLICY="passive")
+                reports.setdefault(f"{name}, {threads} threads", []).append(report)
         print(f"{setting}: round {i + 1} of {config.repeats}", flush=True)
     return {name: medians(found) for name, found in reports.items()}
 
@@ -113,17 +117,16 @@ def compare(setting: str, config: Config, folder: Path) -> dict[str, Any]:
 def ratios(found: dict[str, Any]) -> dict[str, float]:
     """How many times longer the peer takes."""
 
-    def best(prefix: str, field: str) -> float:
-        return min(value[field] for name, value in found.items() if name.startswith(prefix))
+    def best(rival: str, field: str) -> float:
+        return min(value[field] for name, value in found.items() if name.startswith(rival))
 
     whole, alone = "seconds_process", "seconds_run"
     lines = {}
-    for rival in ("avalanche, classic", "avalanche, tensors", "avalanche, rows", "torch loop, observed"):
-        lines[f"{rival}: warm"] = best(rival, alone) / found["cl_zoo, observed, warm"][alone]
-        lines[f"{rival}: cached"] = best(rival, whole) / found["cl_zoo, observed, cached"][whole]
-        lines[f"{rival}: cold"] = best(rival, whole) / found["cl_zoo, observed, cold"][whole]
-    rival = "torch loop, expected"
-    lines[f"{rival}: warm"] = best(rival, alone) / found["cl_zoo, expected, warm"][alone]
+    for rival in sorted({name.rsplit(",", 1)[0] for name in found if not name.startswith("cl_zoo")}):
+        labels = "expected" if rival.endswith("expected") else "observed"
+        lines[f"{rival}: warm"] = best(rival, alone) / found[f"cl_zoo, {labels}, warm"][alone]
+        lines[f"{rival}: cached"] = best(rival, whole) / found[f"cl_zoo, {labels}, cached"][whole]
+        lines[f"{rival}: cold"] = best(rival, whole) / found[f"cl_zoo, {labels}, cold"][whole]
     return lines
 
 
@@ -143,7 +146,9 @@ def main(config: Config) -> None:
             for name, value in results[setting]["ratios"].items():
                 print(f"{name:34s}{value:8.2f} times")
     if config.record:
-        write_json(HERE / "results" / "peers_cpu.json", {"environment": environment(), "results": results})
+        path = HERE / "results" / "peers_cpu.json"
+        kept = json.loads(path.read_text())["results"] if path.exists() else {}
+        write_json(path, {"environment": environment(), "results": {**kept, **results}})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 PIXELS = 784
 CLASSES = 10
 EVAL_BATCH = 1000
+# Of DER++: rows in memory, and the weights of its two terms. As many rows are replayed as come.
+MEMORY, ALPHA, BETA = 500, 0.5, 0.5
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,32 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Batch, Component, TaskInfo, compose, ewc, lwf, mlp, replay, reset_optimiser, supervised
+from cl_zoo import (
+    Batch,
+    Component,
+    TaskInfo,
+    agem,
+    compose,
+    der,
+    ewc,
+    l2_init,
+    lwf,
+    mas,
+    mlp,
+    replay,
+    reset_optimiser,
+    supervised,
+    synaptic_intelligence,
+)
+from cl_zoo.buffers import reservoir_sample
+from tests.oracles import agem as agem_oracle
+from tests.oracles import der as der_oracle
 from tests.oracles import ewc as ewc_oracle
+from tests.oracles import l2_init as l2_init_oracle
 from tests.oracles import lwf as lwf_oracle
+from tests.oracles import mas as mas_oracle
 from tests.oracles import replay as replay_oracle
+from tests.oracles import synaptic_intelligence as si_oracle
 
 INPUTS, OUTPUTS, ROWS, STEPS = 6, 6, 8, 5
 OPTIMISERS = {"sgd": (optax.sgd, 0.05), "adam": (optax.adam, 0.01)}
@@ -68,6 +90,101 @@ def run_ours(
 
 def agree(ours: Any, theirs: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours, theirs)
+
+
+def rows_seen(tasks: list[dict[str, Any]]) -> np.ndarray:
+    """Inputs of all rows of positive weight, in the order of the stream: a row's place is its id."""
+    return np.concatenate([x[w > 0] for task in tasks for x, _, w in task["batches"]]).astype(np.float32)
+
+
+def ids_of(seen: np.ndarray, rows: Any, weight: Any) -> list[int]:
+    return [
+        int(np.flatnonzero((seen == row).all(1))[0])
+        for row, w in zip(np.asarray(rows), np.asarray(weight), strict=True)
+        if w > 0
+    ]
+
+
+def agree_on_penalties(metrics: list[dict[str, float]], name: str, history: list[tuple[float, float]]) -> None:
+    np.testing.assert_allclose([m["loss"] for m in metrics], [loss for loss, _ in history], rtol=1e-4)
+    np.testing.assert_allclose([m[name] for m in metrics], [extra for _, extra in history], rtol=1e-3, atol=1e-7)
+    assert history[-1][1] > 1e-4
+
+
+@pytest.mark.parametrize("scenario", list(ACTIVE))
+@pytest.mark.parametrize(("optimiser", "gradient", "clamp"), [("adam", "task", True), ("sgd", "total", False)])
+def test_synaptic_intelligence(scenario: str, optimiser: str, gradient: str, clamp: bool) -> None:
+    tasks = make_tasks(scenario)
+    component = synaptic_intelligence(3.0, damping=0.05, gradient=gradient, clamp=clamp)
+    first, metrics, state, _ = run_ours(scenario, tasks, optimiser, component)
+    history, final = si_oracle.run(
+        first, tasks, 3.0, OPTIMISERS[optimiser][1], 0.05, gradient, clamp, optimizer=optimiser
+    )
+    agree_on_penalties(metrics, "synaptic_intelligence/penalty", history)
+    agree(state.params, final)
+
+
+@pytest.mark.parametrize("scenario", list(ACTIVE))
+@pytest.mark.parametrize("decay", [None, 0.4])
+@pytest.mark.parametrize("optimiser", list(OPTIMISERS))
+def test_mas(scenario: str, decay: float | None, optimiser: str) -> None:
+    tasks = make_tasks(scenario)
+    first, metrics, state, _ = run_ours(scenario, tasks, optimiser, mas(0.5, decay=decay))
+    history, final = mas_oracle.run(first, tasks, 0.5, OPTIMISERS[optimiser][1], decay=decay, optimizer=optimiser)
+    agree_on_penalties(metrics, "mas/penalty", history)
+    agree(state.params, final)
+
+
+@pytest.mark.parametrize("optimiser", list(OPTIMISERS))
+def test_l2_init(optimiser: str) -> None:
+    tasks = make_tasks("class")
+    first, metrics, state, _ = run_ours("class", tasks, optimiser, l2_init(0.3))
+    history, final = l2_init_oracle.run(first, tasks, 0.3, OPTIMISERS[optimiser][1], optimizer=optimiser)
+    agree_on_penalties(metrics, "l2_init/penalty", history)
+    agree(state.params, final)
+
+
+@pytest.mark.parametrize("scenario", list(ACTIVE))
+@pytest.mark.parametrize("beta", [None, 0.8])
+def test_der(scenario: str, beta: float | None) -> None:
+    """The rows that our memory drew, read back from its states, go through the oracle's arithmetic."""
+    tasks = make_tasks(scenario)
+    component = der(20, alpha=0.6, beta=beta, batch_size=6)
+    first, metrics, state, states = run_ours(scenario, tasks, "adam", component)
+    seen, drawn = rows_seen(tasks), []
+    for before in states:
+        ids: list[list[int]] = [[], []]
+        for i, key in enumerate(jax.random.split(_hook_key(before, "loss", "der"), 1 if beta is None else 2)):
+            ((x, _, _), _), weight = reservoir_sample(before.parts["der"], 6, key)
+            ids[i] = ids_of(seen, x, weight)
+        drawn.append(tuple(ids))
+    mask = "own" if scenario == "task" else "now"
+    history, final, stored = der_oracle.run(first, tasks, 0.6, beta or 0.0, drawn, 0.01, mask=mask, optimizer="adam")
+    np.testing.assert_allclose([m["supervised/loss"] for m in metrics], [loss for loss, _ in history], rtol=1e-3)
+    np.testing.assert_allclose([m["der/loss"] for m in metrics], [extra for _, extra in history], rtol=1e-3, atol=1e-5)
+    agree(state.params, final)
+    (x, _, _), outputs = state.parts["der"].rows
+    agree(outputs, np.asarray(stored)[ids_of(seen, x, np.ones(20))])
+
+
+@pytest.mark.parametrize("scenario", list(ACTIVE))
+def test_agem(scenario: str) -> None:
+    """As `test_der`; samples are rows of the stream, so that they have ids."""
+    tasks = make_tasks(scenario)
+    for task in tasks:
+        x, y, w = (np.concatenate(parts) for parts in zip(*task["batches"], strict=True))
+        task["sample"] = (x[w > 0][:12], y[w > 0][:12])
+    first, metrics, state, states = run_ours(scenario, tasks, "sgd", agem(20, batch_size=6))
+    seen, drawn = rows_seen(tasks), []
+    for before in states:
+        (x, _, _), weight = reservoir_sample(before.parts["agem"], 6, _hook_key(before, "transform", "agem"))
+        drawn.append(ids_of(seen, x, weight))
+    mask = "own" if scenario == "task" else "now"
+    history, final, dots = agem_oracle.run(first, tasks, drawn, 0.05, mask=mask)
+    np.testing.assert_allclose([m["loss"] for m in metrics], [loss for loss, _ in history], rtol=1e-3)
+    agree(state.params, final)
+    dots = np.array(dots)[STEPS:]
+    assert (dots[:, 0] < 0).any() and (dots[:, 1] > -1e-9).all()
 
 
 @pytest.mark.parametrize("scenario", list(ACTIVE))
@@ -127,7 +244,7 @@ def test_replay(scenario: str, weighting: str) -> None:
     tasks = make_tasks(scenario)
     component = replay(20, batch_size=6, weighting=weighting)
     first, metrics, state, states = run_ours(scenario, tasks, "adam", component)
-    seen = np.concatenate([x[w > 0] for task in tasks for x, _, w in task["batches"]]).astype(np.float32)
+    seen = rows_seen(tasks)
     drawn = []
     for step, before in enumerate(states):
         t, (_, _, w) = step // STEPS, tasks[step // STEPS]["batches"][step % STEPS]
@@ -136,11 +253,7 @@ def test_replay(scenario: str, weighting: str) -> None:
         key = _hook_key(before, "prepare", "replay")
         joined = component.prepare(None, before, before.parts["replay"], empty, key)
         weight = np.asarray(joined.weight[1:], np.float64)
-        ids = [
-            int(np.flatnonzero((seen == row).all(1))[0])
-            for row, w_ in zip(np.asarray(joined.x[1:]), weight, strict=True)
-            if w_ > 0
-        ]
+        ids = ids_of(seen, joined.x[1:], weight)
         assert len(set(ids)) == len(ids)
         drawn.append((ids, weight[weight > 0]))
         if weighting == "tasks":

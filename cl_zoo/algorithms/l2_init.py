@@ -1,0 +1,44 @@
+"""Regenerative regularisation: weights are drawn back to where they began."""
+
+from __future__ import annotations
+
+import optax
+
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, check_range
+
+__all__ = ["l2_init"]
+
+
+def l2_init(strength: Array | float, *, name: str = "l2_init") -> Component:
+    """Keeps the network able to learn: parameters that a task does not need return to their first values.
+
+        penalty(p) = strength * sum_i (p_i - p_0,i)^2
+
+    Args:
+      strength: at least 0.
+      name: key in state and metrics.
+
+    Returns:
+      A component whose state is p_0; metric `l2_init/penalty`.
+
+    Raises:
+      ValueError: negative strength.
+
+    Source: Kumar et al. 2023, arXiv 2308.11958.
+
+    Differences from the paper or its code: none.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, mlp, supervised
+      >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), l2_init(strength=1e-3))
+    """
+    check_range(name, "strength", strength, 0)
+
+    def init(context: Context, state: TrainState, batch: Batch, key: Key) -> PyTree:
+        return state.params
+
+    def penalty(context: Context, state: TrainState, part: PyTree, params: PyTree) -> Array:
+        return strength * optax.tree.norm(optax.tree.sub(params, part), squared=True)
+
+    return Component(name, init=init, penalty=penalty)
