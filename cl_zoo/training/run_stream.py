@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.evaluation.evaluate import evaluate
+from cl_zoo.training.compilation import compiler_options
 from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, stream_functions, train_steps
 from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
 
@@ -93,7 +94,9 @@ def _check_curve(stream: Stream, evaluate_every: int | None) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _program(learner: Learner, stream: Stream, *options: Any) -> Callable[[TaskInfo, PyTree, Key], Result]:
-    return jax.jit(lambda tasks, data, key: _run(learner, stream, tasks, data, key, *options))
+    return jax.jit(
+        lambda tasks, data, key: _run(learner, stream, tasks, data, key, *options), compiler_options=compiler_options()
+    )
 
 
 def _run(
@@ -111,6 +114,7 @@ def _run(
         within = evaluate(learner, stream, data, state, split, within_task=True) if within_task else None
         return evaluate(learner, stream, data, state, split), within
 
+    @jax.jit  # traced once, though its shapes are asked for before it is used
     def train(carry: tuple[TrainState, PyTree], t: Array) -> tuple[tuple[TrainState, PyTree], Any]:
         state, cursor = carry
         carry = begin(learner, stream, tasks, data, key, state, t), cursor
@@ -220,7 +224,7 @@ def _sweep_program(
     keep_states: bool,
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Result]:
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def program(tasks: TaskInfo, data: PyTree, settings: PyTree, keys: Key, orders: Key | None) -> Result:
         def one(index: Array) -> Result:
             place = jnp.unravel_index(index, shape)
