@@ -2,6 +2,7 @@
 
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.lwf import lwf
+from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
@@ -47,6 +48,7 @@ __all__ = [
     "load_digits",
     "lwf",
     "mlp",
+    "packnet",
     "permuted_mnist",
     "replay",
     "reset_optimiser",

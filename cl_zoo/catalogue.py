@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.lwf import lwf
+from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.supervised import supervised
@@ -100,6 +101,11 @@ _ZENKE = """@inproceedings{zenke2017continual,
   author={Zenke, Friedemann and Poole, Ben and Ganguli, Surya},
   booktitle={International Conference on Machine Learning}, year={2017}
 }"""
+_MALLYA = """@inproceedings{mallya2018packnet,
+  title={PackNet: Adding multiple tasks to a single network by iterative pruning},
+  author={Mallya, Arun and Lazebnik, Svetlana},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2018}
+}"""
 
 _ENTRIES = (
     Entry(
@@ -179,6 +185,19 @@ _ENTRIES = (
         "https://arxiv.org/abs/1703.04200",
         _ZENKE,
         Null({}, True, "an optimiser without state"),
+        "",
+    ),
+    Entry(
+        "packnet",
+        "the largest of the free weights, for each task, frozen to the bit; the others are handed on",
+        packnet,
+        {"prune": 0.5, "retrain_steps": 4},
+        ("prune",),
+        ("task",),
+        "Mallya and Lazebnik 2018, PackNet: Adding multiple tasks to a single network by iterative pruning",
+        "https://arxiv.org/abs/1711.05769",
+        _MALLYA,
+        None,
         "",
     ),
 )
