@@ -12,6 +12,7 @@ from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.mlp import mlp
+from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.sources import LabelledImages, load_digits
 from cl_zoo.training.compilation import enable_compilation_cache
@@ -27,6 +28,7 @@ __all__ = [
     "Entry",
     "LabelledImages",
     "Learner",
+    "Mixing",
     "Model",
     "NonFiniteError",
     "Record",
@@ -34,11 +36,13 @@ __all__ = [
     "Stream",
     "TaskInfo",
     "TrainState",
+    "blurry",
     "catalogue",
     "cite",
     "cnn",
     "compose",
     "cross_entropy",
+    "drifting",
     "enable_compilation_cache",
     "evaluate",
     "ewc",
