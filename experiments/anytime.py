@@ -1,7 +1,8 @@
 """Split MNIST without borders between tasks: how accurate is a learner at any moment?
 
 Command                                                   hardware       time      expected
-python -m experiments.anytime
+python -m experiments.anytime                             2 CPU cores    1 min     blurry: none 79, replay 92;
+                                                                                   sharp: none 44, replay 88
 
 Class-incremental split MNIST, all outputs open, every image shown once. Settings: "sharp", tasks one after another, for
 comparison; "blurry", a share of each class's images comes while other tasks have their turn (Bang et al. 2021, arXiv
@@ -148,7 +149,9 @@ def figure_of(found: dict[tuple[str, str], dict[str, Any]], every: int, director
     import matplotlib.pyplot as plt
 
     settings = list(dict.fromkeys(setting for setting, _ in found))
-    figure, axes = plt.subplots(1, len(settings), figsize=(3.6 * len(settings), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(settings), figsize=(3.6 * len(settings), 3.4), squeeze=False, layout="constrained"
+    )
     for panel, setting in zip(axes[0], settings, strict=True):
         curves = {method: cell["curve"] for (here, method), cell in found.items() if here == setting}
         anytime_curve(panel, curves, every, setting)

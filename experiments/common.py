@@ -84,9 +84,7 @@ def run_cells(
                 else:
                     keys = jnp.stack([jax.random.key(seed) for seed in chunk])
                     begun = time.perf_counter()
-                    result = sweep(
-                        cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", **options
-                    )
+                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", **options)
                     kept = {"accuracy": np.asarray(result.accuracy)[0].tolist()}
                     if result.curve is not None:
                         kept["curve"] = np.asarray(result.curve)[0].tolist()
@@ -127,9 +125,7 @@ def table(
             row += f"{s.mean:>10.2f} ± {s.sd:5.2f}" if s.n > 1 else f"{s.mean:>10.2f}        "
         lines.append(row)
     n = len(next(iter(found.values()))["seconds"])
-    return (
-        "\n".join(lines) + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, {said}, test set"
-    )
+    return "\n".join(lines) + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, {said}, test set"
 
 
 def shown_command(module: str, arguments: Sequence[str]) -> str:

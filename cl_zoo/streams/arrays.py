@@ -194,5 +194,6 @@ def array_stream(
     provides = {"boundaries", "begin_sample", "end_sample"} if order is None else set()
     provides |= {"task_ids"} if task_ids else set()
     provides |= {"open_outputs"} if all_open else set()
-    place = (init, next_batch) if order is None else (order[0], next_of_order)
-    return Stream(n_tasks, steps, tasks, data, frozenset(provides), *place, sample, evaluation, score, reorder)
+    start: Callable[[Key], PyTree] = init if order is None else order[0]
+    step: Callable[..., tuple[Batch, PyTree]] = next_batch if order is None else next_of_order
+    return Stream(n_tasks, steps, tasks, data, frozenset(provides), start, step, sample, evaluation, score, reorder)

@@ -60,7 +60,9 @@ class EventLog:
                 path.unlink()
         # TensorBoard reads a folder's files in the order of their names, and passes on when a later one has come.
         number = 1 + max((int(path.name.rsplit(".", 1)[1]) for path in old), default=0)
-        self._writer = self._record_writer(str(self.folder / f"events.out.tfevents.{int(time.time()):010d}.{number:06d}"))
+        self._writer = self._record_writer(
+            str(self.folder / f"events.out.tfevents.{int(time.time()):010d}.{number:06d}")
+        )
         self._write([self._event(wall_time=time.time(), file_version="brain.Event:2")])
 
     def _write(self, events: list[Any]) -> None:

@@ -208,8 +208,14 @@ def test_what_needs_borders_is_refused_by_name(tiny_images: Any, mixing: str, co
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda images: split_mnist(3, "task", images=images, mixing=blurry(), **SMALL), "mixing makes borders .* vanish"),
-        (lambda images: split_mnist(3, "class", images=images, mixing=blurry(), **SMALL), "mixing makes borders .* vanish"),
+        (
+            lambda images: split_mnist(3, "task", images=images, mixing=blurry(), **SMALL),
+            "mixing makes borders .* vanish",
+        ),
+        (
+            lambda images: split_mnist(3, "class", images=images, mixing=blurry(), **SMALL),
+            "mixing makes borders .* vanish",
+        ),
         (lambda images: stream_of(images, blurry(), joint="all"), "mixing makes borders .* vanish"),
         (lambda images: stream_of(images, blurry(disjoint=0.3)), "disjoint is 0.3, but of the 2 classes of a task"),
         (lambda images: blurry(0.0125), "share is 0.0125, but it must be a multiple of 0.001"),
