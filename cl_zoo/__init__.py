@@ -6,6 +6,7 @@ from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.mas import mas
+from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
@@ -16,6 +17,7 @@ from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.mlp import mlp
+from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.sources import LabelledImages, load_digits
 from cl_zoo.training.compilation import enable_compilation_cache
@@ -31,6 +33,7 @@ __all__ = [
     "Entry",
     "LabelledImages",
     "Learner",
+    "Mixing",
     "Model",
     "NonFiniteError",
     "Record",
@@ -39,12 +42,14 @@ __all__ = [
     "TaskInfo",
     "TrainState",
     "agem",
+    "blurry",
     "catalogue",
     "cite",
     "cnn",
     "compose",
     "cross_entropy",
     "der",
+    "drifting",
     "enable_compilation_cache",
     "evaluate",
     "ewc",
@@ -56,6 +61,7 @@ __all__ = [
     "lwf",
     "mas",
     "mlp",
+    "packnet",
     "permuted_mnist",
     "replay",
     "reset_optimiser",

@@ -11,6 +11,7 @@ from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.mas import mas
+from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.supervised import supervised
@@ -124,6 +125,10 @@ _CHAUDHRY_AGEM = """@inproceedings{chaudhry2019efficient,
   title={Efficient lifelong learning with {A-GEM}},
   author={Chaudhry, Arslan and Ranzato, Marc'Aurelio and Rohrbach, Marcus and Elhoseiny, Mohamed},
   booktitle={International Conference on Learning Representations}, year={2019}
+_MALLYA = """@inproceedings{mallya2018packnet,
+  title={PackNet: Adding multiple tasks to a single network by iterative pruning},
+  author={Mallya, Arun and Lazebnik, Svetlana},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2018}
 }"""
 
 _ENTRIES = (
@@ -282,6 +287,19 @@ _ENTRIES = (
         "https://arxiv.org/abs/1703.04200",
         _ZENKE,
         Null({}, True, "an optimiser without state"),
+        "",
+    ),
+    Entry(
+        "packnet",
+        "the largest of the free weights, for each task, frozen to the bit; the others are handed on",
+        packnet,
+        {"prune": 0.5, "retrain_steps": 4},
+        ("prune",),
+        ("task",),
+        "Mallya and Lazebnik 2018, PackNet: Adding multiple tasks to a single network by iterative pruning",
+        "https://arxiv.org/abs/1711.05769",
+        _MALLYA,
+        None,
         "",
     ),
 )
