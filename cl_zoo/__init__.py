@@ -1,9 +1,12 @@
 """Continual learning in JAX: learner = model + optimiser + components."""
 
 from cl_zoo.algorithms.ewc import ewc
+from cl_zoo.algorithms.gdumb import gdumb
+from cl_zoo.algorithms.icarl import icarl
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
@@ -44,6 +47,8 @@ __all__ = [
     "fit",
     "from_linen",
     "from_nnx",
+    "gdumb",
+    "icarl",
     "load_digits",
     "lwf",
     "mlp",
@@ -52,6 +57,7 @@ __all__ = [
     "reset_optimiser",
     "rotated_mnist",
     "run_stream",
+    "slda",
     "split_mnist",
     "stream_program",
     "supervised",
