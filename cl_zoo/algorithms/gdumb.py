@@ -44,9 +44,9 @@ def gdumb(
 ) -> Component:
     """The stream fills a memory M; nothing is learnt until a task ends. Then, from new random parameters p,
 
-        p <- p - optimiser(grad mean_b loss(f_p(x_b), y_b)),   b running through `epochs` random orders of M
+        L(p) = mean_b loss(f_p(x_b), y_b),   b running through `epochs` random orders of M
 
-    with the outputs that compete at that time.
+    is minimised, with the outputs that compete at that time.
 
     Args:
       capacity: rows in memory, at least 1.

@@ -41,7 +41,7 @@ def herding_ranks(features: Array, labels: Array, weight: Array, n_classes: int,
       >>> import jax.numpy as jnp
       >>> features = jnp.array([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
       >>> herding_ranks(features, jnp.zeros(3, int), jnp.ones(3), 1, 2).tolist()
-      [3, 1, 0]
+      [1, 3, 0]
     """
     n = features.shape[0]
     unit = unit_rows(features)
