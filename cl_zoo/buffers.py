@@ -140,9 +140,7 @@ def ring_add(ring: Ring, rows: PyTree, labels: Array, weight: Array) -> Ring:
     number = ring.seen + jnp.cumsum(member, axis=0, dtype=jnp.int32) - 1  # of each row, were it of each class
     slot = jnp.arange(n_classes) * per_class + number % per_class
     slot = jnp.min(jnp.where(member, slot, capacity), axis=1)
-    return Ring(
-        _put(ring.rows, rows, _last_wins(slot, capacity)), ring.seen + jnp.sum(member, axis=0, dtype=jnp.int32)
-    )
+    return Ring(_put(ring.rows, rows, _last_wins(slot, capacity)), ring.seen + jnp.sum(member, axis=0, dtype=jnp.int32))
 
 
 def ring_sample(ring: Ring, size: int, key: Key) -> tuple[PyTree, Array]:
@@ -182,9 +180,7 @@ def class_balanced_init(row: PyTree, capacity: int, n_classes: int) -> ClassBala
     return ClassBalanced(_empty(row, capacity), jnp.zeros(capacity, jnp.int32), jnp.zeros(n_classes, jnp.int32))
 
 
-def class_balanced_add(
-    memory: ClassBalanced, rows: PyTree, labels: Array, weight: Array, key: Key
-) -> ClassBalanced:
+def class_balanced_add(memory: ClassBalanced, rows: PyTree, labels: Array, weight: Array, key: Key) -> ClassBalanced:
     """Offers the rows of weight above 0, one by one.
 
     While the memory is not full, every row enters. Then a row of a class with fewer rows than the largest class has

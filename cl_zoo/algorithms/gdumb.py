@@ -143,6 +143,4 @@ def gdumb(
         params, model_state, _ = jax.lax.fori_loop(0, epochs * per_epoch, step, start)
         return state._replace(params=params, model_state=model_state), part
 
-    return Component(
-        name, frozenset({"boundaries"}), init=init, loss=no_loss, observe=observe, end_task=end_task
-    )
+    return Component(name, frozenset({"boundaries"}), init=init, loss=no_loss, observe=observe, end_task=end_task)

@@ -92,7 +92,7 @@ def test_icarl_shares_its_memory_out_and_cuts_old_lists(icarl_run: Any) -> None:
 
 
 def test_icarl_exemplars_are_herded(icarl_run: Any, tiny_images: Any) -> None:
-    stream, _, states = icarl_run
+    _, _, states = icarl_run
     state, x, y = states[1], tiny_images.train_images, tiny_images.train_labels
     params = jax.tree.map(np.asarray, state.params)
     features = np.maximum(x.reshape(-1, 16) / 255 @ params["hidden_0"]["kernel"] + params["hidden_0"]["bias"], 0)
