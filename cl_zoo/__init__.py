@@ -4,11 +4,14 @@ from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.l2_init import l2_init
+from cl_zoo.algorithms.gdumb import gdumb
+from cl_zoo.algorithms.icarl import icarl
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.mas import mas
 from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.catalogue import Entry, catalogue, cite
@@ -57,6 +60,8 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "l2_init",
+    "gdumb",
+    "icarl",
     "load_digits",
     "lwf",
     "mas",
@@ -67,6 +72,7 @@ __all__ = [
     "reset_optimiser",
     "rotated_mnist",
     "run_stream",
+    "slda",
     "split_mnist",
     "stream_program",
     "supervised",

@@ -9,11 +9,14 @@ from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.l2_init import l2_init
+from cl_zoo.algorithms.gdumb import gdumb
+from cl_zoo.algorithms.icarl import icarl
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.mas import mas
 from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.types import Component
@@ -129,6 +132,20 @@ _MALLYA = """@inproceedings{mallya2018packnet,
   title={PackNet: Adding multiple tasks to a single network by iterative pruning},
   author={Mallya, Arun and Lazebnik, Svetlana},
   booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2018}
+_REBUFFI = """@inproceedings{rebuffi2017icarl,
+  title={{iCaRL}: Incremental classifier and representation learning},
+  author={Rebuffi, Sylvestre-Alvise and Kolesnikov, Alexander and Sperl, Georg and Lampert, Christoph H.},
+  booktitle={IEEE Conference on Computer Vision and Pattern Recognition}, year={2017}
+}"""
+_PRABHU = """@inproceedings{prabhu2020gdumb,
+  title={{GDumb}: A simple approach that questions our progress in continual learning},
+  author={Prabhu, Ameya and Torr, Philip H. S. and Dokania, Puneet K.},
+  booktitle={European Conference on Computer Vision}, year={2020}
+}"""
+_HAYES = """@inproceedings{hayes2020lifelong,
+  title={Lifelong machine learning with deep streaming linear discriminant analysis},
+  author={Hayes, Tyler L. and Kanan, Christopher},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition Workshops}, year={2020}
 }"""
 
 _ENTRIES = (
@@ -301,6 +318,47 @@ _ENTRIES = (
         _MALLYA,
         None,
         "",
+        "icarl",
+        "exemplars chosen by herding and the last model's outputs; the nearest mean of exemplars answers",
+        icarl,
+        {"capacity": 20, "n_classes": 6, "batch_size": 8, "temperature": 1.0},
+        ("temperature",),
+        ("class",),
+        "Rebuffi et al. 2017, iCaRL: Incremental classifier and representation learning",
+        "https://arxiv.org/abs/1611.07725",
+        _REBUFFI,
+        None,
+        "",
+        own_loss=True,
+    ),
+    Entry(
+        "gdumb",
+        "a class-balanced memory; at each task's end a new network is trained on it alone",
+        gdumb,
+        {"capacity": 20, "n_classes": 6, "epochs": 2, "batch_size": 8},
+        (),
+        _ALL,
+        "Prabhu et al. 2020, GDumb: A simple approach that questions our progress in continual learning",
+        "https://doi.org/10.1007/978-3-030-58536-5_31",
+        _PRABHU,
+        None,
+        "",
+        own_loss=True,
+    ),
+    Entry(
+        "slda",
+        "a mean per class and one covariance of features; a linear discriminant answers",
+        slda,
+        {"shrinkage": 1e-3},
+        ("shrinkage",),
+        _ALL,
+        "Hayes and Kanan 2020, Lifelong machine learning with deep streaming linear discriminant analysis",
+        "https://arxiv.org/abs/1909.01520",
+        _HAYES,
+        None,
+        "",
+        own_loss=True,
+        trains=False,
     ),
 )
 
