@@ -54,8 +54,8 @@ def shrink_and_perturb(
     Source: Ash and Adams 2020, "On warm-starting neural network training", arXiv 1910.08475 (before each new portion of
     data: "task"); Dohare et al. 2024, doi 10.1038/s41586-024-07711-7 (after each step).
 
-    Differences from the paper or its code: Ash and Adams write lambda for the factor that is kept, 1 - shrink. Dohare et
-    al. shrink by a weight decay d in the loss, which under SGD with rate r is shrink = r d; here it does not pass
+    Differences from the paper or its code: Ash and Adams write lambda for the factor that is kept, 1 - shrink. Dohare
+    et al. shrink by a weight decay d in the loss, which under SGD with rate r is shrink = r d; here it does not pass
     through the optimiser. The optimiser's state stays: add `reset_optimiser` to begin each task with a new one.
 
     Example:

@@ -215,8 +215,9 @@ def reset_moments(
     """
 
     def mask(moment: Any, parameter: Array, its: Array) -> Any:
-        mirrors = getattr(moment, "shape", None) == parameter.shape
-        return its if mirrors else jax.tree.map(lambda _: False, moment)
+        if isinstance(moment, optax.MaskedNode):  # a parameter that the optimiser leaves out
+            return moment
+        return its if moment.shape == parameter.shape else False
 
     masks = optax.tree_utils.tree_map_params(
         optimiser,
@@ -225,7 +226,7 @@ def reset_moments(
         params,
         touched,
         transform_non_params=lambda leaf: False,
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),  # a parameter that the optimiser leaves out
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     return jax.tree.map(
         lambda its, now, start: now if its is False else jnp.where(its, start, now),

@@ -38,7 +38,8 @@ def dormant_share(activations: Array, weight: Array | None = None, *, threshold:
     Returns:
       `f32[]`.
 
-    Source: threshold 0: Dohare et al. 2024, doi 10.1038/s41586-024-07711-7; others: Sokar et al. 2023, arXiv 2302.12902.
+    Source: threshold 0: Dohare et al. 2024, doi 10.1038/s41586-024-07711-7; others: Sokar et al. 2023,
+    arXiv 2302.12902.
 
     Example:
       >>> import jax.numpy as jnp

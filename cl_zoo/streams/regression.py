@@ -86,8 +86,8 @@ def slowly_changing_regression(
     Raises:
       ValueError: an impossible value, named.
 
-    Source: Dohare et al. 2024, doi 10.1038/s41586-024-07711-7, who use m = 20, f = 15, tasks of 10 000 single rows and a
-    learner with 5 hidden units; the target: Sutton and Whitehead 1993.
+    Source: Dohare et al. 2024, doi 10.1038/s41586-024-07711-7, who use m = 20, f = 15, tasks of 10 000 single rows and
+    a learner with 5 hidden units; the target: Sutton and Whitehead 1993.
 
     Differences from the paper or its code: "one" is the paper's text, "all" the default of its code, which counts the
     sign of the constant input's weight in S the other way round.
@@ -136,9 +136,7 @@ def slowly_changing_regression(
     def init(key: Key) -> Cursor:
         return Cursor(key, jnp.zeros((), jnp.int32))
 
-    def next_batch(
-        data: RegressionData, cursor: Cursor, answer: Callable[[PyTree], PyTree]
-    ) -> tuple[Batch, Cursor]:
+    def next_batch(data: RegressionData, cursor: Cursor, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, Cursor]:
         task = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream goes on with its last task
         fast = random_bits(jax.random.fold_in(cursor.key, cursor.step), batch_size)
         return rows(data, task, fast), cursor._replace(step=cursor.step + 1)
@@ -152,7 +150,7 @@ def slowly_changing_regression(
     def evaluation(data: RegressionData, task: Array, split: str) -> Batch:
         check_choice("stream", "split", split, ("validation", "test"))
         if patterns is None:
-            fast = random_bits(jax.random.fold_in(jax.random.key(split == "test"), task), evaluation_size)
+            fast = random_bits(jax.random.fold_in(jax.random.key(int(split == "test")), task), evaluation_size)
         else:
             fast = (jnp.arange(patterns)[:, None] >> jnp.arange(fast_bits)) % 2
         return one_batch(rows(data, task, fast.astype(jnp.float32)))
