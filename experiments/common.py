@@ -137,10 +137,11 @@ def record(
     notes: dict[tuple[str, str], str],
     path: Path,
 ) -> None:
-    """Writes the result file that the ledger is made from."""
+    """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of its
+    accuracy matrices, in percent."""
     rows = []
     for (setting, method), cell in found.items():
-        s = statistics(100 * average_accuracy(cell["accuracy"]))
+        s = statistics(cell["scores"] if "scores" in cell else 100 * average_accuracy(cell["accuracy"]))
         rows.append(
             {
                 "algorithm": method,

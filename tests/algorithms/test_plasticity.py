@@ -92,15 +92,13 @@ def test_as_many_are_replaced_as_the_rate_says() -> None:
     ours = learner(continual_backprop(rate, maturity=maturity), model=mlp((6,), 3, hidden=(30, 7)))
     data = batches(steps)
     start = ours.init(jax.random.key(0), at(data, 0))
-    last, (ages, replaced) = jax.jit(
-        lambda state: jax.lax.scan(
-            lambda s, b: (
-                lambda new: (new, (new.parts["continual_backprop"].age, new.parts["continual_backprop"].replaced))
-            )(ours.update(s, b)[0]),
-            state,
-            data,
-        )
-    )(start)
+
+    def step(state: Any, batch: Batch) -> Any:
+        state = ours.update(state, batch)[0]
+        part = state.parts["continual_backprop"]
+        return state, (part.age, part.replaced)
+
+    last, (ages, replaced) = jax.jit(lambda state: jax.lax.scan(step, state, data))(start)
     for age, count in zip(ages, replaced, strict=True):
         before = np.concatenate([np.zeros((1, age.shape[1]), int), np.asarray(age)[:-1]])
         expected = rate * (before + 1 > maturity).sum()
@@ -122,14 +120,21 @@ def test_every_unit_at_once_and_in_feature_maps() -> None:
     assert not np.any(state.opt_state[0].mu["conv_0"]["kernel"]) and np.all(state.opt_state[0].mu["output"]["bias"])
 
 
-def test_replayed_rows_count_in_the_utility() -> None:
-    """The shared pass is over the joined batch, and so are the means."""
-    ours = learner(replay(20, batch_size=6), continual_backprop(0.1, maturity=2))
-    data, update = batches(6), jax.jit(ours.update)
-    state = ours.init(jax.random.key(0), at(data, 0))
-    for i in range(6):
-        state = update(state, at(data, i))[0]
-    empty = at(data, 0)._replace(weight=jnp.zeros(ROWS))
+def test_replayed_rows_count_as_the_loss_has_them() -> None:
+    """The means are over the joined batch; and where only replayed rows have weight, nothing moves."""
+    ours = learner(replay(20, batch_size=6), continual_backprop(0.0, decay=0.0))
+    data, update = batches(3), jax.jit(ours.update)
+    state = update(ours.init(jax.random.key(0), at(data, 0)), at(data, 0))[0]
+    batch = at(data, 1)
+    joined = replay(20, batch_size=6).prepare(
+        None, state, state.parts["replay"], batch, _key(state.key, 1, "prepare", "replay")
+    )
+    h = oracle.hidden(exact(state.params), exact(joined.x))[0]
+    state = update(state, batch)[0]
+    wanted = np.average(h, axis=0, weights=joined.weight)
+    assert joined.weight[ROWS:].sum() == 6
+    np.testing.assert_allclose(state.parts["continual_backprop"].activation[0], wanted, rtol=1e-4, atol=1e-6)
+    empty = at(data, 2)._replace(weight=jnp.zeros(ROWS))
     same_bytes(update(state, empty)[0]._replace(step=state.step), state)
 
 
