@@ -2,6 +2,7 @@
 
 from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.der import der
+from cl_zoo.algorithms.continual_backprop import continual_backprop
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.gdumb import gdumb
@@ -12,16 +13,22 @@ from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.slda import slda
+from cl_zoo.algorithms.redo import redo
+from cl_zoo.algorithms.replay import replay
+from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
 from cl_zoo.evaluation.evaluate import evaluate
+from cl_zoo.evaluation.probes import online_score
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
+from cl_zoo.streams.regression import slowly_changing_regression, squared_error
 from cl_zoo.streams.sources import LabelledImages, load_digits
 from cl_zoo.training.compilation import enable_compilation_cache
 from cl_zoo.training.fit import fit
@@ -50,6 +57,7 @@ __all__ = [
     "cite",
     "cnn",
     "compose",
+    "continual_backprop",
     "cross_entropy",
     "der",
     "drifting",
@@ -67,13 +75,18 @@ __all__ = [
     "mas",
     "mlp",
     "packnet",
+    "online_score",
     "permuted_mnist",
+    "redo",
     "replay",
     "reset_optimiser",
     "rotated_mnist",
     "run_stream",
     "slda",
+    "shrink_and_perturb",
+    "slowly_changing_regression",
     "split_mnist",
+    "squared_error",
     "stream_program",
     "supervised",
     "sweep",

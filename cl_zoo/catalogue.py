@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.der import der
+from cl_zoo.algorithms.continual_backprop import continual_backprop
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.gdumb import gdumb
@@ -17,6 +18,10 @@ from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.slda import slda
+from cl_zoo.algorithms.redo import redo
+from cl_zoo.algorithms.replay import replay
+from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.supervised import supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.types import Component
@@ -146,6 +151,20 @@ _HAYES = """@inproceedings{hayes2020lifelong,
   title={Lifelong machine learning with deep streaming linear discriminant analysis},
   author={Hayes, Tyler L. and Kanan, Christopher},
   booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition Workshops}, year={2020}
+_DOHARE = """@article{dohare2024loss,
+  title={Loss of plasticity in deep continual learning},
+  author={Dohare, Shibhansh and Hernandez-Garcia, J. Fernando and Lan, Qingfeng and Rahman, Parash and others},
+  journal={Nature}, volume={632}, pages={768--774}, year={2024}
+}"""
+_ASH = """@inproceedings{ash2020warm,
+  title={On warm-starting neural network training},
+  author={Ash, Jordan T. and Adams, Ryan P.},
+  booktitle={Advances in Neural Information Processing Systems}, year={2020}
+}"""
+_SOKAR = """@inproceedings{sokar2023dormant,
+  title={The dormant neuron phenomenon in deep reinforcement learning},
+  author={Sokar, Ghada and Agarwal, Rishabh and Castro, Pablo Samuel and Evci, Utku},
+  booktitle={International Conference on Machine Learning}, year={2023}
 }"""
 
 _ENTRIES = (
@@ -359,6 +378,43 @@ _ENTRIES = (
         "",
         own_loss=True,
         trains=False,
+        "continual_backprop",
+        "nothing; units of least use are made anew, so that the net stays able to learn",
+        continual_backprop,
+        {"replacement_rate": 0.0625, "maturity": 2},
+        ("replacement_rate",),
+        _ALL,
+        "Dohare et al. 2024, Loss of plasticity in deep continual learning",
+        "https://doi.org/10.1038/s41586-024-07711-7",
+        _DOHARE,
+        Null({"replacement_rate": 0.0}, False, "no unit replaced"),
+        "",
+    ),
+    Entry(
+        "shrink_and_perturb",
+        "nothing; parameters are drawn towards 0 and shaken, so that the net stays able to learn",
+        shrink_and_perturb,
+        {"shrink": 1e-2, "noise": 1e-2},
+        ("shrink", "noise"),
+        _ALL,
+        "Ash and Adams 2020, On warm-starting neural network training",
+        "https://arxiv.org/abs/1910.08475",
+        _ASH,
+        Null({"shrink": 0.0, "noise": 0.0}, False, "nothing shrunk, no noise"),
+        "",
+    ),
+    Entry(
+        "redo",
+        "nothing; units that hardly fire are made anew, so that the net stays able to learn",
+        redo,
+        {"threshold": 0.8, "every": 3},
+        ("threshold",),
+        _ALL,
+        "Sokar et al. 2023, The dormant neuron phenomenon in deep reinforcement learning",
+        "https://arxiv.org/abs/2302.12902",
+        _SOKAR,
+        Null({"every": 10**6}, False, "never looked at"),
+        "",
     ),
 )
 

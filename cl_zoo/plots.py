@@ -10,7 +10,14 @@ from numpy.typing import ArrayLike
 
 from cl_zoo.evaluation.metrics import accuracy_after_each_task, anytime_accuracy
 
-__all__ = ["accuracy_heat_map", "accuracy_within_tasks", "anytime_curve", "seen_task_accuracy", "strength_curve"]
+__all__ = [
+    "accuracy_heat_map",
+    "accuracy_within_tasks",
+    "anytime_curve",
+    "course",
+    "seen_task_accuracy",
+    "strength_curve",
+]
 
 
 def accuracy_heat_map(axes: Any, matrix: ArrayLike, title: str = "") -> Any:
@@ -101,6 +108,15 @@ def strength_curve(axes: Any, strengths: Sequence[float], accuracy: ArrayLike, l
     axes.set_xscale("log")
     axes.set_xlabel("strength")
     axes.set_ylabel("average accuracy (%)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def course(axes: Any, x: ArrayLike, runs: Mapping[str, ArrayLike], title: str = "") -> Any:
+    """Any number against time, a line per method, bands of one standard deviation over runs; values are `[runs, n]`."""
+    for name, values in runs.items():
+        _band(axes, np.asarray(x), np.asarray(values), name)
     axes.set_title(title)
     axes.grid(alpha=0.3)
     return axes

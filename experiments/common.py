@@ -147,10 +147,11 @@ def record(
     path: Path,
     score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
 ) -> None:
-    """Writes the result file that the ledger is made from."""
+    """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of `score` in
+    percent."""
     rows = []
     for (setting, method), cell in found.items():
-        s = statistics(100 * score(cell))
+        s = statistics(cell["scores"] if "scores" in cell else 100 * score(cell))
         rows.append(
             {
                 "algorithm": method,
