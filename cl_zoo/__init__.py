@@ -2,7 +2,9 @@
 
 from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.der import der
+from cl_zoo.algorithms.ema import ema
 from cl_zoo.algorithms.ewc import ewc
+from cl_zoo.algorithms.fisher_merging import fisher_merging
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.mas import mas
@@ -10,6 +12,8 @@ from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
+from cl_zoo.algorithms.weight_interpolation import weight_interpolation
+from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
 from cl_zoo.evaluation.evaluate import evaluate
@@ -45,9 +49,11 @@ __all__ = [
     "compose",
     "cross_entropy",
     "der",
+    "ema",
     "enable_compilation_cache",
     "evaluate",
     "ewc",
+    "fisher_merging",
     "fit",
     "from_linen",
     "from_nnx",
@@ -66,4 +72,6 @@ __all__ = [
     "supervised",
     "sweep",
     "synaptic_intelligence",
+    "weight_interpolation",
+    "wise_ft",
 ]
