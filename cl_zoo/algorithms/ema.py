@@ -27,7 +27,7 @@ class EmaState(NamedTuple):
 def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Component:
     """The network learns as it would, but its moving average answers.
 
-        average <- d average + (1 - d) theta     after every update
+        average = d average + (1 - d) theta     after every update
 
     with d = decay, or with `warm_up` d = min(decay, n / (n + 1)) after n updates: the plain mean of all weights so far,
     until the decay takes over.

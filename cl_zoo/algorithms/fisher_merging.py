@@ -50,7 +50,7 @@ def fisher_merging(
     """At each task's end from the second on, the new weights are averaged with the merged ones from before.
 
         f_new = balance (F_new + epsilon),   f_old = (1 - balance) (F_old + epsilon)
-        theta <- (f_old theta_old + f_new theta_new) / (f_old + f_new);   F_old <- decay F_old + F_new
+        theta = (f_old theta_old + f_new theta_new) / (f_old + f_new);   F_old <- decay F_old + F_new
 
     F_new is the diagonal Fisher of the task at theta_new, before merging. With balance 1/2 and decay 1, theta is
     sum_k F_k theta_k / sum_k F_k over all finished tasks k, up to epsilon.

@@ -52,7 +52,7 @@ def weight_interpolation(
 ) -> Component:
     """After each task from the second on, the old weights are put in the new ones' order and the two are averaged.
 
-        theta <- (1 - alpha) theta_new + alpha P(theta_old);   theta_old <- theta
+        theta = (1 - alpha) theta_new + alpha P(theta_old);   theta_old <- theta
 
     P permutes hidden units, which leaves the old model's function as it was. Then running statistics of normalisation
     layers, averaged likewise, are made anew from the sample (`recompute_statistics`), and the optimiser starts afresh.

@@ -29,7 +29,7 @@ def wise_ft(
 ) -> Component:
     """At each task's end the weights are moved back towards those from before it.
 
-        theta <- (1 - alpha) theta_anchor + alpha theta_new
+        theta = (1 - alpha) theta_anchor + alpha theta_new
 
     Args:
       alpha: in [0, 1], weighs the NEW model, as in the paper (in `weight_interpolation` it weighs the old one).

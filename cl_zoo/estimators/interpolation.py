@@ -15,8 +15,9 @@ def interpolate(new: PyTree, old: PyTree, alpha: Array | float) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> interpolate({"w": jnp.array([0.0]), "n": jnp.array(3)}, {"w": jnp.array([4.0]), "n": jnp.array(2)}, 0.25)
-      {'w': Array([1.], dtype=float32), 'n': Array(3, dtype=int32)}
+      >>> new, old = {"count": jnp.array([3]), "w": jnp.array([0.0])}, {"count": jnp.array([2]), "w": jnp.array([4.0])}
+      >>> interpolate(new, old, 0.25)
+      {'count': Array([3], dtype=int32), 'w': Array([1.], dtype=float32)}
     """
 
     def mean(a: Array, b: Array) -> Array:
@@ -33,9 +34,9 @@ def floating(leaf: Array) -> bool:
 def recompute_statistics(model: Model, params: PyTree, model_state: PyTree, batches: Batch, key: Key) -> PyTree:
     """The running statistics of normalisation layers, made anew: the mean over batches of the statistics of each.
 
-    A layer in training moves them by s <- m s + (1 - m) s_batch, with a momentum m that only the layer knows (as Flax's
-    BatchNorm does). One pass from s = 0 therefore leaves (1 - m) s_batch of each batch, and a pass from s = c over the
-    same batch m c more, which gives m. So
+    A layer in training moves them by s <- m s + (1 - m) s_batch, with a momentum m that only the layer knows (as batch
+    normalisation commonly does). One pass from s = 0 therefore leaves (1 - m) s_batch of each batch, and a pass from
+    s = c over the same batch m c more, which gives m. So
 
         s = [mean over batches of pass(0)] / (1 - m),   m = (pass(c) - pass(0)) / c
 
