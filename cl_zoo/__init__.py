@@ -3,7 +3,9 @@
 from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.continual_backprop import continual_backprop
+from cl_zoo.algorithms.ema import ema
 from cl_zoo.algorithms.ewc import ewc
+from cl_zoo.algorithms.fisher_merging import fisher_merging
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.gdumb import gdumb
 from cl_zoo.algorithms.icarl import icarl
@@ -19,6 +21,8 @@ from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
+from cl_zoo.algorithms.weight_interpolation import weight_interpolation
+from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
 from cl_zoo.evaluation.evaluate import evaluate
@@ -61,9 +65,11 @@ __all__ = [
     "cross_entropy",
     "der",
     "drifting",
+    "ema",
     "enable_compilation_cache",
     "evaluate",
     "ewc",
+    "fisher_merging",
     "fit",
     "from_linen",
     "from_nnx",
@@ -91,4 +97,6 @@ __all__ = [
     "supervised",
     "sweep",
     "synaptic_intelligence",
+    "weight_interpolation",
+    "wise_ft",
 ]

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.continual_backprop import continual_backprop
+from cl_zoo.algorithms.ema import ema
 from cl_zoo.algorithms.ewc import ewc
+from cl_zoo.algorithms.fisher_merging import fisher_merging
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.gdumb import gdumb
 from cl_zoo.algorithms.icarl import icarl
@@ -24,6 +26,8 @@ from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.supervised import supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
+from cl_zoo.algorithms.weight_interpolation import weight_interpolation
+from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.types import Component
 
 __all__ = ["Entry", "Null", "catalogue", "cite"]
@@ -165,6 +169,28 @@ _SOKAR = """@inproceedings{sokar2023dormant,
   title={The dormant neuron phenomenon in deep reinforcement learning},
   author={Sokar, Ghada and Agarwal, Rishabh and Castro, Pablo Samuel and Evci, Utku},
   booktitle={International Conference on Machine Learning}, year={2023}
+}"""
+
+_KOZAL = """@inproceedings{kozal2024continual,
+  title={Continual learning with weight interpolation},
+  author={Kozal, J{\\k{e}}drzej and Wasilewski, Jan and Krawczyk, Bartosz and Wo{\\'z}niak, Micha{\\l}},
+  booktitle={CVPR Workshops}, year={2024}
+}"""
+_WORTSMAN = """@inproceedings{wortsman2022robust,
+  title={Robust fine-tuning of zero-shot models},
+  author={Wortsman, Mitchell and Ilharco, Gabriel and Kim, Jong Wook and Li, Mike and others},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2022}
+}"""
+_MATENA = """@inproceedings{matena2022merging,
+  title={Merging models with {F}isher-weighted averaging},
+  author={Matena, Michael S. and Raffel, Colin A.},
+  booktitle={Advances in Neural Information Processing Systems}, year={2022}
+}"""
+_TARVAINEN = """@inproceedings{tarvainen2017mean,
+  title={Mean teachers are better role models: Weight-averaged consistency targets improve semi-supervised deep
+    learning results},
+  author={Tarvainen, Antti and Valpola, Harri},
+  booktitle={Advances in Neural Information Processing Systems}, year={2017}
 }"""
 
 _ENTRIES = (
@@ -414,6 +440,55 @@ _ENTRIES = (
         "https://arxiv.org/abs/2302.12902",
         _SOKAR,
         Null({"every": 10**6}, False, "never looked at"),
+        "weight_interpolation",
+        "the old weights, permuted into the new ones' order and averaged with them after each task",
+        weight_interpolation,
+        {"alpha": 0.5},
+        ("alpha",),
+        _ALL,
+        "Kozal et al. 2024, Continual learning with weight interpolation",
+        "https://arxiv.org/abs/2404.04002",
+        _KOZAL,
+        Null({"alpha": 0.0}, True, "alpha 0, and an optimiser without state"),
+        "",
+    ),
+    Entry(
+        "wise_ft",
+        "the weights from before each task, averaged with the new ones at its end",
+        wise_ft,
+        {"alpha": 0.5},
+        ("alpha",),
+        _ALL,
+        "Wortsman et al. 2022, Robust fine-tuning of zero-shot models",
+        "https://arxiv.org/abs/2109.01903",
+        _WORTSMAN,
+        Null({"alpha": 1.0}, False, "alpha 1"),
+        "",
+    ),
+    Entry(
+        "fisher_merging",
+        "the models of all tasks, averaged with the weights of their Fisher information",
+        fisher_merging,
+        {"balance": 0.5, "decay": 1.0},
+        ("balance", "decay"),
+        _ALL,
+        "Matena and Raffel 2022, Merging models with Fisher-weighted averaging",
+        "https://arxiv.org/abs/2111.09832",
+        _MATENA,
+        Null({"balance": 1.0}, False, "balance 1"),
+        "",
+    ),
+    Entry(
+        "ema",
+        "a moving average of the weights, which answers in the network's place",
+        ema,
+        {"decay": 0.9},
+        ("decay",),
+        _ALL,
+        "Tarvainen and Valpola 2017, Mean teachers are better role models",
+        "https://arxiv.org/abs/1703.01780",
+        _TARVAINEN,
+        Null({"decay": 0.0}, False, "decay 0"),
         "",
     ),
 )

@@ -246,10 +246,17 @@ def test_it_moves_what_it_should(subject: SimpleNamespace) -> None:
 
 
 def test_it_is_not_naive(subject: SimpleNamespace, naive: Callable[[str, bool], Any]) -> None:
-    """Beyond its null setting, it changes what is learnt."""
+    """Beyond its null setting, it changes what is learnt, or what is answered."""
     if subject.entry.name == "supervised":
         pytest.skip("it is the naive learner")
-    kernel = naive(subject.entry.scenarios[0], False).state.params["hidden_0"]["kernel"]
+    wanted = naive(subject.entry.scenarios[0], False).state
+    if subject.entry.factory(**subject.entry.arguments).predict:
+        batch, other = subject.batch, tiny_learner(subject.stream, supervised())
+        answers = [each.predict(state, batch.x, batch.task) for each, state in (
+            (subject.learner, subject.states[-1]), (other, wanted))]  # fmt: skip
+        assert np.abs(answers[0] - answers[1]).max() > 1e-4
+        return
+    kernel = wanted.params["hidden_0"]["kernel"]
     assert np.abs(kernel - subject.states[-1].params["hidden_0"]["kernel"]).max() > 1e-4
 
 

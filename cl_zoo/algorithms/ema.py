@@ -1,0 +1,79 @@
+"""Exponential moving average: a slow copy of the network gives the answers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.estimators.interpolation import interpolate
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState, check_range, mask_outputs
+
+__all__ = ["EmaState", "ema"]
+
+
+class EmaState(NamedTuple):
+    """Attributes:
+    params, model_state: the moving average.
+    updates: `i32[]`, how many it has seen.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    updates: Array
+
+
+def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Component:
+    """The network learns as it would, but its moving average answers.
+
+        average = d average + (1 - d) theta     after every update
+
+    with d = decay, or with `warm_up` d = min(decay, n / (n + 1)) after n updates: the plain mean of all weights so far,
+    until the decay takes over.
+
+    Args:
+      decay: in [0, 1]; the average reaches back about 1 / (1 - decay) updates.
+      warm_up: whether the initial weights are forgotten at once.
+      name: key in state.
+
+    Returns:
+      A component with an `EmaState`, which answers; so no other component of the learner may.
+
+    Raises:
+      ValueError: decay outside [0, 1].
+
+    Source: Polyak and Juditsky 1992, doi 10.1137/0330046; Tarvainen and Valpola 2017, arXiv 1703.01780; in continual
+    learning: Arani et al. 2022, arXiv 2201.12604.
+
+    Differences from the paper or its code: Arani et al. keep two averages, updated at random steps, and distil them
+    into the network; here there is one, updated at every step, and the network does not know of it. Running statistics
+    of normalisation layers are averaged like weights.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, mlp, supervised
+      >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), ema(decay=0.99))
+    """
+    check_range(name, "decay", decay, 0, 1)
+
+    def init(context: Context, state: TrainState, batch: Batch, key: Key) -> EmaState:
+        return EmaState(state.params, state.model_state, jnp.zeros((), jnp.int32))
+
+    def observe(
+        context: Context, state: TrainState, part: EmaState, record: Record, key: Key
+    ) -> tuple[TrainState, EmaState]:
+        n = part.updates.astype(jnp.float32)
+        d = jnp.minimum(decay, n / (n + 1)) if warm_up else decay
+        new, old = (state.params, state.model_state), (part.params, part.model_state)
+        params, model_state = interpolate(new, old, d)
+        moved = EmaState(params, model_state, part.updates + 1)
+        learnt = jnp.any(record.batch.weight > 0)
+        return state, jax.tree.map(lambda a, b: jnp.where(learnt, a, b), moved, part)
+
+    def predict(context: Context, state: TrainState, part: EmaState, x: PyTree, task: Array | None) -> PyTree:
+        outputs, _, _ = context.model.apply(part.params, part.model_state, x, task=task)
+        active = context.active(state.task, task)
+        return outputs if active is None else mask_outputs(outputs, active)
+
+    return Component(name, init=init, observe=observe, predict=predict)
