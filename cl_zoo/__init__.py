@@ -1,24 +1,22 @@
 """Continual learning in JAX: learner = model + optimiser + components."""
 
 from cl_zoo.algorithms.agem import agem
-from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.continual_backprop import continual_backprop
+from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.ema import ema
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.fisher_merging import fisher_merging
-from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.gdumb import gdumb
 from cl_zoo.algorithms.icarl import icarl
+from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.mas import mas
 from cl_zoo.algorithms.packnet import packnet
-from cl_zoo.algorithms.replay import replay
-from cl_zoo.algorithms.reset_optimiser import reset_optimiser
-from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.redo import redo
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
+from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
@@ -73,23 +71,23 @@ __all__ = [
     "fit",
     "from_linen",
     "from_nnx",
-    "l2_init",
     "gdumb",
     "icarl",
+    "l2_init",
     "load_digits",
     "lwf",
     "mas",
     "mlp",
-    "packnet",
     "online_score",
+    "packnet",
     "permuted_mnist",
     "redo",
     "replay",
     "reset_optimiser",
     "rotated_mnist",
     "run_stream",
-    "slda",
     "shrink_and_perturb",
+    "slda",
     "slowly_changing_regression",
     "split_mnist",
     "squared_error",

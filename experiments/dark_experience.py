@@ -123,11 +123,9 @@ def cells(config: Config, images: Any) -> list[Cell]:
         model = mlp((28, 28), 10, hidden=(100, 100))
         for buffer in (None, *config.buffers):
             for method, (rate, components) in methods(benchmark, buffer, config.batch_size).items():
-
-                def make(_: Any, rate: float = rate, components: list[Component] = components) -> Any:
-                    return compose(model, optax.sgd(rate), supervised(), *components, tasks=stream.tasks)
-
-                found.append(Cell(benchmark + (f", buffer {buffer}" if buffer else ""), method, make, stream))
+                learner = compose(model, optax.sgd(rate), supervised(), *components, tasks=stream.tasks)
+                setting = benchmark + (f", buffer {buffer}" if buffer else "")
+                found.append(Cell(setting, method, lambda _, learner=learner: learner, stream))
     return found
 
 

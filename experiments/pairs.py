@@ -3,8 +3,8 @@
 Command                                                   hardware       time       expected
 python -m experiments.pairs                               2 CPU cores    not timed  pairs with replay are above 80
 
-Class-incremental, 5 tasks, MLP 256-256, Adam, 300 batches of 64 a task. The diagonal of the figure is a method alone, the
-naive learner is printed beside. Components that edit parameters stand before those that anchor them, as in the list.
+Class-incremental, 5 tasks, MLP 256-256, Adam, 300 batches of 64 a task. The diagonal of the figure is a method alone,
+the naive learner is printed beside. Components that edit parameters stand before those that anchor them, as in the list.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m experiments.speed.steps          with nothing else running
 
-Operations are those of XLA's cost analysis of one update before optimisation, so that matrix products given to libraries
-are counted. A ratio of times above that of operations tells of memory traffic and of many small kernels.
+Operations are those of XLA's cost analysis of one update before optimisation, so that matrix products given to
+libraries are counted. A ratio of times above that of operations tells of memory traffic and of many small kernels.
 """
 
 from __future__ import annotations
