@@ -1,15 +1,22 @@
 """Continual learning in JAX: learner = model + optimiser + components."""
 
 from cl_zoo.algorithms.agem import agem
+from cl_zoo.algorithms.continual_backprop import continual_backprop
 from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.ema import ema
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.fisher_merging import fisher_merging
+from cl_zoo.algorithms.gdumb import gdumb
+from cl_zoo.algorithms.icarl import icarl
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.mas import mas
+from cl_zoo.algorithms.packnet import packnet
+from cl_zoo.algorithms.redo import redo
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
+from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
@@ -17,10 +24,13 @@ from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
 from cl_zoo.evaluation.evaluate import evaluate
+from cl_zoo.evaluation.probes import online_score
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.mlp import mlp
+from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
+from cl_zoo.streams.regression import slowly_changing_regression, squared_error
 from cl_zoo.streams.sources import LabelledImages, load_digits
 from cl_zoo.training.compilation import enable_compilation_cache
 from cl_zoo.training.fit import fit
@@ -35,6 +45,7 @@ __all__ = [
     "Entry",
     "LabelledImages",
     "Learner",
+    "Mixing",
     "Model",
     "NonFiniteError",
     "Record",
@@ -43,12 +54,15 @@ __all__ = [
     "TaskInfo",
     "TrainState",
     "agem",
+    "blurry",
     "catalogue",
     "cite",
     "cnn",
     "compose",
+    "continual_backprop",
     "cross_entropy",
     "der",
+    "drifting",
     "ema",
     "enable_compilation_cache",
     "evaluate",
@@ -57,17 +71,26 @@ __all__ = [
     "fit",
     "from_linen",
     "from_nnx",
+    "gdumb",
+    "icarl",
     "l2_init",
     "load_digits",
     "lwf",
     "mas",
     "mlp",
+    "online_score",
+    "packnet",
     "permuted_mnist",
+    "redo",
     "replay",
     "reset_optimiser",
     "rotated_mnist",
     "run_stream",
+    "shrink_and_perturb",
+    "slda",
+    "slowly_changing_regression",
     "split_mnist",
+    "squared_error",
     "stream_program",
     "supervised",
     "sweep",

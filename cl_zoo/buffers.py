@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cl_zoo.shuffle import shuffled_index
-from cl_zoo.types import Array, Batch, Key, PyTree
+from cl_zoo.types import Array, Batch, Key, PyTree, check_whole
 
-__all__ = ["Reservoir", "reservoir_add", "reservoir_init", "reservoir_sample"]
+__all__ = [
+    "ClassBalanced",
+    "Memory",
+    "Reservoir",
+    "Ring",
+    "class_balanced_add",
+    "class_balanced_init",
+    "class_balanced_memory",
+    "class_balanced_sample",
+    "reservoir_add",
+    "reservoir_init",
+    "reservoir_memory",
+    "reservoir_sample",
+    "ring_add",
+    "ring_init",
+    "ring_memory",
+    "ring_sample",
+]
 
 
 class Reservoir(NamedTuple):
@@ -27,8 +45,7 @@ class Reservoir(NamedTuple):
 
 def reservoir_init(row: PyTree, capacity: int) -> Reservoir:
     """An empty reservoir for rows like those of the batch `row` (`[B, ...]` leaves), in their own dtypes."""
-    empty = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), row)
-    return Reservoir(empty, jnp.zeros((), jnp.int32))
+    return Reservoir(_empty(row, capacity), jnp.zeros((), jnp.int32))
 
 
 def reservoir_slots(seen: Array, present: Array, capacity: int, key: Key) -> Array:
@@ -40,9 +57,7 @@ def reservoir_slots(seen: Array, present: Array, capacity: int, key: Key) -> Arr
     number = seen + jnp.cumsum(present, dtype=jnp.int32) - present.astype(jnp.int32)  # how many came before each row
     drawn = jax.random.randint(key, present.shape, 0, number + 1)
     slot = jnp.where(number < capacity, number, drawn)
-    slot = jnp.where(present & (slot < capacity), slot, capacity)
-    later = jnp.triu(slot[:, None] == slot[None, :], 1)
-    return jnp.where(jnp.any(later, axis=1), capacity, slot)
+    return _last_wins(jnp.where(present & (slot < capacity), slot, capacity), capacity)
 
 
 def reservoir_add(reservoir: Reservoir, rows: PyTree, weight: Array, key: Key) -> Reservoir:
@@ -66,8 +81,7 @@ def reservoir_add(reservoir: Reservoir, rows: PyTree, weight: Array, key: Key) -
     present = weight > 0
     capacity = jax.tree.leaves(reservoir.rows)[0].shape[0]
     slots = reservoir_slots(reservoir.seen, present, capacity, key)
-    kept = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), reservoir.rows, rows)
-    return Reservoir(kept, reservoir.seen + jnp.sum(present, dtype=jnp.int32))
+    return Reservoir(_put(reservoir.rows, rows, slots), reservoir.seen + jnp.sum(present, dtype=jnp.int32))
 
 
 def reservoir_sample(reservoir: Reservoir, size: int, key: Key) -> tuple[PyTree, Array]:
@@ -79,6 +93,206 @@ def reservoir_sample(reservoir: Reservoir, size: int, key: Key) -> tuple[PyTree,
     return rows, (jnp.arange(size) < held).astype(jnp.float32)
 
 
+class Ring(NamedTuple):
+    """The last `capacity // n_classes` rows of each class: slots c m, ..., c m + m - 1 belong to class c.
+
+    Attributes:
+      rows: a pytree of `[m * n_classes, ...]` arrays.
+      seen: `i32[n_classes]`, rows of each class offered so far.
+    """
+
+    rows: PyTree
+    seen: Array
+
+
+def ring_init(row: PyTree, capacity: int, n_classes: int) -> Ring:
+    """An empty ring for rows like those of the batch `row`, in their own dtypes.
+
+    Raises:
+      ValueError: fewer slots than classes.
+    """
+    check_whole("ring", "n_classes", n_classes, 1)
+    check_whole("ring", "capacity", capacity, n_classes)
+    return Ring(_empty(row, capacity // n_classes * n_classes), jnp.zeros(n_classes, jnp.int32))
+
+
+def ring_add(ring: Ring, rows: PyTree, labels: Array, weight: Array) -> Ring:
+    """The i-th row of class c takes slot c m + (i mod m); the oldest of its class goes.
+
+    Args:
+      ring: the memory.
+      rows: a pytree of `[B, ...]` arrays.
+      labels: `i32[B]`, the class of each; rows of a class that is not one of the ring's are not seen.
+      weight: `f32[B]`; rows of weight 0 are not seen.
+
+    Source: Chaudhry et al. 2019, arXiv 1902.10486, ring buffer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> memory = ring_init(jnp.zeros((1,), int), capacity=4, n_classes=2)
+      >>> memory = ring_add(memory, jnp.array([7, 8, 9, 5]), jnp.array([0, 0, 0, 1]), jnp.ones(4))
+      >>> memory.rows.tolist(), memory.seen.tolist()
+      ([9, 8, 5, 0], [3, 1])
+    """
+    capacity, n_classes = jax.tree.leaves(ring.rows)[0].shape[0], ring.seen.shape[0]
+    per_class = capacity // n_classes
+    member = (labels[:, None] == jnp.arange(n_classes)) & (weight > 0)[:, None]
+    number = ring.seen + jnp.cumsum(member, axis=0, dtype=jnp.int32) - 1  # of each row, were it of each class
+    slot = jnp.arange(n_classes) * per_class + number % per_class
+    slot = jnp.min(jnp.where(member, slot, capacity), axis=1)
+    return Ring(_put(ring.rows, rows, _last_wins(slot, capacity)), ring.seen + jnp.sum(member, axis=0, dtype=jnp.int32))
+
+
+def ring_sample(ring: Ring, size: int, key: Key) -> tuple[PyTree, Array]:
+    """`size` different rows drawn uniformly from all that are held, and `f32[size]` weights: 0 beyond what is held."""
+    per_class = jax.tree.leaves(ring.rows)[0].shape[0] // ring.seen.shape[0]
+    held = jnp.minimum(ring.seen, per_class)
+    ends = jnp.cumsum(held)
+    drawn = shuffled_index(key, jnp.arange(size), ends[-1])
+    label = jnp.minimum(jnp.sum(drawn[:, None] >= ends, axis=1), ring.seen.shape[0] - 1)
+    index = label * per_class + drawn - (ends - held)[label]
+    rows = jax.tree.map(lambda leaf: leaf[index], ring.rows)
+    return rows, (jnp.arange(size) < ends[-1]).astype(jnp.float32)
+
+
+class ClassBalanced(NamedTuple):
+    """Any rows while there is room, afterwards as many of each class as can be.
+
+    Attributes:
+      rows: a pytree of `[capacity, ...]` arrays.
+      labels: `i32[capacity]`, the class of each row held.
+      held: `i32[n_classes]`, rows held of each class; together they fill the first slots.
+    """
+
+    rows: PyTree
+    labels: Array
+    held: Array
+
+
+def class_balanced_init(row: PyTree, capacity: int, n_classes: int) -> ClassBalanced:
+    """An empty memory for rows like those of the batch `row`, in their own dtypes.
+
+    Raises:
+      ValueError: no slots, or no classes.
+    """
+    check_whole("class_balanced", "n_classes", n_classes, 1)
+    check_whole("class_balanced", "capacity", capacity, 1)
+    return ClassBalanced(_empty(row, capacity), jnp.zeros(capacity, jnp.int32), jnp.zeros(n_classes, jnp.int32))
+
+
+def class_balanced_add(memory: ClassBalanced, rows: PyTree, labels: Array, weight: Array, key: Key) -> ClassBalanced:
+    """Offers the rows of weight above 0, one by one.
+
+    While the memory is not full, every row enters. Then a row of a class with fewer rows than the largest class has
+    takes the place of a random row of a largest class, and any other row is turned away.
+
+    Args:
+      memory: the memory.
+      rows: a pytree of `[B, ...]` arrays.
+      labels: `i32[B]`, the class of each; rows of a class that is not one of the memory's are not seen.
+      weight: `f32[B]`; rows of weight 0 are not seen.
+      key: for the draws.
+
+    Source: the greedy balancing sampler of Prabhu et al. 2020, doi 10.1007/978-3-030-58536-5_31. There a class is also
+    turned away from a memory with room once it has capacity / (classes seen) rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> memory = class_balanced_init(jnp.zeros((1,), int), capacity=4, n_classes=2)
+      >>> rows, labels = jnp.arange(10), jnp.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+      >>> class_balanced_add(memory, rows, labels, jnp.ones(10), jax.random.key(0)).held.tolist()
+      [2, 2]
+    """
+    capacity, n_classes = memory.labels.shape[0], memory.held.shape[0]
+    labels = labels.astype(jnp.int32)
+    present = (weight > 0) & (labels >= 0) & (labels < n_classes)
+
+    def offer(carry: tuple[Array, Array], row: tuple[Array, Array, Key]) -> tuple[tuple[Array, Array], Array]:
+        owners, held = carry
+        label, present, row_key = row
+        full = jnp.sum(held) >= capacity
+        enters = present & (~full | (held[label] < jnp.max(held)))
+
+        def victim() -> Array:
+            largest = held[owners] == jnp.max(held)
+            return jnp.argmax(jnp.where(largest, jax.random.uniform(row_key, (capacity,)), -1.0)).astype(jnp.int32)
+
+        slot = jax.lax.cond(enters & full, victim, lambda: jnp.sum(held))
+        held = held.at[jnp.where(enters & full, owners[slot], n_classes)].add(-1, mode="drop")
+        held = held.at[jnp.where(enters, label, n_classes)].add(1, mode="drop")
+        slot = jnp.where(enters, slot, capacity)
+        return (owners.at[slot].set(label, mode="drop"), held), slot
+
+    keys = jax.random.split(key, labels.shape[0])
+    (owners, held), slots = jax.lax.scan(offer, (memory.labels, memory.held), (labels, present, keys))
+    return ClassBalanced(_put(memory.rows, rows, _last_wins(slots, capacity)), owners, held)
+
+
+def class_balanced_sample(memory: ClassBalanced, size: int, key: Key) -> tuple[PyTree, Array]:
+    """`size` different rows drawn uniformly from all that are held, and `f32[size]` weights: 0 beyond what is held."""
+    held = jnp.sum(memory.held)
+    index = shuffled_index(key, jnp.arange(size), held)
+    rows = jax.tree.map(lambda leaf: leaf[index], memory.rows)
+    return rows, (jnp.arange(size) < held).astype(jnp.float32)
+
+
+class Memory(NamedTuple):
+    """A kind of memory as three functions, for rows as `batch_rows` gives them.
+
+    Attributes:
+      init: `(rows) -> memory`.
+      add: `(memory, rows, weight, key) -> memory`.
+      sample: `(memory, size, key) -> (rows, weight)`.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    add: Callable[[PyTree, PyTree, Array, Key], PyTree]
+    sample: Callable[[PyTree, int, Key], tuple[PyTree, Array]]
+
+
+def reservoir_memory(capacity: int) -> Memory:
+    """A `Reservoir` of `capacity` rows."""
+    return Memory(lambda rows: reservoir_init(rows, capacity), reservoir_add, reservoir_sample)
+
+
+def ring_memory(capacity: int, n_classes: int) -> Memory:
+    """A `Ring` of `capacity // n_classes` rows a class."""
+
+    def add(memory: Ring, rows: PyTree, weight: Array, key: Key) -> Ring:
+        return ring_add(memory, rows, _labels(rows), weight)
+
+    return Memory(lambda rows: ring_init(rows, capacity, n_classes), add, ring_sample)
+
+
+def class_balanced_memory(capacity: int, n_classes: int) -> Memory:
+    """A `ClassBalanced` memory of `capacity` rows."""
+
+    def add(memory: ClassBalanced, rows: PyTree, weight: Array, key: Key) -> ClassBalanced:
+        return class_balanced_add(memory, rows, _labels(rows), weight, key)
+
+    return Memory(lambda rows: class_balanced_init(rows, capacity, n_classes), add, class_balanced_sample)
+
+
 def batch_rows(batch: Batch) -> PyTree:
     """What a memory keeps of a batch: everything but its weights."""
     return (batch.x, batch.y, batch.task)
+
+
+def _labels(rows: PyTree) -> Array:
+    if rows[1] is None:
+        raise ValueError("a memory by class needs labels, but the batch has none (y is None)")
+    return rows[1]
+
+
+def _empty(row: PyTree, capacity: int) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), row)
+
+
+def _put(kept: PyTree, rows: PyTree, slots: Array) -> PyTree:
+    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), kept, rows)
+
+
+def _last_wins(slot: Array, nowhere: int) -> Array:
+    """Where several rows of a batch go to one slot, only the last does."""
+    later = jnp.triu(slot[:, None] == slot[None, :], 1)
+    return jnp.where(jnp.any(later, axis=1), nowhere, slot)

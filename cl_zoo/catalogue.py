@@ -6,15 +6,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from cl_zoo.algorithms.agem import agem
+from cl_zoo.algorithms.continual_backprop import continual_backprop
 from cl_zoo.algorithms.der import der
 from cl_zoo.algorithms.ema import ema
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.fisher_merging import fisher_merging
+from cl_zoo.algorithms.gdumb import gdumb
+from cl_zoo.algorithms.icarl import icarl
 from cl_zoo.algorithms.l2_init import l2_init
 from cl_zoo.algorithms.lwf import lwf
 from cl_zoo.algorithms.mas import mas
+from cl_zoo.algorithms.packnet import packnet
+from cl_zoo.algorithms.redo import redo
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
+from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
@@ -129,7 +136,21 @@ _CHAUDHRY_AGEM = """@inproceedings{chaudhry2019efficient,
   author={Chaudhry, Arslan and Ranzato, Marc'Aurelio and Rohrbach, Marcus and Elhoseiny, Mohamed},
   booktitle={International Conference on Learning Representations}, year={2019}
 }"""
-
+_DOHARE = """@article{dohare2024loss,
+  title={Loss of plasticity in deep continual learning},
+  author={Dohare, Shibhansh and Hernandez-Garcia, J. Fernando and Lan, Qingfeng and Rahman, Parash and others},
+  journal={Nature}, volume={632}, pages={768--774}, year={2024}
+}"""
+_ASH = """@inproceedings{ash2020warm,
+  title={On warm-starting neural network training},
+  author={Ash, Jordan T. and Adams, Ryan P.},
+  booktitle={Advances in Neural Information Processing Systems}, year={2020}
+}"""
+_SOKAR = """@inproceedings{sokar2023dormant,
+  title={The dormant neuron phenomenon in deep reinforcement learning},
+  author={Sokar, Ghada and Agarwal, Rishabh and Castro, Pablo Samuel and Evci, Utku},
+  booktitle={International Conference on Machine Learning}, year={2023}
+}"""
 _KOZAL = """@inproceedings{kozal2024continual,
   title={Continual learning with weight interpolation},
   author={Kozal, J{\\k{e}}drzej and Wasilewski, Jan and Krawczyk, Bartosz and Wo{\\'z}niak, Micha{\\l}},
@@ -150,6 +171,26 @@ _TARVAINEN = """@inproceedings{tarvainen2017mean,
     learning results},
   author={Tarvainen, Antti and Valpola, Harri},
   booktitle={Advances in Neural Information Processing Systems}, year={2017}
+}"""
+_REBUFFI = """@inproceedings{rebuffi2017icarl,
+  title={{iCaRL}: Incremental classifier and representation learning},
+  author={Rebuffi, Sylvestre-Alvise and Kolesnikov, Alexander and Sperl, Georg and Lampert, Christoph H.},
+  booktitle={IEEE Conference on Computer Vision and Pattern Recognition}, year={2017}
+}"""
+_PRABHU = """@inproceedings{prabhu2020gdumb,
+  title={{GDumb}: A simple approach that questions our progress in continual learning},
+  author={Prabhu, Ameya and Torr, Philip H. S. and Dokania, Puneet K.},
+  booktitle={European Conference on Computer Vision}, year={2020}
+}"""
+_HAYES = """@inproceedings{hayes2020lifelong,
+  title={Lifelong machine learning with deep streaming linear discriminant analysis},
+  author={Hayes, Tyler L. and Kanan, Christopher},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition Workshops}, year={2020}
+}"""
+_MALLYA = """@inproceedings{mallya2018packnet,
+  title={PackNet: Adding multiple tasks to a single network by iterative pruning},
+  author={Mallya, Arun and Lazebnik, Svetlana},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2018}
 }"""
 
 _ENTRIES = (
@@ -298,17 +339,47 @@ _ENTRIES = (
         "a-gem",
     ),
     Entry(
-        "reset_optimiser",
-        "nothing; the optimiser's moments are forgotten with each task",
-        reset_optimiser,
-        {},
+        "icarl",
+        "exemplars chosen by herding and the last model's outputs; the nearest mean of exemplars answers",
+        icarl,
+        {"capacity": 20, "n_classes": 6, "batch_size": 8, "temperature": 1.0},
+        ("temperature",),
+        ("class",),
+        "Rebuffi et al. 2017, iCaRL: Incremental classifier and representation learning",
+        "https://arxiv.org/abs/1611.07725",
+        _REBUFFI,
+        None,
+        "",
+        own_loss=True,
+    ),
+    Entry(
+        "gdumb",
+        "a class-balanced memory; at each task's end a new network is trained on it alone",
+        gdumb,
+        {"capacity": 20, "n_classes": 6, "epochs": 2, "batch_size": 8},
         (),
         _ALL,
-        "Zenke et al. 2017, Continual learning through synaptic intelligence",
-        "https://arxiv.org/abs/1703.04200",
-        _ZENKE,
-        Null({}, True, "an optimiser without state"),
+        "Prabhu et al. 2020, GDumb: A simple approach that questions our progress in continual learning",
+        "https://doi.org/10.1007/978-3-030-58536-5_31",
+        _PRABHU,
+        None,
         "",
+        own_loss=True,
+    ),
+    Entry(
+        "slda",
+        "a mean per class and one covariance of features; a linear discriminant answers",
+        slda,
+        {"shrinkage": 1e-3},
+        ("shrinkage",),
+        _ALL,
+        "Hayes and Kanan 2020, Lifelong machine learning with deep streaming linear discriminant analysis",
+        "https://arxiv.org/abs/1909.01520",
+        _HAYES,
+        None,
+        "",
+        own_loss=True,
+        trains=False,
     ),
     Entry(
         "weight_interpolation",
@@ -360,6 +431,71 @@ _ENTRIES = (
         "https://arxiv.org/abs/1703.01780",
         _TARVAINEN,
         Null({"decay": 0.0}, False, "decay 0"),
+        "",
+    ),
+    Entry(
+        "packnet",
+        "the largest of the free weights, for each task, frozen to the bit; the others are handed on",
+        packnet,
+        {"prune": 0.5, "retrain_steps": 4},
+        ("prune",),
+        ("task",),
+        "Mallya and Lazebnik 2018, PackNet: Adding multiple tasks to a single network by iterative pruning",
+        "https://arxiv.org/abs/1711.05769",
+        _MALLYA,
+        None,
+        "",
+    ),
+    Entry(
+        "continual_backprop",
+        "nothing; units of least use are made anew, so that the net stays able to learn",
+        continual_backprop,
+        {"replacement_rate": 0.0625, "maturity": 2},
+        ("replacement_rate",),
+        _ALL,
+        "Dohare et al. 2024, Loss of plasticity in deep continual learning",
+        "https://doi.org/10.1038/s41586-024-07711-7",
+        _DOHARE,
+        Null({"replacement_rate": 0.0}, False, "no unit replaced"),
+        "",
+    ),
+    Entry(
+        "shrink_and_perturb",
+        "nothing; parameters are drawn towards 0 and shaken, so that the net stays able to learn",
+        shrink_and_perturb,
+        {"shrink": 1e-2, "noise": 1e-2},
+        ("shrink", "noise"),
+        _ALL,
+        "Ash and Adams 2020, On warm-starting neural network training",
+        "https://arxiv.org/abs/1910.08475",
+        _ASH,
+        Null({"shrink": 0.0, "noise": 0.0}, False, "nothing shrunk, no noise"),
+        "",
+    ),
+    Entry(
+        "redo",
+        "nothing; units that hardly fire are made anew, so that the net stays able to learn",
+        redo,
+        {"threshold": 0.8, "every": 3},
+        ("threshold",),
+        _ALL,
+        "Sokar et al. 2023, The dormant neuron phenomenon in deep reinforcement learning",
+        "https://arxiv.org/abs/2302.12902",
+        _SOKAR,
+        Null({"every": 10**6}, False, "never looked at"),
+        "",
+    ),
+    Entry(
+        "reset_optimiser",
+        "nothing; the optimiser's moments are forgotten with each task",
+        reset_optimiser,
+        {},
+        (),
+        _ALL,
+        "Zenke et al. 2017, Continual learning through synaptic intelligence",
+        "https://arxiv.org/abs/1703.04200",
+        _ZENKE,
+        Null({}, True, "an optimiser without state"),
         "",
     ),
 )

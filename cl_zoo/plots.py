@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cl_zoo.evaluation.metrics import accuracy_after_each_task
+from cl_zoo.evaluation.metrics import accuracy_after_each_task, anytime_accuracy
 
-__all__ = ["accuracy_heat_map", "accuracy_within_tasks", "seen_task_accuracy", "strength_curve"]
+__all__ = [
+    "accuracy_heat_map",
+    "accuracy_within_tasks",
+    "anytime_curve",
+    "course",
+    "seen_task_accuracy",
+    "strength_curve",
+]
 
 
 def accuracy_heat_map(axes: Any, matrix: ArrayLike, title: str = "") -> Any:
@@ -73,6 +80,27 @@ def accuracy_within_tasks(
     return axes
 
 
+def anytime_curve(axes: Any, curves: Mapping[str, ArrayLike], every: int = 1, title: str = "") -> Any:
+    """Mean accuracy over the tasks seen so far at points of the whole stream, a line per method.
+
+    Args:
+      axes: to draw on.
+      curves: `[..., T, points, T]` by name.
+      every: updates between points.
+      title: of the axes.
+    """
+    for name, curve in curves.items():
+        values = 100 * anytime_accuracy(curve)
+        values = values.reshape((-1, values.shape[-1]))
+        _band(axes, every * np.arange(1, values.shape[-1] + 1), values, name)
+    axes.set_xlabel("updates")
+    axes.set_ylabel("accuracy on tasks seen (%)")
+    axes.set_ylim(0, 102)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return axes
+
+
 def strength_curve(axes: Any, strengths: Sequence[float], accuracy: ArrayLike, label: str = "", title: str = "") -> Any:
     """Final accuracy against strength on a logarithmic axis; `accuracy` is `[strengths, runs]`."""
     accuracy = 100 * np.asarray(accuracy)
@@ -80,6 +108,15 @@ def strength_curve(axes: Any, strengths: Sequence[float], accuracy: ArrayLike, l
     axes.set_xscale("log")
     axes.set_xlabel("strength")
     axes.set_ylabel("average accuracy (%)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def course(axes: Any, x: ArrayLike, runs: Mapping[str, ArrayLike], title: str = "") -> Any:
+    """Any number against time, a line per method, bands of one standard deviation over runs; values are `[runs, n]`."""
+    for name, values in runs.items():
+        _band(axes, np.asarray(x), np.asarray(values), name)
     axes.set_title(title)
     axes.grid(alpha=0.3)
     return axes

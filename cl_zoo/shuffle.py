@@ -19,6 +19,7 @@ def _hash(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
+@jax.jit  # so that its many small operations are traced once for all calls of one shape
 def shuffled_index(key: Key, position: Array, n: Array | int, *salt: Array | int) -> Array:
     """Where `position` goes in the random order of `n` things that `key` (and `salt`) names.
 
@@ -54,7 +55,7 @@ def shuffled_index(key: Key, position: Array, n: Array | int, *salt: Array | int
     seed = jnp.uint32(0x9E3779B9)
     for word in (*jnp.ravel(jax.random.key_data(key)), *salt):
         seed = _hash(seed ^ jnp.asarray(word).astype(jnp.uint32)) + jnp.uint32(0x9E3779B9)
-    round_keys = [_hash(seed + jnp.uint32(i)) for i in range(2 * _ROUNDS)]
+    round_keys = _hash(seed + jnp.arange(2 * _ROUNDS, dtype=jnp.uint32))
 
     def permute(index: Array) -> Array:
         left, right = index // side, index % side

@@ -54,15 +54,16 @@ def settle_run(directory: Path, config: dict[str, Any], images: LabelledImages) 
 
 
 def run_cells(
-    cells: Sequence[Cell], directory: Path, seeds: Sequence[int], setting: float = 0.0
+    cells: Sequence[Cell], directory: Path, seeds: Sequence[int], setting: float = 0.0, **options: Any
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Runs every cell for every seed, each with a task order of its own; what is finished is kept and not run again.
 
     On a CPU seeds run one after another by the same program, elsewhere together. To run a finished part again, delete
-    its file.
+    its file. Options are those of `run_stream`.
 
     Returns:
-      `{(setting, method): {"accuracy": [S, T + 1, T], "seconds": [S]}}`.
+      `{(setting, method): {"accuracy": [S, T + 1, T], "seconds": [S]}}`, and with `evaluate_every` "curve":
+      `[S, T, points, T]`.
     """
     folder = directory / "cells"
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +72,8 @@ def run_cells(
     with tqdm(total=len(cells) * len(seeds), unit="run") as bar:
         for cell in cells:
             bar.set_description(f"{cell.setting}, {cell.method}")
-            matrices, seconds = [], []
+            kinds: dict[str, list[Any]] = {"accuracy": [], "curve": []}
+            seconds = []
             for i in range(0, len(seeds), together):
                 chunk = seeds[i : i + together]
                 path = folder / f"{cell.setting}-{cell.method}-{setting:g}-{chunk[0]}-{chunk[-1]}.json".replace(
@@ -82,24 +84,34 @@ def run_cells(
                 else:
                     keys = jnp.stack([jax.random.key(seed) for seed in chunk])
                     begun = time.perf_counter()
-                    result = sweep(
-                        cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", within_task=False
-                    )
-                    matrix = np.asarray(result.accuracy)[0]
-                    kept = {"accuracy": matrix.tolist(), "seconds": time.perf_counter() - begun}
+                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", **options)
+                    kept = {"accuracy": np.asarray(result.accuracy)[0].tolist()}
+                    if result.curve is not None:
+                        kept["curve"] = np.asarray(result.curve)[0].tolist()
+                    kept["seconds"] = time.perf_counter() - begun
                     write_json(path, kept)
-                matrices += kept["accuracy"]
+                for kind in kinds:
+                    kinds[kind] += kept.get(kind, [])
                 seconds += [kept["seconds"] / len(chunk)] * len(chunk)
                 bar.update(len(chunk))
             found[cell.setting, cell.method] = {
-                "accuracy": np.array(matrices),
+                **{kind: np.array(values) for kind, values in kinds.items() if values},
                 "seconds": seconds,
             }
     return found
 
 
-def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """Average accuracy in percent, a row per method, a column per setting: mean and standard deviation over seeds."""
+def final_accuracy(cell: dict[str, Any]) -> np.ndarray:
+    """Average accuracy after the last task, `[S]`."""
+    return average_accuracy(cell["accuracy"])
+
+
+def table(
+    found: dict[tuple[str, str], dict[str, Any]],
+    score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
+    said: str = "after the last task",
+) -> str:
+    """Accuracy in percent, a row per method, a column per setting: mean and standard deviation over seeds."""
     settings = list(dict.fromkeys(setting for setting, _ in found))
     methods = list(dict.fromkeys(method for _, method in found))
     lines = [f"{'accuracy (%)':14s}" + "".join(f"{setting:>18s}" for setting in settings)]
@@ -109,14 +121,11 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
             if (setting, method) not in found:
                 row += f"{'':>18s}"
                 continue
-            s = statistics(100 * average_accuracy(found[setting, method]["accuracy"]))
+            s = statistics(100 * score(found[setting, method]))
             row += f"{s.mean:>10.2f} ± {s.sd:5.2f}" if s.n > 1 else f"{s.mean:>10.2f}        "
         lines.append(row)
     n = len(next(iter(found.values()))["seconds"])
-    return (
-        "\n".join(lines)
-        + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, after the last task, test set"
-    )
+    return "\n".join(lines) + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, {said}, test set"
 
 
 def shown_command(module: str, arguments: Sequence[str]) -> str:
@@ -136,11 +145,13 @@ def record(
     published: dict[tuple[str, str], list[dict[str, Any]]],
     notes: dict[tuple[str, str], str],
     path: Path,
+    score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
 ) -> None:
-    """Writes the result file that the ledger is made from."""
+    """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of `score` in
+    percent."""
     rows = []
     for (setting, method), cell in found.items():
-        s = statistics(100 * average_accuracy(cell["accuracy"]))
+        s = statistics(cell["scores"] if "scores" in cell else 100 * score(cell))
         rows.append(
             {
                 "algorithm": method,

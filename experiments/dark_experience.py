@@ -34,7 +34,7 @@ from cl_zoo import (
     supervised,
     synaptic_intelligence,
 )
-from cl_zoo.plots import seen_task_accuracy
+from cl_zoo.plots import course
 from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 Benchmark = Literal["permuted", "rotated"]
@@ -123,11 +123,9 @@ def cells(config: Config, images: Any) -> list[Cell]:
         model = mlp((28, 28), 10, hidden=(100, 100))
         for buffer in (None, *config.buffers):
             for method, (rate, components) in methods(benchmark, buffer, config.batch_size).items():
-
-                def make(_: Any, rate: float = rate, components: list[Component] = components) -> Any:
-                    return compose(model, optax.sgd(rate), supervised(), *components, tasks=stream.tasks)
-
-                found.append(Cell(benchmark + (f", buffer {buffer}" if buffer else ""), method, make, stream))
+                learner = compose(model, optax.sgd(rate), supervised(), *components, tasks=stream.tasks)
+                setting = benchmark + (f", buffer {buffer}" if buffer else "")
+                found.append(Cell(setting, method, lambda _, learner=learner: learner, stream))
     return found
 
 
@@ -141,7 +139,7 @@ def main(config: Config) -> None:
     images = load_images(config.data_dir, config.source)
     settle_run(directory, {"tasks": config.tasks, "batch_size": config.batch_size}, images)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    found = run_cells(cells(config, images), directory, seeds)
+    found = run_cells(cells(config, images), directory, seeds, evaluate_at="end")
     print(f"\n{config.tasks} tasks, one pass\n{table(found)}\n")
     print(f"figure: {figure(config.benchmarks, found, directory)}")
     published = {
@@ -156,7 +154,7 @@ def main(config: Config) -> None:
 
 
 def figure(benchmarks: tuple[str, ...], found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> Path:
-    """Accuracy against tasks seen, a panel per benchmark and buffer, the methods without one in each."""
+    """Accuracy on each task after the last, a panel per benchmark and buffer, the methods without one in each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,9 +165,11 @@ def figure(benchmarks: tuple[str, ...], found: dict[tuple[str, str], dict[str, A
         1, len(settings), figsize=(3.8 * len(settings), 3.4), squeeze=False, sharey=True, layout="constrained"
     )
     for place, setting in zip(axes[0], settings, strict=True):
-        chosen = {m: c["accuracy"] for (s, m), c in found.items() if s in (setting, setting.split(",")[0])}
-        seen_task_accuracy(place, chosen, setting)
-    axes[0, 0].legend(fontsize=8, loc="lower left")
+        last = {m: 100 * c["accuracy"][:, -1] for (s, m), c in found.items() if s in (setting, setting.split(",")[0])}
+        course(place, range(1, 1 + len(next(iter(last.values()))[0])), last, setting)
+        place.set_xlabel("task, first to last")
+    axes[0, 0].set_ylabel("accuracy after the last (%)")
+    axes[0, 0].legend(fontsize=8)
     path = directory / "accuracy_by_task.png"
     drawn.savefig(path, dpi=150)
     plt.close(drawn)

@@ -33,13 +33,14 @@ from cl_zoo import (
     mlp,
     replay,
     supervised,
+    synaptic_intelligence,
 )
 from cl_zoo import split_mnist as split_mnist_stream
 from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy
 from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 Scenario = Literal["task", "domain", "class"]
-Method = Literal["none", "joint", "ewc", "online ewc", "lwf", "replay"]
+Method = Literal["none", "joint", "ewc", "online ewc", "si", "lwf", "replay"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Config:
     seeds: int = 2
     first_seed: int = 2
     scenarios: tuple[Scenario, ...] = ("task", "domain", "class")
-    methods: tuple[Method, ...] = ("none", "joint", "ewc", "online ewc", "lwf", "replay")
+    methods: tuple[Method, ...] = ("none", "joint", "ewc", "online ewc", "si", "lwf", "replay")
     directory: str | None = None
     """Of the run; finished parts of an interrupted run there are not run again. Default: runs/split_mnist-PROTOCOL."""
     record: bool = False
@@ -66,6 +67,7 @@ SIZES = {  # updates per task, hidden widths, batch size, replay capacity
     "smoke": (5, (16,), 16, 50),
 }
 STRENGTHS = {"task": 1e5, "domain": 1e10, "class": 1e9}  # van de Ven et al. 2022, their code's param_values
+SI_STRENGTHS = {"task": 10.0, "domain": 5e4, "class": 5e3}  # likewise
 DECAYS = {"task": 0.8, "domain": 0.7, "class": 0.8}  # van de Ven and Tolias 2019, likewise
 
 
@@ -77,6 +79,7 @@ def components(method: str, scenario: str, batch_size: int, capacity: int) -> li
         "joint": [],
         "ewc": [ewc(strength)],
         "online ewc": [ewc(strength, decay=DECAYS[scenario])],
+        "si": [synaptic_intelligence(SI_STRENGTHS[scenario], damping=0.1, gradient="total", clamp=False)],
         "lwf": [lwf(weighting="constant" if scenario == "class" else "tasks")],
         "replay": [replay(capacity, batch_size=batch_size, weighting="tasks")],
     }
@@ -107,6 +110,7 @@ _2022 = {
     "none": ((84.32, 0.99), (60.13, 1.66), (19.89, 0.02)),
     "joint": ((99.67, None), (98.59, None), (98.17, None)),
     "ewc": ((99.06, 0.15), (63.03, 1.58), (20.64, 0.52)),
+    "si": ((99.20, 0.11), (66.94, 1.13), (21.20, 0.57)),
     "lwf": ((99.60, 0.03), (71.18, 1.42), (21.89, 0.32)),
     "replay": ((98.98, 0.07), (93.75, 0.24), (88.79, 0.20)),
 }
@@ -115,6 +119,7 @@ _2019 = {
     "joint": ((99.66, 0.02), (98.42, 0.06), (97.94, 0.03)),
     "ewc": ((98.64, 0.22), (63.95, 1.90), (20.01, 0.06)),
     "online ewc": ((99.12, 0.11), (64.32, 1.90), (19.96, 0.07)),
+    "si": ((99.09, 0.15), (65.36, 1.57), (19.99, 0.06)),
     "lwf": ((99.57, 0.02), (71.50, 1.63), (23.85, 0.44)),
 }
 _SCENARIOS = ("task", "domain", "class")

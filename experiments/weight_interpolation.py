@@ -120,7 +120,9 @@ def main(config: Config) -> None:
             name = "+ plain mean" if how(alignment) is None else f"+ {alignment}"
             print_curve(f"{setting}, alignment {alignment}", config.alphas, curve, best)
             found |= run_cells([Cell(setting, name, make, stream)], directory, seeds, setting=best)
-            notes[setting, name] = f"replay, weight interpolation, alpha {best:g}, the best of {len(config.alphas)} on held-out images"
+            notes[setting, name] = (
+                f"replay, weight interpolation, alpha {best:g}, the best of {len(config.alphas)} on held-out images"
+            )
 
     print(f"\nClass-incremental split MNIST, protocol {config.protocol}\n{table(found)}\n")
     for (setting, name), cell in found.items():

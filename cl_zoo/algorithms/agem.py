@@ -67,6 +67,4 @@ def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Compone
 
         return state, jax.lax.scan(add, part, (jnp.arange(sample.weight.shape[0]), sample))[0]
 
-    return Component(
-        name, frozenset({"boundaries", "end_sample"}), init=init, transform=transform, end_task=end_task
-    )
+    return Component(name, frozenset({"boundaries", "end_sample"}), init=init, transform=transform, end_task=end_task)

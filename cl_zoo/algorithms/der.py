@@ -61,10 +61,10 @@ def der(
 
     Source: Buzzega et al. 2020, arXiv 2004.07211; reservoir: Vitter 1985.
 
-    Differences from the paper or its code: the paper writes a squared norm over classes, its code (and this) takes their
-    mean. Both draws go through the network in one pass, which matters for batch normalisation alone; the statistics it
-    carries are updated by the stream's rows only. Where rows tell their task the labels compete among its outputs, as in
-    `supervised`.
+    Differences from the paper or its code: the paper writes a squared norm over classes, its code (and this) takes
+    their mean. Both draws go through the network in one pass, which matters for batch normalisation alone; the
+    statistics that it carries are updated by the stream's rows only. Where rows tell their task the labels compete
+    among its outputs, as in `supervised`.
 
     Example:
       >>> import optax

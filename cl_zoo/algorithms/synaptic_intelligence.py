@@ -97,6 +97,4 @@ def synaptic_intelligence(
         zero = jax.tree.map(jnp.zeros_like, part.path)
         return state, SynapticIntelligenceState(zero, Quadratic(omega, state.params, old.residual))
 
-    return Component(
-        name, frozenset({"boundaries"}), init=init, penalty=penalty, observe=observe, end_task=end_task
-    )
+    return Component(name, frozenset({"boundaries"}), init=init, penalty=penalty, observe=observe, end_task=end_task)

@@ -56,7 +56,7 @@ def fisher_diagonal(
       >>> x = jnp.array([[[1.0], [3.0]]])
       >>> batches = Batch(x, jnp.zeros((1, 2), int), None, jnp.ones((1, 2)))
       >>> forward = lambda w, batch, perturb: (batch.x * w, {})
-      >>> fisher_diagonal(forward, jnp.zeros((1, 2)), batches)  # mean of x^2 p (1 - p) = 5 / 4
+      >>> fisher_diagonal(forward, jnp.zeros((1, 2)), batches).round(3)  # mean of x^2 p (1 - p) = 5 / 4
       Array([[1.25, 1.25]], dtype=float32)
     """
     check_choice("fisher_diagonal", "labels", labels, ("expected", "sampled", "observed"))

@@ -1,7 +1,8 @@
 """Numbers from the accuracy matrix R `[..., T + 1, T]`: row 0 before any training, row t + 1 after task t.
 
-Each takes leading axes (seeds, settings) as they come. Libraries disagree on several of these; the formulas here are
-in terms of a_{t,i} = R[t + 1, i], the score on task i after training on task t, both from 0.
+Some take a curve of scores within tasks instead, or besides. Each takes leading axes (seeds, settings) as they come.
+Libraries disagree on several of these; the formulas here are in terms of a_{t,i} = R[t + 1, i], the score on task i
+after training on task t, both from 0.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from numpy.typing import ArrayLike
 
 __all__ = [
     "Statistics",
+    "anytime_accuracy",
     "average_accuracy",
+    "average_anytime_accuracy",
     "average_incremental_accuracy",
     "backward_transfer",
     "forgetting",
@@ -101,6 +104,31 @@ def stability_gap(curve: ArrayLike, matrix: ArrayLike) -> np.ndarray:
         np.maximum(after[..., t - 1, :t] - curve[..., t, :, :t].min(-2), 0).mean(-1) for t in range(1, after.shape[-1])
     ]
     return _mean(np.stack(falls, -1)) if falls else np.full(after.shape[:-2], np.nan)
+
+
+def anytime_accuracy(curve: ArrayLike, seen: ArrayLike | None = None) -> np.ndarray:
+    """A(n) = mean over the tasks seen by point n of their scores there, `[..., T * points]`.
+
+    Args:
+      curve: `[..., T, points, T]`, scores at points spread evenly over the stream.
+      seen: bool, of a shape that broadcasts to the curve's; None counts each task from its own turn on.
+    """
+    curve = np.asarray(curve, np.float64)
+    if curve.ndim < 3 or curve.shape[-3] != curve.shape[-1]:
+        raise ValueError(f"the curve must be [..., T, points, T], but its shape is {curve.shape}")
+    n_tasks = curve.shape[-1]
+    counts = np.tril(np.ones((n_tasks, n_tasks), bool))[:, None] if seen is None else np.asarray(seen, bool)
+    counts = np.broadcast_to(counts, curve.shape)
+    if not counts.any(-1).all():
+        raise ValueError("anytime accuracy: at some point of the curve no task was seen")
+    means = (curve * counts).sum(-1) / counts.sum(-1)
+    return means.reshape((*means.shape[:-2], -1))
+
+
+def average_anytime_accuracy(curve: ArrayLike, seen: ArrayLike | None = None) -> np.ndarray:
+    """A_AUC = 1/N sum_n A(n): the area under the curve of anytime accuracy over the whole stream, whose length is 1
+    (Koh et al. 2022); arguments as there."""
+    return anytime_accuracy(curve, seen).mean(-1)
 
 
 def _within(curve: ArrayLike, matrix: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

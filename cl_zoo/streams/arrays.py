@@ -78,6 +78,7 @@ def array_stream(
     task_ids: bool,
     reorder: Callable[[PyTree, Key], PyTree],
     joint: str | None = None,
+    order: tuple[Callable[[Key], PyTree], Callable[[PyTree, PyTree], tuple[Array, Array, PyTree]]] | None = None,
     sample_size: int | None = None,
     sample_batch: int = 500,
     evaluation_batch: int = 1000,
@@ -100,6 +101,9 @@ def array_stream(
       reorder: see `Stream`.
       joint: None; "all": every batch draws from all tasks at once, the usual upper bound; "seen": from the tasks up to
         the one at hand.
+      order: None, one task after another; or `init(key) -> cursor` and `(data, cursor) -> (task, index, cursor)`, the
+        rows of the next batch, `i32[B]` each, of a stream without borders. It provides no boundaries, and so none of
+        what is told at them.
       sample_size: examples in a consolidation sample; None takes the whole task.
       sample_batch, evaluation_batch: rows of the batches in which samples and evaluation sets come.
 
@@ -107,7 +111,8 @@ def array_stream(
       A `Stream`.
 
     Raises:
-      ValueError: a size below 1, a batch larger than a task, joint="all" over tasks whose outputs are not open.
+      ValueError: a size below 1, a batch larger than a task, joint="all" or an order over tasks whose outputs are not
+        open, or an order of rows that tell their task.
     """
     check_whole("stream", "batch_size", batch_size, 1)
     if batch_size > smallest:
@@ -123,6 +128,11 @@ def array_stream(
     all_open = bool(np.all(tasks.active))
     if joint == "all" and not (all_open or task_ids):
         raise ValueError('stream: joint="all" needs outputs="all", as rows of later tasks come from the start')
+    if order is not None and (task_ids or not all_open or joint is not None):
+        raise ValueError(
+            'stream: mixing makes borders between tasks vanish, so it needs scenario="domain", or scenario="class" with'
+            ' outputs="all", and joint=None'
+        )
 
     def rows(data: PyTree, split: str, task: Array, index: Array) -> tuple[PyTree, Array]:
         """Rows of one task (task a scalar, what depends on it is computed once), or of several (task `[B]`)."""
@@ -135,6 +145,10 @@ def array_stream(
 
     def init(key: Key) -> Cursor:
         return Cursor(key, jnp.zeros((), jnp.int32))
+
+    def next_of_order(data: PyTree, cursor: PyTree, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, PyTree]:
+        task, index, cursor = order[1](data, cursor)  # type: ignore[index]
+        return batch(data, "train", task, index, jnp.ones(batch_size)), cursor
 
     def next_batch(data: PyTree, cursor: Cursor, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, Cursor]:
         task = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream goes on with its last task
@@ -177,9 +191,9 @@ def array_stream(
     def score(outputs: Array, batch: Batch) -> Array:
         return (jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32)
 
-    provides = {"boundaries", "begin_sample", "end_sample"}
+    provides = {"boundaries", "begin_sample", "end_sample"} if order is None else set()
     provides |= {"task_ids"} if task_ids else set()
     provides |= {"open_outputs"} if all_open else set()
-    return Stream(
-        n_tasks, steps, tasks, data, frozenset(provides), init, next_batch, sample, evaluation, score, reorder
-    )
+    start: Callable[[Key], PyTree] = init if order is None else order[0]
+    step: Callable[..., tuple[Batch, PyTree]] = next_batch if order is None else next_of_order
+    return Stream(n_tasks, steps, tasks, data, frozenset(provides), start, step, sample, evaluation, score, reorder)

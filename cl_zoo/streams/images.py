@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo.streams.arrays import array_stream, locate, scenario_tasks
+from cl_zoo.streams.blurry import Mixing
 from cl_zoo.streams.sources import LabelledImages, load_digits
-from cl_zoo.types import Array, Key, Stream, check_range, check_whole
+from cl_zoo.types import Array, Key, PyTree, Stream, check_range, check_whole
 
 __all__ = ["ImageData", "permuted_mnist", "rotated_mnist", "split_mnist"]
 
@@ -28,6 +29,7 @@ class ImageData(NamedTuple):
       classes: `i32[T, k]`, the classes of each task; a row's label within its task is its class's place there.
       permutations: `i32[T, pixels]`, or None.
       angles: `f32[T]` in degrees, anticlockwise, or None.
+      mixing: numbers of the `Mixing`, or None.
     """
 
     images: Array
@@ -36,6 +38,7 @@ class ImageData(NamedTuple):
     classes: Array
     permutations: Any
     angles: Any
+    mixing: Any = None
 
 
 def split_mnist(
@@ -240,6 +243,7 @@ def image_stream(
     epochs: int = 1,
     validation: float = 0.0,
     joint: str | None = None,
+    mixing: Mixing | None = None,
     sample_size: int | None = None,
     sample_batch: int = 500,
     evaluation_batch: int = 1000,
@@ -256,6 +260,9 @@ def image_stream(
       batch_size: rows of a training batch.
       steps: batches per task; None takes as many as `epochs` have, for tasks of average size.
       epochs: passes over each task where `steps` is None.
+      mixing: None, one task after another; or `blurry(...)` or `drifting(...)`, a stream without borders, for
+        scenario "domain", or "class" with outputs="all". A blurry one has as many steps as its rows suffice for, where
+        `steps` is None.
       validation: share of each class's training images that is held out, in [0, 0.999].
       joint, sample_size, sample_batch, evaluation_batch: see `array_stream`.
 
@@ -276,6 +283,20 @@ def image_stream(
     )
     if key is not None:
         data = jax.jit(draw)(data, key)
+    by_size = np.sort(count, axis=1)
+    average = int(count[0].sum()) * per_task // n_classes
+    per_epoch = max(average // batch_size, 1)
+    n_steps = epochs * per_epoch if steps is None else steps
+    if mixing is not None:
+        data = data._replace(mixing=mixing.numbers(n_tasks, per_task))
+    if mixing is not None and mixing.most_steps is not None:
+        most = mixing.most_steps(count[0], n_tasks, per_task, batch_size)
+        if epochs > 1 or (steps is not None and steps > most):
+            raise ValueError(
+                f"stream: epochs is {epochs} and steps is {steps}, but every row of a blurry stream comes once at most:"
+                f" epochs must be 1, and steps at most {most}"
+            )
+        n_steps = most if steps is None else steps
 
     def size(data: ImageData, split: str) -> Array:
         return jnp.sum(data.count[_SPLITS.index(split)][data.classes], axis=1)
@@ -287,8 +308,12 @@ def image_stream(
         label = place if scenario == "domain" else task * per_task + place
         return pixels(data, task, image), label.astype(jnp.int32)
 
-    by_size = np.sort(count, axis=1)
-    average = int(count[0].sum()) * per_task // n_classes
+    def rows(data: ImageData, cursor: PyTree) -> tuple[Array, Array, PyTree]:
+        sizes = data.count[0][data.classes]
+        part, row, cursor = mixing.draw(data.mixing, sizes, cursor, n_steps, batch_size)  # type: ignore[union-attr]
+        first = jnp.cumsum(sizes, axis=1) - sizes
+        return part // per_task, jnp.ravel(first)[part] + row, cursor
+
     return array_stream(
         data,
         scenario_tasks(scenario, n_tasks, per_task, outputs),
@@ -296,11 +321,12 @@ def image_stream(
         fetch=fetch,
         largest={split: int(by_size[i, -per_task:].sum()) for i, split in enumerate(_SPLITS)},
         smallest=int(by_size[0, :per_task].sum()),
-        steps=epochs * max(average // batch_size, 1) if steps is None else steps,
+        steps=n_steps,
         batch_size=batch_size,
         task_ids=scenario == "task",
         reorder=draw,
         joint=joint,
+        order=None if mixing is None else (lambda key: mixing.init(key, n_tasks * per_task), rows),
         sample_size=sample_size,
         sample_batch=sample_batch,
         evaluation_batch=evaluation_batch,

@@ -9,7 +9,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.training.checkpoint import Checkpoints
+from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, stream_functions, train_steps
 from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config, write_array
 from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
@@ -42,6 +43,7 @@ def fit(
     keep: int = 2,
     split: str = "test",
     progress: bool = True,
+    tensorboard: bool = False,
 ) -> Result:
     """`run_stream` from a host loop, in a directory. Run it again after a stop of any kind and it goes on.
 
@@ -61,12 +63,16 @@ def fit(
       keep: checkpoints kept.
       split: what R is measured on.
       progress: show a bar.
+      tensorboard: also write event files for TensorBoard, into tensorboard/: metrics as `train/METRIC`, scores as
+        `score/task_I`, with the steps and numbers of metrics.csv. Turned on for a run that has begun, they begin at its
+        checkpoint.
 
     Returns:
       A `Result`; its metrics are `f32[T, steps]`, also after a resume.
 
     Raises:
       ValueError: the learner needs what the stream lacks, or an impossible number.
+      ImportError: tensorboard without the package tensorboardX.
       ConfigError: the directory holds a run of another configuration; names the field.
       CheckpointError: there are checkpoints, but none is whole.
       NonFiniteError: names task, step and likely cause; the last good checkpoint stays.
@@ -85,6 +91,7 @@ def fit(
     check_whole("fit", "checkpoint_every", checkpoint_every, 1)
     check_whole("fit", "keep", keep, 1)
     directory = Path(directory).resolve()
+    events = EventLog(directory) if tensorboard else None
     n_tasks, steps = stream.n_tasks, stream.steps
     settle_config(
         directory,
@@ -120,6 +127,8 @@ def fit(
         done, saved = restored
         carry, accuracy = saved["carry"], np.array(saved["accuracy"])
         log.rewind(int(saved["log"]))
+    if events:
+        events.rewind(None if restored is None else done)
 
     def save() -> None:
         checkpoints.save(
@@ -135,6 +144,8 @@ def fit(
     def score(state: TrainState, row: int) -> None:
         accuracy[row] = programs["evaluate"](data, state)
         log.scores(done, accuracy[row])
+        if events:
+            events.scores(done, accuracy[row])
         write_array(directory / "accuracy.npy", accuracy)
 
     if restored is None:
@@ -142,7 +153,7 @@ def fit(
         save()
 
     bar = tqdm(total=n_tasks * steps, initial=done, disable=not progress, unit="step", smoothing=0.1)
-    with bar, _stop_requests() as stop:
+    with bar, _stop_requests() as stop, closing(events) if events else nullcontext():
         while done < n_tasks * steps:
             task, step = divmod(done, steps)
             bar.set_description(f"task {task + 1}/{n_tasks}")
@@ -154,6 +165,8 @@ def fit(
             newest = f"; the last checkpoint before it is that of step {done}, in {checkpoints.directory}"
             check_finite(metrics, carry[0].params, steps, done, kept=newest)
             log.updates(done, task, metrics)
+            if events:
+                events.updates(done, metrics)
             done += n
             if step + n == steps:
                 carry = programs["finish"](data, key, carry, jnp.int32(task))

@@ -76,13 +76,20 @@ def start(learner: Learner, stream: Stream, data: PyTree, key: Key) -> tuple[Tra
 def begin(
     learner: Learner, stream: Stream, tasks: TaskInfo, data: PyTree, key: Key, state: TrainState, t: Array
 ) -> TrainState:
-    """Begins task `t`; the sample is dropped by the compiler where no component reads it."""
+    """Begins task `t`; the sample is dropped by the compiler where no component reads it.
+
+    A stream without boundaries has none to tell the learner of: neither this nor `finish` does anything then.
+    """
+    if "boundaries" not in stream.provides:
+        return state
     sample = stream.sample(data, t, jax.random.split(key)[1])
     return learner.begin_task(state, jax.tree.map(lambda leaf: leaf[t], tasks), sample)
 
 
 def finish(learner: Learner, stream: Stream, data: PyTree, key: Key, state: TrainState, t: Array) -> TrainState:
     """Ends task `t`, with the same sample of it."""
+    if "boundaries" not in stream.provides:
+        return state
     return learner.end_task(state, stream.sample(data, t, jax.random.split(key)[1]))
 
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.evaluation.evaluate import evaluate
+from cl_zoo.training.compilation import compiler_options
 from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, stream_functions, train_steps
-from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
+from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_choice, check_whole
 
 __all__ = ["run_stream", "stream_program", "sweep"]
 
@@ -26,6 +27,7 @@ def run_stream(
     within_task: bool = False,
     evaluate_every: int | None = None,
     evaluation_batches: int = 1,
+    evaluate_at: str = "tasks",
 ) -> Result:
     """Trains on every task in turn and evaluates on all after each: a `scan` over tasks, one compiled program.
 
@@ -39,12 +41,15 @@ def run_stream(
       evaluate_every: updates between points of the curve within tasks; None for no curve. It must divide
         `stream.steps`.
       evaluation_batches: batches per task for a point of the curve.
+      evaluate_at: "tasks", after each task; "end", after the last alone: all other rows of R are then not numbers. For
+        streams so long that scoring every task after every task takes longer than training.
 
     Returns:
       A `Result`.
 
     Raises:
-      ValueError: the learner needs what the stream lacks; `evaluate_every` does not divide the steps.
+      ValueError: the learner needs what the stream lacks; `evaluate_every` does not divide the steps; unknown
+        `evaluate_at`.
       NonFiniteError: a loss or penalty was not finite; names task, step and likely cause.
 
     Example:
@@ -62,6 +67,7 @@ def run_stream(
         within_task=within_task,
         evaluate_every=evaluate_every,
         evaluation_batches=evaluation_batches,
+        evaluate_at=evaluate_at,
     )
     result = program(stream.tasks, stream.data, key)
     check_finite(result.metrics, result.state.params, stream.steps)
@@ -76,24 +82,30 @@ def stream_program(
     within_task: bool = False,
     evaluate_every: int | None = None,
     evaluation_batches: int = 1,
+    evaluate_at: str = "tasks",
 ) -> Callable[[TaskInfo, PyTree, Key], Result]:
     """The jitted program behind `run_stream`, to lower, compile and time: `(stream.tasks, stream.data, key) -> Result`.
 
     Args and errors are those of `run_stream`, except that a loss that is not finite raises nothing.
     """
     check_needs(learner, stream)
-    _check_curve(stream, evaluate_every)
-    return _program(learner, stream_functions(stream), split, within_task, evaluate_every, evaluation_batches)
+    _check_options(stream, evaluate_every, evaluate_at)
+    return _program(
+        learner, stream_functions(stream), split, within_task, evaluate_every, evaluation_batches, evaluate_at
+    )
 
 
-def _check_curve(stream: Stream, evaluate_every: int | None) -> None:
+def _check_options(stream: Stream, evaluate_every: int | None = None, evaluate_at: str = "tasks", **_: Any) -> None:
+    check_choice("run_stream", "evaluate_at", evaluate_at, ("tasks", "end"))
     if evaluate_every is not None and (evaluate_every < 1 or stream.steps % evaluate_every):
         raise ValueError(f"evaluate_every is {evaluate_every}, but it must divide the {stream.steps} steps of a task")
 
 
 @functools.lru_cache(maxsize=64)
 def _program(learner: Learner, stream: Stream, *options: Any) -> Callable[[TaskInfo, PyTree, Key], Result]:
-    return jax.jit(lambda tasks, data, key: _run(learner, stream, tasks, data, key, *options))
+    return jax.jit(
+        lambda tasks, data, key: _run(learner, stream, tasks, data, key, *options), compiler_options=compiler_options()
+    )
 
 
 def _run(
@@ -106,11 +118,13 @@ def _run(
     within_task: bool = False,
     evaluate_every: int | None = None,
     evaluation_batches: int = 1,
+    evaluate_at: str = "tasks",
 ) -> Result:
     def score(state: TrainState) -> tuple[Array, Array | None]:
         within = evaluate(learner, stream, data, state, split, within_task=True) if within_task else None
         return evaluate(learner, stream, data, state, split), within
 
+    @jax.jit  # traced once, though its shapes are asked for before it is used
     def train(carry: tuple[TrainState, PyTree], t: Array) -> tuple[tuple[TrainState, PyTree], Any]:
         state, cursor = carry
         carry = begin(learner, stream, tasks, data, key, state, t), cursor
@@ -130,7 +144,11 @@ def _run(
 
     def score_then_train(carry: tuple[TrainState, PyTree], t: Array) -> tuple[tuple[TrainState, PyTree], Any]:
         """One more round than tasks, the last without training: evaluation is compiled once, not twice."""
-        scores = score(carry[0])
+        if evaluate_at == "tasks":
+            scores = score(carry[0])
+        else:
+            unknown = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan), jax.eval_shape(score, carry[0]))
+            scores = jax.lax.cond(t == stream.n_tasks, score, lambda _: unknown, carry[0])
         shapes = jax.eval_shape(train, carry, t)[1]
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         carry, outputs = jax.lax.cond(t < stream.n_tasks, lambda c: train(c, t), lambda c: (c, nothing), carry)
@@ -188,7 +206,7 @@ def sweep(
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(settings)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(f"sweep: settings need one common leading axis, but their leaves begin with {sorted(lengths)}")
-    _check_curve(stream, options.get("evaluate_every"))
+    _check_options(stream, **options)
     paired = isinstance(orders, str)
     if paired and orders != "per_seed":
         raise ValueError(f"sweep: orders is {orders!r}, but it must be None, 'per_seed' or an array of keys")
@@ -220,7 +238,7 @@ def _sweep_program(
     keep_states: bool,
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Result]:
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def program(tasks: TaskInfo, data: PyTree, settings: PyTree, keys: Key, orders: Key | None) -> Result:
         def one(index: Array) -> Result:
             place = jnp.unravel_index(index, shape)

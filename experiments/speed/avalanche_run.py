@@ -168,7 +168,15 @@ def main() -> None:
         args.ewc_lambda = 50.0 * setting.batch
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         matrix, seconds = run(args, setting, Path(folder))
-    print_report(args, seconds, matrix, {"avalanche": avalanche.__version__}, peer="avalanche", dataset=args.dataset, method=args.method)
+    print_report(
+        args,
+        seconds,
+        matrix,
+        {"avalanche": avalanche.__version__},
+        peer="avalanche",
+        dataset=args.dataset,
+        method=args.method,
+    )
 
 
 if __name__ == "__main__":

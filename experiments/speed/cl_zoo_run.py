@@ -47,7 +47,9 @@ def main() -> None:
         mlp((28, 28), 10, hidden=hidden, initialiser="fan_in_uniform"),
         optax.adam(1e-3),
         supervised(),
-        ewc(100.0, labels=args.labels) if args.method == "ewc" else der(500, alpha=0.5, beta=0.5, batch_size=batch_size),
+        ewc(100.0, labels=args.labels)
+        if args.method == "ewc"
+        else der(500, alpha=0.5, beta=0.5, batch_size=batch_size),
         tasks=stream.tasks,
     )
     arguments = (stream.tasks, stream.data, jax.random.key(0))

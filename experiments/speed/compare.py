@@ -1,4 +1,4 @@
-"""EWC and DER++ side by side: cl_zoo, Avalanche 0.6 and a plain PyTorch loop, on the same digits, nets, batches, epochs, evaluations.
+"""EWC and DER++ side by side: cl_zoo, Avalanche 0.6 and a plain PyTorch loop, all else being the same.
 
     bash experiments/speed/make_peer_env.sh PEER            once: the peers' own environment
     python -m experiments.speed.compare --peer PEER         with nothing else running

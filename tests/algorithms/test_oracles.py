@@ -115,10 +115,10 @@ def agree_on_penalties(metrics: list[dict[str, float]], name: str, history: list
 @pytest.mark.parametrize(("optimiser", "gradient", "clamp"), [("adam", "task", True), ("sgd", "total", False)])
 def test_synaptic_intelligence(scenario: str, optimiser: str, gradient: str, clamp: bool) -> None:
     tasks = make_tasks(scenario)
-    component = synaptic_intelligence(3.0, damping=0.05, gradient=gradient, clamp=clamp)
+    component = synaptic_intelligence(10.0, damping=0.05, gradient=gradient, clamp=clamp)
     first, metrics, state, _ = run_ours(scenario, tasks, optimiser, component)
     history, final = si_oracle.run(
-        first, tasks, 3.0, OPTIMISERS[optimiser][1], 0.05, gradient, clamp, optimizer=optimiser
+        first, tasks, 10.0, OPTIMISERS[optimiser][1], 0.05, gradient, clamp, optimizer=optimiser
     )
     agree_on_penalties(metrics, "synaptic_intelligence/penalty", history)
     agree(state.params, final)

@@ -122,6 +122,43 @@ def test_stability_gap_by_hand():
     assert metrics.stability_gap(CURVE, R) == pytest.approx(((0.9 - 0.4) + (0 + (0.8 - 0.3)) / 2) / 2)
 
 
+def slow_anytime(curve, seen):
+    """Accuracy at each point of the stream, task by task."""
+    found = []
+    for t, within in enumerate(curve):
+        for p, scores in enumerate(within):
+            found.append(mean([score for i, score in enumerate(scores) if seen(t, p, i)]))
+    return found
+
+
+def test_anytime_accuracy_by_hand():
+    wanted = [0.5, 0.9, (0.4 + 0.6) / 2, (0.5 + 0.7) / 2, (0.65 + 0.3 + 0.6) / 3, (0.7 + 0.9 + 0.8) / 3]
+    np.testing.assert_allclose(metrics.anytime_accuracy(CURVE), wanted)
+    assert metrics.average_anytime_accuracy(CURVE) == pytest.approx(sum(wanted) / 6)
+    assert metrics.average_anytime_accuracy(CURVE, np.ones(3)) == pytest.approx(np.mean(CURVE))
+
+
+@pytest.mark.parametrize(("n_tasks", "points"), [(1, 1), (1, 4), (3, 1), (4, 3)])
+def test_anytime_accuracy_equals_loops(n_tasks, points):
+    many = curves(n_tasks, points, 3, 2)
+    values = metrics.average_anytime_accuracy(many)
+    assert values.shape == (3, 2) and metrics.anytime_accuracy(many).shape == (3, 2, n_tasks * points)
+    early = np.arange(n_tasks) <= np.arange(n_tasks)[:, None] + 1  # a task is seen one turn before its own
+    for i in np.ndindex(3, 2):
+        slow = slow_anytime(many[i], lambda t, p, task: task <= t)
+        np.testing.assert_allclose(metrics.anytime_accuracy(many)[i], slow, rtol=1e-12)
+        np.testing.assert_allclose(values[i], mean(slow), rtol=1e-12)
+        slow = slow_anytime(many[i], lambda t, p, task: task <= t + 1)
+        np.testing.assert_allclose(metrics.anytime_accuracy(many, early[:, None])[i], slow, rtol=1e-12)
+
+
+def test_anytime_accuracy_of_no_curve_is_refused():
+    with pytest.raises(ValueError, match=r"must be \[..., T, points, T\], but its shape is \(3, 2\)"):
+        metrics.anytime_accuracy(np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="at some point of the curve no task was seen"):
+        metrics.anytime_accuracy(CURVE, np.arange(3) >= np.arange(1, 4)[:, None, None])
+
+
 @pytest.mark.parametrize("points", [1, 3])
 @pytest.mark.parametrize("n_tasks", range(1, 6))
 @pytest.mark.parametrize("name", ["min_accuracy", "stability_gap"])
@@ -215,6 +252,13 @@ def test_accuracy_within_tasks(axes, leading):
     np.testing.assert_allclose(line.get_ydata(), [10, 30, 60, 70, 30, 90])
     assert [boundary.get_xdata()[0] for boundary in boundaries] == [10, 20]
     assert len(axes.collections) == len(leading)
+
+
+def test_anytime_curve(axes):
+    plots.anytime_curve(axes, {"one run": CURVE, "four": curves(3, 2, 4)}, every=5)
+    assert [line.get_label() for line in axes.lines] == ["one run", "four"] and len(axes.collections) == 1
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), [5, 10, 15, 20, 25, 30])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [50, 90, 50, 60, 155 / 3, 80])
 
 
 def test_strength_curve(axes):

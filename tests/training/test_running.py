@@ -49,6 +49,14 @@ def test_curve_within_tasks(learner: Any, stream: Any) -> None:
         run_stream(learner, stream, KEY, evaluate_every=4)
 
 
+def test_scores_at_the_end_alone(learner: Any, stream: Any) -> None:
+    whole, last = (run_stream(learner, stream, KEY, evaluate_at=at) for at in ("tasks", "end"))
+    np.testing.assert_allclose(last.accuracy[-1], whole.accuracy[-1], atol=1e-6)
+    assert np.isnan(last.accuracy[:-1]).all()
+    with pytest.raises(ValueError, match="evaluate_at is 'never', but it must be one of 'tasks', 'end'"):
+        run_stream(learner, stream, KEY, evaluate_at="never")
+
+
 def test_second_run_compiles_nothing(learner: Any, stream: Any) -> None:
     program = stream_program(learner, stream)
     run_stream(learner, stream, jax.random.key(0))

@@ -1,0 +1,99 @@
+"""Shrink and perturb: parameters are drawn towards 0 and shaken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.types import (
+    Array,
+    Batch,
+    Component,
+    Context,
+    Key,
+    PyTree,
+    Record,
+    TaskInfo,
+    TrainState,
+    check_choice,
+    check_range,
+)
+
+__all__ = ["shrink_and_perturb"]
+
+
+def shrink_and_perturb(
+    shrink: Array | float,
+    noise: Array | float,
+    *,
+    source: str = "normal",
+    when: str = "step",
+    name: str = "shrink_and_perturb",
+) -> Component:
+    """All parameters are drawn towards 0 and shaken, after each step or before each task but the first.
+
+        p = (1 - shrink) * p + noise * xi
+        source "normal":   xi ~ N(0, 1) for every number
+        source "init":     xi a fresh draw of the model's own initialisation
+
+    Args:
+      shrink: in [0, 1].
+      noise: at least 0: a standard deviation, or with source "init" a share of a freshly initialised network.
+      source: as above.
+      when: "step" | "task"; "task" needs task boundaries.
+      name: of the component.
+
+    Returns:
+      A component without state of its own. Place it before components that anchor parameters.
+
+    Raises:
+      ValueError: a number outside its range, unknown source or moment.
+
+    Source: Ash and Adams 2020, "On warm-starting neural network training", arXiv 1910.08475 (before each new portion of
+    data: "task"); Dohare et al. 2024, doi 10.1038/s41586-024-07711-7 (after each step).
+
+    Differences from the paper or its code: Ash and Adams write lambda for the factor that is kept, 1 - shrink. Dohare
+    et al. shrink by a weight decay d in the loss, which under SGD with rate r is shrink = r d; here it does not pass
+    through the optimiser. The optimiser's state stays: add `reset_optimiser` to begin each task with a new one.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, mlp, supervised
+      >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), shrink_and_perturb(1e-6, 1e-5))
+    """
+    check_range(name, "shrink", shrink, 0, 1)
+    check_range(name, "noise", noise, 0)
+    check_choice(name, "source", source, ("normal", "init"))
+    check_choice(name, "when", when, ("step", "task"))
+
+    def moved(context: Context, state: TrainState, x: PyTree, key: Key) -> PyTree:
+        leaves, structure = jax.tree.flatten(state.params)
+        if source == "init":
+            draws = jax.tree.leaves(context.model.init(key, x)[0])
+        else:
+            keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+            draws = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        new = [((1 - shrink) * leaf + noise * xi).astype(leaf.dtype) for leaf, xi in zip(leaves, draws, strict=True)]
+        return jax.tree.unflatten(structure, new)
+
+    def observe(context: Context, state: TrainState, part: None, record: Record, key: Key) -> tuple[TrainState, None]:
+        present = jnp.any(record.batch.weight > 0)
+        return _where(present, state, lambda: moved(context, state, record.batch.x, key)), None
+
+    def begin_task(
+        context: Context, state: TrainState, part: None, task: TaskInfo, sample: Batch | None, key: Key
+    ) -> tuple[TrainState, None]:
+        x = None if sample is None else jax.tree.map(lambda leaf: leaf[0], sample.x)
+        # Before the first update there is nothing to leave behind.
+        return _where(state.step > 0, state, lambda: moved(context, state, x, key)), None
+
+    if when == "step":
+        return Component(name, observe=observe)
+    needs = {"boundaries", "begin_sample"} if source == "init" else {"boundaries"}
+    return Component(name, frozenset(needs), begin_task=begin_task)
+
+
+def _where(condition: Array, state: TrainState, moved: Callable[[], PyTree]) -> TrainState:
+    return state._replace(params=jax.lax.cond(condition, moved, lambda: state.params))

@@ -1,0 +1,158 @@
+"""Streaming linear discriminant analysis: a mean per class and one covariance, exact after every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.types import (
+    Array,
+    Batch,
+    Component,
+    Context,
+    Key,
+    PyTree,
+    Record,
+    TrainState,
+    check_choice,
+    check_range,
+    mask_outputs,
+)
+
+__all__ = ["SldaState", "slda"]
+
+
+class SldaState(NamedTuple):
+    """Attributes:
+    counts: `i32[C]`, rows of each class; the network has C outputs.
+    means: `f32[C, F]`.
+    covariance: `f32[F, F]`.
+    """
+
+    counts: Array
+    means: Array
+    covariance: Array
+
+
+def slda(
+    *,
+    shrinkage: Array | float = 1e-4,
+    features: str = "input",
+    counter: str = "total",
+    name: str = "slda",
+) -> Component:
+    """Classifies features z by their class means and one shared covariance, which take in each row once.
+
+    Row by row, with y the row's class, n_y its rows so far and t all rows so far:
+
+        d = z - mu_y;   Sigma <- (t Sigma + c d d^T) / (t + 1),   c = t / (t + 1) or n_y / (n_y + 1)
+                        mu_y  <- mu_y + d / (n_y + 1)
+
+        Lambda = [(1 - eps) Sigma + eps I]^-1;   answer(z) = mu Lambda z - diag(mu Lambda mu^T) / 2
+
+    A batch of rows is one matrix product. Lambda mu^T is solved for at each answer, as any update changes it: about
+    F^3 / 3 operations, once for all rows of the answer.
+
+    Args:
+      shrinkage: eps in (0, 1].
+      features: "input", what the network's first layer reads, flattened; or "penultimate", what its last layer reads.
+      counter: c is by "total" (t, as in the paper) or by "class" (n_y).
+      name: key in state.
+
+    Returns:
+      A component with an `SldaState`. Alone it stands in the place of `supervised` and its loss is 0: the network rests
+      (under any optimiser that rests at gradient 0: not with weight decay). With "penultimate" the statistics are those
+      of a network that rests: a trained one, or one whose optimiser updates the last layer only. A class without rows
+      is never the answer.
+
+    Raises:
+      ValueError: a number outside its range, unknown features or counter; at the first trace, a stream without labels,
+        a model without taps.
+
+    Source: Hayes and Kanan 2020, arXiv 1909.01520.
+
+    Differences from the paper or its code: theirs begins with means and covariance of a first set of classes (the
+    covariance by an oracle-approximating shrinkage), here all begin at 0. c by "total" is what the paper says and its
+    code does; the result then depends on the order of rows, and the first row of a class adds about z z^T. By "class"
+    it is, in any order, the within-class covariance of all rows seen (sum / t), that of batch discriminant analysis
+    with equal priors; for a stream of one class the two are the same. Their code takes the pseudo-inverse, here a
+    Cholesky factor.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, mlp
+      >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), slda(features="penultimate"))
+    """
+    check_range(name, "shrinkage", shrinkage, 1e-8, 1)
+    check_choice(name, "features", features, ("input", "penultimate"))
+    check_choice(name, "counter", counter, ("total", "class"))
+
+    def extract(context: Context, state: TrainState, x: PyTree, task: Array | None) -> Array:
+        if features == "penultimate":
+            return context.features(state, x, task)
+        _, _, taps = context.model.apply(state.params, state.model_state, x, task=task)  # all but its start is dropped
+        if not taps:
+            raise ValueError(f"{name}: the model records no taps, but its features are the input of a tapped layer")
+        first = next(iter(taps.values()))[0]
+        return first.reshape(first.shape[0], -1)
+
+    def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SldaState:
+        if batch.y is None:
+            raise ValueError(f"{name}: the batch has no labels (y is None), but class means need them")
+        outputs, z = jax.eval_shape(
+            lambda: (
+                context.model.apply(state.params, state.model_state, batch.x, task=batch.task)[0],
+                extract(context, state, batch.x, batch.task),
+            )
+        )
+        c, f = outputs.shape[-1], z.shape[-1]
+        return SldaState(jnp.zeros(c, jnp.int32), jnp.zeros((c, f), z.dtype), jnp.zeros((f, f), z.dtype))
+
+    def no_loss(
+        context: Context,
+        state: TrainState,
+        part: SldaState,
+        params: PyTree,
+        forward: Callable[[], PyTree],
+        batch: Batch,
+        key: Key,
+    ) -> tuple[Array, dict[str, PyTree]]:
+        return jnp.zeros(()), {}
+
+    def observe(
+        context: Context, state: TrainState, part: SldaState, record: Record, key: Key
+    ) -> tuple[TrainState, SldaState]:
+        z = extract(context, state, record.batch.x, record.batch.task)
+        return state, _absorb(part, z, record.batch.y, record.batch.weight > 0, counter)
+
+    def predict(context: Context, state: TrainState, part: SldaState, x: PyTree, task: Array | None) -> Array:
+        z = extract(context, state, x, task)
+        with jax.default_matmul_precision("highest"):
+            shrunk = (1 - shrinkage) * part.covariance + shrinkage * jnp.eye(part.covariance.shape[0])
+            weights = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(shrunk), part.means.T)  # [F, C]
+            outputs = z @ weights - jnp.sum(part.means.T * weights, axis=0) / 2
+        return mask_outputs(mask_outputs(outputs, context.active(state.task, task)), part.counts > 0)
+
+    return Component(name, init=init, loss=no_loss, observe=observe, predict=predict)
+
+
+def _absorb(part: SldaState, z: Array, y: Array, is_row: Array, counter: str) -> SldaState:
+    """The statistics after the rows `z` (`[B, F]`) one by one, without a loop over them."""
+    own = ((y[:, None] == jnp.arange(part.counts.shape[0])) & is_row[:, None]).astype(z.dtype)  # [B, C]
+    present, new, counts = jnp.sum(own, axis=1), jnp.sum(own, axis=0), part.counts.astype(z.dtype)
+    # Accelerators round what they multiply to ten bits unless told not to, and these are sums that must not drift.
+    with jax.default_matmul_precision("highest"):
+        centred = present[:, None] * z - own @ part.means
+        earlier = jnp.tril(own @ own.T, -1)  # which rows of its class a row finds there
+        n_before = own @ counts + jnp.sum(earlier, axis=1)
+        d = centred - (earlier @ centred) / jnp.maximum(n_before, 1)[:, None]
+        t_before = jnp.sum(counts) + jnp.cumsum(present) - present
+        n = t_before if counter == "total" else n_before
+        scatter = (n / (n + 1) * d.T) @ d
+        means = part.means + (own.T @ centred) / jnp.maximum(counts + new, 1)[:, None]
+    total = jnp.maximum(jnp.sum(counts) + jnp.sum(new), 1)
+    covariance = part.covariance + (scatter - jnp.sum(new) * part.covariance) / total
+    return SldaState(part.counts + new.astype(jnp.int32), means, covariance)

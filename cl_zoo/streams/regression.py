@@ -1,0 +1,164 @@
+"""Slowly-changing regression: a target function whose inputs change one bit at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.streams.arrays import Cursor
+from cl_zoo.types import (
+    Array,
+    Batch,
+    Key,
+    PyTree,
+    Stream,
+    TaskInfo,
+    check_choice,
+    check_range,
+    check_whole,
+)
+
+__all__ = ["RegressionData", "slowly_changing_regression", "squared_error"]
+
+
+class RegressionData(NamedTuple):
+    """The target network, m inputs and H units, and what makes tasks of it.
+
+    Attributes:
+      hidden: `f32[m + 1, H]` of +1 and -1; the last row belongs to a constant input of 1.
+      threshold: `f32[H]`.
+      output: `f32[H + 1]` of +1 and -1, the last one a constant.
+      slow: `f32[T, f]`, the slow bits of each task.
+    """
+
+    hidden: Array
+    threshold: Array
+    output: Array
+    slow: Array
+
+
+def squared_error(outputs: Array, y: Array) -> Array:
+    """(outputs - y)^2 for each row: `[B, 1]`, `[B]` -> `[B]`. A loss for `supervised`."""
+    return jnp.square(outputs[:, 0] - y)
+
+
+def slowly_changing_regression(
+    n_tasks: int = 100,
+    *,
+    steps: int = 10_000,
+    flip: str = "one",
+    bits: int = 20,
+    slow_bits: int = 15,
+    target_units: int = 100,
+    beta: float = 0.7,
+    batch_size: int = 1,
+    key: Key | None = None,
+    evaluation_size: int = 1024,
+) -> Stream:
+    """y is a fixed function of m bits, of which the first f keep their values for a whole task; the others are random.
+
+        h_j = [ sum_i v_ij x_i >= beta (m + 1) - S_j ],   y = sum_j w_j h_j,   v, w in {-1, +1},   x_m = 1, h_H = 1
+
+    with S_j the number of -1 among v_0j, ..., v_mj: a unit is on where at least beta (m + 1) of its inputs agree with
+    its weights. A small learner cannot fit the whole function, so it has to follow the task at hand for ever.
+
+    Args:
+      n_tasks: `T`, the periods between changes, at least 1.
+      steps: batches per task.
+      flip: at each change, "one" slow bit chosen at random flips, or "all" are drawn anew.
+      bits: m, at least 1.
+      slow_bits: f, from 0 to m.
+      target_units: H, at least 1.
+      beta: in [0, 1].
+      batch_size: rows.
+      key: draws the target network and the slow bits; None is key 0.
+      evaluation_size: rows of a task's evaluation and of its consolidation sample. A task of at most so many different
+        inputs is evaluated on each of them once, exactly.
+
+    Returns:
+      A `Stream` with x `f32[B, m]` of zeros and ones, y `f32[B]`, and one output. Batches are computed from the cursor.
+      The score is minus the squared error, so that higher is better, as all metrics have it. Learn it with
+      `supervised(squared_error)`.
+
+    Raises:
+      ValueError: an impossible value, named.
+
+    Source: Dohare et al. 2024, doi 10.1038/s41586-024-07711-7, who use m = 20, f = 15, tasks of 10 000 single rows and
+    a learner with 5 hidden units; the target: Sutton and Whitehead 1993.
+
+    Differences from the paper or its code: "one" is the paper's text, "all" the default of its code, which counts the
+    sign of the constant input's weight in S the other way round.
+
+    Example:
+      >>> import jax, optax
+      >>> from cl_zoo import compose, mlp, run_stream, supervised
+      >>> stream = slowly_changing_regression(n_tasks=2, steps=50)
+      >>> learner = compose(mlp((20,), 1, hidden=(5,)), optax.sgd(0.01), supervised(squared_error))
+      >>> run_stream(learner, stream, jax.random.key(0)).accuracy.shape
+      (3, 2)
+    """
+    owner = "slowly_changing_regression"
+    sizes = {"n_tasks": n_tasks, "steps": steps, "bits": bits, "target_units": target_units, "batch_size": batch_size}
+    for field, value in {**sizes, "evaluation_size": evaluation_size}.items():
+        check_whole(owner, field, value, 1)
+    check_whole(owner, "slow_bits", slow_bits, 0, bits)
+    check_choice(owner, "flip", flip, ("one", "all"))
+    check_range(owner, "beta", beta, 0, 1)
+    fast_bits = bits - slow_bits
+    patterns = 2**fast_bits if 2**fast_bits <= evaluation_size else None
+
+    def draw(data: PyTree, key: Key) -> RegressionData:
+        keys = jax.random.split(key, 4)
+        hidden = jax.random.rademacher(keys[0], (bits + 1, target_units), jnp.float32)
+        output = jax.random.rademacher(keys[1], (target_units + 1,), jnp.float32)
+        threshold = beta * (bits + 1) - jnp.sum(hidden < 0, axis=0)
+        if flip == "all":
+            slow = jax.random.bernoulli(keys[2], shape=(n_tasks, slow_bits)).astype(jnp.float32)
+        else:
+            first = jax.random.bernoulli(keys[2], shape=(slow_bits,))
+            which = jax.random.randint(keys[3], (n_tasks,), 0, max(slow_bits, 1))
+            flips = (which[:, None] == jnp.arange(slow_bits)).at[0].set(False)
+            slow = ((first + jnp.cumsum(flips, axis=0)) % 2).astype(jnp.float32)
+        return RegressionData(hidden, threshold, output, slow)
+
+    def rows(data: RegressionData, task: Array, fast: Array) -> Batch:
+        n = fast.shape[0]
+        x = jnp.concatenate([jnp.broadcast_to(data.slow[task], (n, slow_bits)), fast], axis=1)
+        on = (x @ data.hidden[:-1] + data.hidden[-1] >= data.threshold).astype(jnp.float32)
+        return Batch(x, on @ data.output[:-1] + data.output[-1], None, jnp.ones(n))
+
+    def random_bits(key: Key, n: int) -> Array:
+        return jax.random.bernoulli(key, shape=(n, fast_bits)).astype(jnp.float32)
+
+    def init(key: Key) -> Cursor:
+        return Cursor(key, jnp.zeros((), jnp.int32))
+
+    def next_batch(data: RegressionData, cursor: Cursor, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, Cursor]:
+        task = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream goes on with its last task
+        fast = random_bits(jax.random.fold_in(cursor.key, cursor.step), batch_size)
+        return rows(data, task, fast), cursor._replace(step=cursor.step + 1)
+
+    def one_batch(batch: Batch) -> Batch:
+        return jax.tree.map(lambda leaf: leaf[None], batch)
+
+    def sample(data: RegressionData, task: Array, key: Key) -> Batch:
+        return one_batch(rows(data, task, random_bits(jax.random.fold_in(key, task), evaluation_size)))
+
+    def evaluation(data: RegressionData, task: Array, split: str) -> Batch:
+        check_choice("stream", "split", split, ("validation", "test"))
+        if patterns is None:
+            fast = random_bits(jax.random.fold_in(jax.random.key(int(split == "test")), task), evaluation_size)
+        else:
+            fast = (jnp.arange(patterns)[:, None] >> jnp.arange(fast_bits)) % 2
+        return one_batch(rows(data, task, fast.astype(jnp.float32)))
+
+    def score(outputs: Array, batch: Batch) -> Array:
+        return -squared_error(outputs, batch.y)
+
+    tasks = TaskInfo(jnp.arange(n_tasks, dtype=jnp.int32), jnp.ones((n_tasks, 1), bool))
+    data = jax.jit(draw)(None, jax.random.key(0) if key is None else key)
+    provides = frozenset({"boundaries", "begin_sample", "end_sample", "open_outputs"})
+    return Stream(n_tasks, steps, tasks, data, provides, init, next_batch, sample, evaluation, score, draw)

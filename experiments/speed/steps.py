@@ -1,0 +1,116 @@
+"""What a step of every algorithm costs: its time and its operations, as multiples of the naive learner's.
+
+    python -m experiments.speed.steps          with nothing else running
+
+Operations are those of XLA's cost analysis of one update before optimisation, so that matrix products given to
+libraries are counted. A ratio of times above that of operations tells of memory traffic and of many small kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+import tyro
+
+from cl_zoo import Learner, catalogue, compose, load_digits, mlp, split_mnist, supervised
+from cl_zoo.catalogue import Entry
+from cl_zoo.evaluation.cost import state_bytes
+from cl_zoo.training.loop import begin, finish, start, train_steps
+from cl_zoo.training.run_directory import environment, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    hidden: tuple[int, ...] = (400, 400)
+    batch_size: int = 128
+    steps: int = 200
+    rounds: int = 7
+    only: tuple[str, ...] = ()
+    """Names of the catalogue; all by default."""
+    record: bool = False
+    """Write experiments/speed/results/steps_cpu.json."""
+
+
+SIZES = {"capacity": 1000, "batch_size": 128}
+
+
+def learner_of(entry: Entry, config: Config, stream: Any) -> Learner:
+    """With a memory of 1000 rows and as many of them in each step as new ones."""
+    sizes = {name: value for name, value in SIZES.items() if name in entry.arguments}
+    if "batch_size" in sizes:
+        sizes["batch_size"] = config.batch_size
+    component = entry.factory(**{**entry.arguments, **sizes})
+    components = [component] if entry.own_loss else [supervised(), component]
+    model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)
+    return compose(model, optax.adam(1e-3), *components, tasks=stream.tasks)
+
+
+def prepare(entry: Entry, config: Config, images: Any) -> tuple[Any, tuple[Any, ...], float, dict[str, int]]:
+    """A compiled run of steps in the second task, its arguments, operations of a step, bytes kept."""
+    stream = split_mnist(scenario=entry.scenarios[0], images=images, batch_size=config.batch_size, sample_size=1000)
+    learner, key = learner_of(entry, config, stream), jax.random.key(0)
+
+    @jax.jit
+    def first_task(tasks: Any, data: Any) -> Any:
+        state, cursor = start(learner, stream, data, key)
+        state = begin(learner, stream, tasks, data, key, state, 0)
+        (state, cursor), _ = train_steps(learner, stream, data, (state, cursor), stream.steps)
+        state = finish(learner, stream, data, key, state, 0)
+        return begin(learner, stream, tasks, data, key, state, 1), cursor
+
+    carry = first_task(stream.tasks, stream.data)
+    batch, _ = jax.jit(lambda data, cursor: stream.next(data, cursor, lambda x: None))(stream.data, carry[1])
+    flops = (jax.jit(learner.update).lower(carry[0], batch).cost_analysis() or {}).get("flops", float("nan"))
+    run = jax.jit(lambda data, carry: train_steps(learner, stream, data, carry, config.steps)[0])
+    compiled = run.lower(stream.data, carry).compile()
+    jax.block_until_ready(compiled(stream.data, carry))
+    return compiled, (stream.data, carry), float(flops), state_bytes(carry[0])
+
+
+def main(config: Config) -> None:
+    """Measures all in turn, so that a slow minute of the machine hits all; prints a table."""
+    images, entries = load_digits(), catalogue()
+    for name in config.only:
+        if name not in entries:
+            raise SystemExit(f"only: no algorithm is named {name!r}; there are {', '.join(entries)}")
+    names = ["supervised", *(name for name in config.only or entries if name != "supervised")]
+    ready = {name: prepare(entries[name], config, images) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(config.rounds):
+        for name, (compiled, arguments, _, _) in ready.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            times[name].append((time.perf_counter() - begun) / config.steps)
+    found = {}
+    naive_time, naive_flops = statistics.median(times["supervised"]), ready["supervised"][2]
+    print(f"{'':24s}{'us a step':>11s}{'time':>8s}{'FLOPs':>8s}{'time / FLOPs':>14s}{'MB kept':>9s}")
+    for name, (_, _, flops, kept) in ready.items():
+        median = statistics.median(times[name])
+        own = sum(value for part, value in kept.items() if part not in ("params", "model_state", "opt_state"))
+        found[name] = {
+            "microseconds": 1e6 * median,
+            "time_ratio": median / naive_time,
+            "flop_ratio": flops / naive_flops,
+            "bytes_kept": own,
+        }
+        time_ratio, flop_ratio = found[name]["time_ratio"], found[name]["flop_ratio"]
+        print(
+            f"{name:24s}{1e6 * median:11.0f}{time_ratio:8.2f}{flop_ratio:8.2f}"
+            f"{time_ratio / flop_ratio if flop_ratio else float('nan'):14.2f}{own / 1e6:9.2f}"
+        )
+    if config.record:
+        path = Path(__file__).parent / "results" / "steps_cpu.json"
+        settings = {"hidden": config.hidden, "batch_size": config.batch_size}
+        write_json(path, {"environment": environment(), **settings, "steps": found})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
