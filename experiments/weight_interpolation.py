@@ -62,12 +62,12 @@ class Config:
     source: Literal["embedded", "idx", "tfds"] | None = None
     buffers: tuple[int, ...] = (200, 500)
     alignments: tuple[Alignment, ...] = ("activations", "weights", "none")
-    alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-    sweep_seeds: int = 2
-    seeds: int = 3
+    alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+    sweep_seeds: int = 3
+    seeds: int = 5
     first_seed: int = 100
     directory: str | None = None
-    """Of the run; finished parts of an interrupted run there are not run again. Default: runs/weight_interpolation-PROTOCOL."""  # noqa: E501
+    """Of the run; finished parts there are not run again. Default: runs/weight_interpolation-PROTOCOL."""
     record: bool = False
     """Write the result file that the ledger is made from."""
 

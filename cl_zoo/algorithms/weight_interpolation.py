@@ -139,7 +139,9 @@ def weight_interpolation(
         rows: PyTree = task_sample if sample == "task" else _memory(name, sample, state.parts, micro_batch)
         has_statistics = any(floating(leaf) for leaf in jax.tree.leaves(state.model_state))
         if rows is None and (alignment == "activations" or has_statistics):
-            raise ValueError(f"{name}: sample is 'task', but end_task was given no sample of the task")
+            raise ValueError(
+                f"{name}: sample is 'task', but end_task was given no sample to take activations or statistics from"
+            )
 
         def average() -> tuple[PyTree, PyTree, Array, Array]:
             old_params, old_model_state, moved = aligned(context, state, part, rows)

@@ -44,7 +44,7 @@ def net() -> Any:
 
 def draw(seed: int, *shape: int) -> Batch:
     key = jax.random.key(seed)
-    x = jax.random.normal(key, (*shape, INPUTS)) + jnp.arange(INPUTS) * (seed % 7)
+    x = jax.random.normal(key, (*shape, INPUTS)) + 0.1 * jnp.arange(INPUTS) * (seed % 7)
     return Batch(x, jax.random.randint(key, shape, 0, CLASSES), None, jnp.ones(shape))
 
 
@@ -108,7 +108,7 @@ def old_is_a_scrambled_copy(alignment: str | None, **options: Any) -> tuple[Any,
     state, _ = learner.update(learner.end_task(state, draw(100, 2, 10)), draw(1, ROWS))
     state, _ = learner.update(state, draw(2, ROWS))
     # No unit may be silent on all rows: activations could not tell it from another such one.
-    awake = {name: {**layer, "bias": layer["bias"] + 0.5} for name, layer in state.params.items()}
+    awake = {name: {**layer, "bias": layer["bias"] + 1} for name, layer in state.params.items()}
     state = state._replace(params=awake)
     rows = jax.tree.map(lambda leaf: leaf[:1], draw(101, 2, 10))
     for r in unit_correlations(model, (awake, {}), (awake, {}), rows):
