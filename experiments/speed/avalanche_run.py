@@ -32,7 +32,10 @@ for _name in ("nms", "qnms"):
 import avalanche  # noqa: E402
 from avalanche.benchmarks import CLScenario, benchmark_from_datasets  # noqa: E402
 from avalanche.benchmarks.classic import PermutedMNIST  # noqa: E402
-from avalanche.benchmarks.utils import make_avalanche_dataset  # noqa: E402
+from avalanche.benchmarks.utils import (  # noqa: E402
+    _make_taskaware_classification_dataset,
+    make_avalanche_dataset,
+)
 from avalanche.evaluation.metrics import (  # noqa: E402
     accuracy_metrics,
     bwt_metrics,
@@ -62,7 +65,8 @@ class RowDataset(Dataset):
     """In-memory examples cut into rows once, which makes fetching one cheap."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self.rows = list(zip(x.unbind(), y.tolist()))
+        self.targets = y.tolist()
+        self.rows = list(zip(x.unbind(), self.targets))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,11 +78,16 @@ class RowDataset(Dataset):
 DATASETS = {"rows": RowDataset, "tensors": TensorDataset}
 
 
-def make_benchmark(tasks: list[Task], dataset: type[Dataset]) -> CLScenario:
-    """Streams of in-memory data, without transforms and without task labels."""
+def make_benchmark(tasks: list[Task], dataset: type[Dataset], task_labels: bool) -> CLScenario:
+    """Streams of in-memory data, without transforms; its DER++ needs task labels, always 0."""
+
+    def make(x: torch.Tensor, y: torch.Tensor) -> Dataset:
+        if not task_labels:
+            return make_avalanche_dataset(dataset(x, y))
+        return _make_taskaware_classification_dataset(dataset(x, y), targets=y.tolist(), task_labels=0)
+
     return benchmark_from_datasets(
-        train=[make_avalanche_dataset(dataset(t.train_x, t.train_y)) for t in tasks],
-        test=[make_avalanche_dataset(dataset(t.test_x, t.test_y)) for t in tasks],
+        train=[make(t.train_x, t.train_y) for t in tasks], test=[make(t.test_x, t.test_y) for t in tasks]
     )
 
 
@@ -123,7 +132,7 @@ def run(args: argparse.Namespace, setting: Setting, folder: Path) -> tuple[list[
     if args.dataset == "classic":
         benchmark = make_classic(args.data, setting, folder)
     else:
-        benchmark = make_benchmark(load_tasks(args.data, setting), DATASETS[args.dataset])
+        benchmark = make_benchmark(load_tasks(args.data, setting), DATASETS[args.dataset], args.method == "der++")
     built = time.perf_counter()
 
     model = torch.nn.Sequential(torch.nn.Flatten(), *make_mlp(setting.hidden))

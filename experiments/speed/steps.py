@@ -47,6 +47,8 @@ def learner_of(entry: Entry, config: Config, stream: Any) -> Learner:
     sizes = {name: value for name, value in SIZES.items() if name in entry.arguments}
     if "batch_size" in sizes:
         sizes["batch_size"] = config.batch_size
+    if "n_classes" in entry.arguments:
+        sizes["n_classes"] = stream.tasks.active.shape[-1]
     component = entry.factory(**{**entry.arguments, **sizes})
     components = [component] if entry.own_loss else [supervised(), component]
     model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)
