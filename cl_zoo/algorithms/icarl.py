@@ -21,6 +21,7 @@ from cl_zoo.types import (
     PyTree,
     TaskInfo,
     TrainState,
+    check_choice,
     check_range,
     check_whole,
     mask_outputs,
@@ -57,6 +58,7 @@ def icarl(
     n_classes: int,
     *,
     batch_size: int = 32,
+    draw: str = "weights",
     per_class: int | None = None,
     temperature: Array | float = 1.0,
     task_size: Array | float | None = None,
@@ -75,12 +77,14 @@ def icarl(
         answer_c(x) = - || phi(x) - mu_c ||^2
 
     The mean over b is meant over the union of |X| task rows and |P| exemplars: `batch_size` exemplars drawn uniformly
-    join each batch, weighted so that together they count |P| / |X| times as much as the current rows.
+    join each batch, and together they count |P| / |X| times as much as the current rows.
 
     Args:
       capacity: exemplars in all, at least `n_classes`.
       n_classes: outputs of the network, `C`.
       batch_size: exemplars that join each batch, from 0 to capacity; those not yet held have weight 0.
+      draw: they count as much by their "weights", in every batch; or each joins as one of the "rows", of weight 1, with
+        the probability that makes it so on average (the noise of batches drawn from the union).
       per_class: None, or a fixed m, with per_class * n_classes at most capacity.
       temperature: T above 0, of the teacher's outputs alone.
       task_size: |X|; None counts the rows of the sample given when the task begins, which is |X| if the sample is the
@@ -93,17 +97,16 @@ def icarl(
       answer; before the first task has ended no class has any.
 
     Raises:
-      ValueError: a number outside its range; at the first trace, a stream without labels, a model without taps or with
-        another number of outputs.
+      ValueError: a number outside its range, unknown draw; at the first trace, a stream without labels, a model without
+        taps or with another number of outputs.
 
     Source: Rebuffi et al. 2017, arXiv 1611.07725.
 
     Differences from the paper or its code: the equation sums over outputs as the paper's does, its code takes their
-    mean (here: learning rate / C under plain SGD). The paper makes each batch from the union at random; here the
-    shares are exact in expectation, by weights, and a step sees more rows. Means are those at the last task's end and
+    mean (here: learning rate / C under plain SGD). The paper makes each batch from the union at random; here exemplars
+    come beside the current rows, so a step sees more rows. Means are those at the last task's end and
     not renewed within a task. The paper's code also averages over mirrored images, and may pick an image twice. van de
-    Ven's code (arXiv 1904.07734, doi 10.1038/s42256-022-00568-3) has temperature 2; 2019: as here; 2022: per_class 100
-    of ten classes, and all outputs compete.
+    Ven's code (arXiv 1904.07734, doi 10.1038/s42256-022-00568-3) has temperature 2, and in 2022 per_class 100.
 
     Example:
       >>> import optax
@@ -114,6 +117,7 @@ def icarl(
     check_whole(name, "capacity", capacity, n_classes)
     check_whole(name, "batch_size", batch_size, 0, capacity)
     check_whole(name, "feature_batch", feature_batch, 1)
+    check_choice(name, "draw", draw, ("weights", "rows"))
     check_range(name, "temperature", temperature, 1e-6)
     if per_class is not None:
         check_whole(name, "per_class", per_class, 1, capacity // n_classes)
@@ -142,12 +146,15 @@ def icarl(
         if batch_size == 0:
             return batch
         held = jnp.sum(part.held)
-        index = shuffled_index(key, jnp.arange(batch_size), held)
+        index_key, row_key = jax.random.split(key)
+        index = shuffled_index(index_key, jnp.arange(batch_size), held)
         x, y, told = jax.tree.map(lambda leaf: leaf[index], part.rows)
         together = jnp.sum(batch.weight) * held / part.task_size
         each = together / jnp.clip(held, 1, batch_size)
-        weight = jnp.where(jnp.arange(batch_size) < held, each, 0).astype(batch.weight.dtype)
-        joined = Batch(x, y, told, weight)
+        weight = jnp.where(jnp.arange(batch_size) < held, each, 0)
+        if draw == "rows":  # weights above 1 mean that batch_size is too small for the share: then all join
+            weight = jnp.where(jax.random.uniform(row_key, weight.shape) < weight, jnp.maximum(weight, 1), 0)
+        joined = Batch(x, y, told, weight.astype(batch.weight.dtype))
         return jax.tree.map(lambda now, then: jnp.concatenate([now, then]), batch, joined)
 
     def loss(

@@ -154,6 +154,12 @@ def test_icarl_weighs_few_exemplars_like_all(icarl_run: Any) -> None:
         np.testing.assert_allclose(joined.weight[8:].sum(), 8 * 20 / (size or 120), rtol=1e-5)
         assert len(np.unique(joined.weight[8:])) == 1
         assert ("begin_sample" in component.needs) == (size is None)
+    component = icarl(20, 6, batch_size=10, draw="rows")
+    joined = jax.vmap(lambda key: component.prepare(None, states[2], part, batch, key).weight[8:])(
+        jax.random.split(KEY, 1000)
+    )
+    assert set(np.unique(joined)) == {0, 1}
+    np.testing.assert_allclose(joined.sum(1).mean(), 8 * 20 / 120, rtol=0.1)  # four standard errors
     empty = icarl(20, 6, batch_size=4).prepare(None, states[0], states[0].parts["icarl"], batch, KEY)
     assert empty.weight[8:].tolist() == [0] * 4
 
