@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -19,18 +20,17 @@ def test_twenty_kills(tmp_path: Path) -> None:
     span = (time.perf_counter() - begun) / 2
     wanted = final_bytes(tmp_path / "once")
     random = np.random.default_rng(0)
-    kills = landed = 0
-    for number in range(5):
-        directory = tmp_path / f"killed-{number}"
-        for _ in range(4):
+    landed = runs = 0
+    while landed < 20:  # kill after kill, until a run gets through; then the next run
+        directory = tmp_path / f"killed-{runs}"
+        while True:
             process = start_process(directory)
             try:
-                process.wait(timeout=random.uniform(0.2, 0.9) * span)
-            except Exception:
+                assert process.wait(timeout=random.uniform(0.3, 0.8) * span) == 0
+                break
+            except subprocess.TimeoutExpired:
                 process.kill()
                 landed += process.wait() != 0
-            kills += 1
-        assert start_process(directory).wait(timeout=600) == 0
+        runs += 1
         assert final_bytes(directory) == wanted
-    assert kills == 20
-    assert landed >= 15, "most kills must land while the run is going"
+    assert runs >= 2
