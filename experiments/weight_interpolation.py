@@ -1,7 +1,7 @@
 """Split MNIST, class-incremental, with a small memory: what averaging old and new weights adds to replay.
 
 Command                                                   hardware       time       expected
-python -m experiments.weight_interpolation                2 CPU cores    not timed  figures on the embedded digits
+python -m experiments.weight_interpolation                2 CPU cores    2 min      200 rows 77 -> 82, 500: 82 -> 85
 python -m experiments.weight_interpolation \\
     --data-dir DATA --protocol full --record              2 CPU cores    not timed  nothing is published for this net
 
@@ -12,7 +12,9 @@ alignment with its best alpha, beside plain replay, trains on all training image
 its own, and the test set is read for the first time.
 
 The paper's figures are for ResNet-18 on CIFAR and Tiny ImageNet (there, on CIFAR-100 in 10 tasks with 500 rows, replay
-goes from 22.5 to 40.3 %); nobody has published this small case, so there is no target, only the difference.
+goes from 22.5 to 40.3 %); nobody has published this small case, so there is no target, only the difference. On the
+embedded digits matching by weights leaves every unit in its place, so it equals the plain mean: each task goes on from
+the last one's weights.
 """
 
 from __future__ import annotations
@@ -190,6 +192,7 @@ def figures(
     for column, setting in zip(axes[0], settings, strict=True):
         for alignment in config.alignments:
             strength_curve(column, config.alphas, curves[setting, alignment], alignment, f"{setting}, held-out images")
+            column.lines[-1].set_linestyle("--" if alignment == "none" else "-")  # it may lie on another
         column.set_xscale("linear")
         column.set_xlabel("alpha, the weight of the old model")
     axes[0, 0].legend(title="alignment", fontsize=8)
