@@ -62,12 +62,16 @@ def make_tasks(scenario: str) -> list[dict[str, Any]]:
 
 
 def run_ours(
-    scenario: str, tasks: list[dict[str, Any]], optimiser: str, *components: Component
+    scenario: str, tasks: list[dict[str, Any]], optimiser: str, *components: Component, own_loss: bool = False
 ) -> tuple[Any, list[dict[str, float]], Any, list[Any]]:
-    """Initial parameters, metrics of every update, final state, and the state before every update."""
+    """Initial parameters, metrics of every update, final state, and the state before every update.
+
+    The components stand beside `supervised`, unless one brings a loss of its own.
+    """
     make, rate = OPTIMISERS[optimiser]
     table = TaskInfo(jnp.arange(3), jnp.asarray(ACTIVE[scenario]))
-    learner = compose(mlp((INPUTS,), OUTPUTS, hidden=(5, 4)), make(rate), supervised(), *components, tasks=table)
+    components = components if own_loss else (supervised(), *components)
+    learner = compose(mlp((INPUTS,), OUTPUTS, hidden=(5, 4)), make(rate), *components, tasks=table)
     update, begin, end = jax.jit(learner.update), jax.jit(learner.begin_task), jax.jit(learner.end_task)
 
     def batch(x: Any, y: Any, w: Any, t: int) -> Batch:

@@ -77,6 +77,23 @@ def run(params, tasks, alpha, lr, rows=None, align=True, optimizer="sgd", reset_
     return history, params
 
 
+def run_ends(params, tasks, end, lr, optimizer="sgd"):
+    """Train on the tasks in turn; when task t ends, the parameters become end(t, parameters).
+
+    The optimiser keeps its state.  tasks: list of {'batches': list of (x, y, w), 'active': bool [C]}.
+    Returns ([(task loss, 0.0) before each step], params).
+    """
+    params, state = tree_copy(params), init_state(params)
+    history = []
+    for t, task in enumerate(tasks):
+        for x, y, w in task["batches"]:
+            loss, grads = cross_entropy(params, x, y, w, task["active"])
+            history.append((loss, 0.0))
+            params, state = OPTIMIZERS[optimizer](params, grads, state, lr)
+        params = end(t, params)
+    return history, params
+
+
 def fisher_merge(networks, fishers, weights=None, floor=0.0):
     """theta = sum_k a_k (F_k + floor) theta_k / sum_k a_k (F_k + floor), parameter by parameter.
 
