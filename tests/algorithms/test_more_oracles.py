@@ -11,6 +11,7 @@ import pytest
 
 from cl_zoo import (
     Batch,
+    Component,
     TaskInfo,
     continual_backprop,
     ema,
@@ -27,6 +28,7 @@ from cl_zoo import (
     weight_interpolation,
     wise_ft,
 )
+from cl_zoo.estimators.alignment import permute
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Context
 from tests.algorithms.test_oracles import (
@@ -64,16 +66,17 @@ def rate_of(optimiser: str) -> float:
     return OPTIMISERS[optimiser][1]
 
 
-def context(scenario: str) -> Context:
+def context(scenario: str, model: Any = MODEL) -> Context:
     """For hooks called by hand."""
-    return Context(MODEL, None, TaskInfo(jnp.arange(3), jnp.asarray(ACTIVE[scenario])), lambda *_: jnp.zeros(()))
+    return Context(model, None, TaskInfo(jnp.arange(3), jnp.asarray(ACTIVE[scenario])), lambda *_: jnp.zeros(()))
 
 
-def answers(component: Any, scenario: str, state: Any, task: int) -> np.ndarray:
+def answers(component: Any, scenario: str, state: Any, task: int, model: Any = MODEL) -> np.ndarray:
     """What a component with `predict` says to the test rows, which carry their task if the scenario tells it."""
     told = jnp.full(len(TEST), task, jnp.int32) if scenario == "task" else None
     part = state.parts[component.name]
-    return np.asarray(component.predict(context(scenario), state, part, jnp.asarray(TEST, jnp.float32), told))
+    x = jnp.asarray(TEST, jnp.float32)
+    return np.asarray(component.predict(context(scenario, model), state, part, x, told))
 
 
 def exact(tree: Any) -> Any:
@@ -220,14 +223,28 @@ def test_packnet(optimiser: str, share: float, packed: bool, reset: bool) -> Non
 @pytest.mark.parametrize("alignment", ["activations", None])
 @pytest.mark.parametrize(("scenario", "optimiser"), PAIRS)
 def test_weight_interpolation(scenario: str, optimiser: str, alignment: str | None) -> None:
-    tasks = make_tasks(scenario)
-    component = weight_interpolation(0.4, alignment=alignment)
-    first, metrics, state, states = run_ours(scenario, tasks, optimiser, component)
+    """Five steps move no unit far from what it was, so all units change places when a task ends."""
+    tasks, order = make_tasks(scenario), ([2, 0, 1, 4, 3], [1, 2, 3, 0])
+
+    def scramble(context: Context, state: Any, part: None, sample: Batch, key: Any) -> tuple[Any, None]:
+        return state._replace(params=permute(state.params, MODEL.units, tuple(map(jnp.array, order)))), None
+
+    components = Component("scramble", end_task=scramble), weight_interpolation(0.4, alignment=alignment)
+    first, metrics, state, states = run_ours(scenario, tasks, optimiser, *components)
     history, final = merging_oracle.run(
-        first, tasks, 0.4, rate_of(optimiser), align=bool(alignment), optimizer=optimiser, reset_optimizer="every"
+        first,
+        tasks,
+        0.4,
+        rate_of(optimiser),
+        align=bool(alignment),
+        optimizer=optimiser,
+        reset_optimizer="every",
+        scramble=order,
     )
     agree_on_losses(metrics, [loss for loss, _ in history])
     agree(state.params, final)
+    moved = [float(end.parts["weight_interpolation"].moved) for end in (states[2 * STEPS], state)]
+    assert (min(moved) > 0.7) == (alignment is not None)
 
 
 @pytest.mark.parametrize(
@@ -317,10 +334,14 @@ def test_replay_from_a_memory_by_class(memory: str) -> None:
     [("sgd", {}), ("adam", {}), ("adam", {"temperature": 2.0, "task_size": 30.0}), ("sgd", {"per_class": 2})],
 )
 def test_icarl(optimiser: str, settings: dict[str, Any]) -> None:
-    """The exemplars that our memory drew go through the oracle's arithmetic, and it herds and answers by itself."""
+    """The exemplars that our memory drew go through the oracle's arithmetic, and it herds and answers by itself.
+
+    The last layer reads so many units that no two rows have the same few awake: herding knows no ties then.
+    """
     tasks = make_tasks("class")
     component = icarl(14, OUTPUTS, batch_size=5, **settings)
-    first, metrics, state, states = run_ours("class", tasks, optimiser, component, own_loss=True)
+    hidden = (8, 20)
+    first, metrics, state, states = run_ours("class", tasks, optimiser, component, own_loss=True, hidden=hidden)
     x, y = (np.concatenate([task["sample"][part] for task in tasks]) for part in range(2))
     rows = x.astype(np.float32)
     replays = []
@@ -335,6 +356,8 @@ def test_icarl(optimiser: str, settings: dict[str, Any]) -> None:
         each = w.sum() * held / settings.get("task_size", 12) / max(len(ids), 1)
         replays.append((x[ids], y[ids], np.full(len(ids), each)))
     lists: dict[int, list[int]] = {}
+    # The gradient of an old class is 0 while teacher and network are one: what Adam then makes of rounding is a step.
+    atol = 1e-3 if optimiser == "adam" else 2e-5
     for t, after in enumerate([*states[STEPS::STEPS], state]):
         history, params = icarl_oracle.run(
             first,
@@ -344,7 +367,7 @@ def test_icarl(optimiser: str, settings: dict[str, Any]) -> None:
             optimizer=optimiser,
             temperature=settings.get("temperature", 1.0),
         )
-        agree(after.params, params)
+        agree(after.params, params, atol)
         m = settings.get("per_class", 14 // (2 * t + 2))
         lists = {c: exemplars[:m] for c, exemplars in lists.items()}
         for c in (2 * t, 2 * t + 1):
@@ -361,8 +384,8 @@ def test_icarl(optimiser: str, settings: dict[str, Any]) -> None:
             assert [ids[slot] for slot in mine] == exemplars
         kept = [icarl_oracle.features(params, x[lists[c]]) for c in sorted(lists)]
         wanted = icarl_oracle.nearest_mean(icarl_oracle.features(params, TEST), kept)
-        found = answers(component, "class", after, t)
-        agree(found[:, : len(kept)], -wanted)
+        found = answers(component, "class", after, t, mlp((INPUTS,), OUTPUTS, hidden=hidden))
+        agree(found[:, : len(kept)], -wanted, atol)
         assert (found[:, len(kept) :] < -1e30).all()
     agree_on_losses(metrics, [loss for loss, _ in history])
 
@@ -406,7 +429,8 @@ def test_gdumb(scenario: str, optimiser: str) -> None:
 
 @pytest.mark.parametrize("counter", ["total", "class"])
 @pytest.mark.parametrize(
-    ("scenario", "features"), [("task", "input"), ("domain", "penultimate"), ("class", "penultimate"), ("class", "input")]
+    ("scenario", "features"),
+    [("task", "input"), ("domain", "penultimate"), ("class", "penultimate"), ("class", "input")],
 )
 def test_slda(scenario: str, features: str, counter: str) -> None:
     tasks = make_tasks(scenario)
