@@ -193,8 +193,8 @@ def class_balanced_add(memory: ClassBalanced, rows: PyTree, labels: Array, weigh
       weight: `f32[B]`; rows of weight 0 are not seen.
       key: for the draws.
 
-    Source: the greedy balancing sampler of Prabhu et al. 2020, doi 10.1007/978-3-030-58536-5_31. There a class is also
-    turned away from a memory with room once it has capacity / (classes seen) rows.
+    Source: the greedy balancing sampler of Prabhu et al. 2020, doi 10.1007/978-3-030-58536-5_31. There the bar for a
+    class seen before is capacity / (classes seen) rows, whether there is room or not, and however many others have.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -104,9 +104,10 @@ def icarl(
 
     Differences from the paper or its code: the equation sums over outputs as the paper's does, its code takes their
     mean (here: learning rate / C under plain SGD). The paper makes each batch from the union at random; here exemplars
-    come beside the current rows, so a step sees more rows. Means are those at the last task's end and
-    not renewed within a task. The paper's code also averages over mirrored images, and may pick an image twice. van de
-    Ven's code (arXiv 1904.07734, doi 10.1038/s42256-022-00568-3) has temperature 2, and in 2022 per_class 100.
+    come beside the current rows, so a step sees more rows. Means are those at the last task's end and not renewed
+    within a task. The paper's code also averages over mirrored images, may pick an image twice, and herds towards the
+    class mean as it is; here, and in van de Ven's code, it is of unit length. That code (arXiv 1904.07734,
+    doi 10.1038/s42256-022-00568-3) has temperature 2, and in 2022 per_class 100.
 
     Example:
       >>> import optax

@@ -62,12 +62,21 @@ def make_tasks(scenario: str) -> list[dict[str, Any]]:
 
 
 def run_ours(
-    scenario: str, tasks: list[dict[str, Any]], optimiser: str, *components: Component
+    scenario: str,
+    tasks: list[dict[str, Any]],
+    optimiser: str,
+    *components: Component,
+    own_loss: bool = False,
+    hidden: tuple[int, int] = (5, 4),
 ) -> tuple[Any, list[dict[str, float]], Any, list[Any]]:
-    """Initial parameters, metrics of every update, final state, and the state before every update."""
+    """Initial parameters, metrics of every update, final state, and the state before every update.
+
+    The components stand beside `supervised`, unless one brings a loss of its own.
+    """
     make, rate = OPTIMISERS[optimiser]
     table = TaskInfo(jnp.arange(3), jnp.asarray(ACTIVE[scenario]))
-    learner = compose(mlp((INPUTS,), OUTPUTS, hidden=(5, 4)), make(rate), supervised(), *components, tasks=table)
+    components = components if own_loss else (supervised(), *components)
+    learner = compose(mlp((INPUTS,), OUTPUTS, hidden=hidden), make(rate), *components, tasks=table)
     update, begin, end = jax.jit(learner.update), jax.jit(learner.begin_task), jax.jit(learner.end_task)
 
     def batch(x: Any, y: Any, w: Any, t: int) -> Batch:
@@ -88,8 +97,8 @@ def run_ours(
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), first), metrics, state, states
 
 
-def agree(ours: Any, theirs: Any) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours, theirs)
+def agree(ours: Any, theirs: Any, atol: float = 2e-5) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=atol), ours, theirs)
 
 
 def rows_seen(tasks: list[dict[str, Any]]) -> np.ndarray:

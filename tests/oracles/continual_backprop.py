@@ -93,6 +93,7 @@ def run(
     weights="after",
     optimizer="sgd",
     reset_optimizer=False,
+    between="fresh",
 ):
     """Train on the tasks in turn; after each step, for every hidden layer,
 
@@ -102,8 +103,9 @@ def run(
     after the step (weights='after') or before it ('before').
     utility 'released': hbar <- decay hbar + (1 - decay) mean_b h first, and the contribution
     has |h_i - hbar_i / (1 - decay^age_i)|; hbar of a new unit is 0.
-    All layers' utilities come before any replacement.  Layers are replaced from the input up,
-    so that a weight between two units replaced in the same step is the fresh incoming one.
+    All layers' utilities come before any replacement.  A weight between two units replaced in the
+    same step is the fresh incoming one (between='fresh': layers are replaced from the input up)
+    or 0 ('zero': from the output down).
     replacements: for each step (counted over all the tasks) fresh weights nested like params.
     A batch whose rows all weigh 0 changes nothing.
     tasks: list of {'batches': list of (x, y, w), 'active': bool [C]}.
@@ -113,6 +115,8 @@ def run(
     """
     if utility not in ("paper", "released") or weights not in ("after", "before"):
         raise ValueError("utility is 'paper' or 'released', weights 'after' or 'before'")
+    if between not in ("fresh", "zero"):
+        raise ValueError("between is 'fresh' or 'zero'")
     params, state = tree_copy(params), init_state(params)
     sizes = [len(params[name]["bias"]) for name in layer_names(params)[:-1]]
     use, mean = [np.zeros(n) for n in sizes], [np.zeros(n) for n in sizes]
@@ -139,7 +143,7 @@ def run(
                 new = contribution(params if weights == "after" else before, layer, size[layer], utility)
                 use[layer] = decay * use[layer] + (1 - decay) * new
             count = 0
-            for layer in range(len(sizes)):
+            for layer in range(len(sizes)) if between == "fresh" else reversed(range(len(sizes))):
                 chosen, accumulator[layer] = choose(use[layer], age[layer], accumulator[layer], rate, maturity, decay)
                 for unit in chosen:
                     params, state = replace_unit(params, state, layer, unit, replacements[step])

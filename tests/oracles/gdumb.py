@@ -60,6 +60,30 @@ def greedy_balance(capacity: int, labels, draws, valid=None) -> list[int]:
     return slots
 
 
+def balance_by_largest(capacity: int, labels, priorities, valid=None) -> list[int]:
+    """As greedy_balance, for another process: a row enters any memory with room; a full one, if its
+
+    class holds fewer than the largest class does.  Then one row of the largest classes makes room,
+    whichever of them.
+    priorities: for each row of the stream a number for each slot; of the slots with rows of the
+    largest classes the one with the highest number is taken.
+    """
+    slots: list[int] = []
+    for position in range(len(labels)):
+        if valid is not None and not valid[position]:
+            continue
+        if len(slots) < capacity:
+            slots.append(position)
+            continue
+        held = [int(labels[row]) for row in slots]
+        most = max(held.count(c) for c in held)
+        if held.count(int(labels[position])) == most:
+            continue
+        candidates = [slot for slot in range(capacity) if held.count(held[slot]) == most]
+        slots[max(candidates, key=lambda slot: priorities[position][slot])] = position
+    return slots
+
+
 def fit(params, x, y, active, batches, lr, optimizer="sgd"):
     """Descend the cross-entropy on the memory (x, y); batches is the list of the rows of each step.
 

@@ -14,15 +14,17 @@ def normalise(features):
     return np.array(rows)
 
 
-def herding(features, m) -> list[int]:
+def herding(features, m, renormalise=False) -> list[int]:
     """m rows whose means, one after another, stay nearest to the mean of all rows [n, F].
 
     Rows are normalised first and mu is their mean; the k-th choice is the row phi, not chosen
     yet, that makes || mu - (sum of the chosen + phi) / k || smallest (ties: the lowest index).
-    With fewer than m rows, all of them.
+    With fewer than m rows, all of them.  renormalise: mu is normalised again.
     """
     phi = normalise(features)
     mu = phi.mean(axis=0)
+    if renormalise:
+        mu = normalise(mu[None])[0]
     chosen: list[int] = []
     total = np.zeros(phi.shape[1])
     for k in range(1, min(m, len(phi)) + 1):
@@ -66,10 +68,10 @@ def sigmoid(z):
     return np.exp(-np.logaddexp(0.0, -z))
 
 
-def loss(params, teacher, x, y, w, active, old):
+def loss(params, teacher, x, y, w, active, old, temperature=1.0):
     """L = sum_b w_b sum_{active c} BCE(t_bc, sigmoid(f_bc)) / max(sum_b w_b, 1e-12), and dL/dparams.
 
-    t_bc = sigmoid(teacher's f_bc) for old c, and [c = y_b] for the others.
+    t_bc = sigmoid(teacher's f_bc / temperature) for old c, and [c = y_b] for the others.
     BCE = log(1 + exp(f)) - t f;  at the logits: sigmoid(f) - t.
     active and old are bool [C]; teacher may be None when no class is old.
     """
@@ -77,7 +79,7 @@ def loss(params, teacher, x, y, w, active, old):
     if teacher is None and old.any():
         raise ValueError("old classes need a teacher")
     logits, _ = forward(params, x)
-    told = None if teacher is None else sigmoid(forward(teacher, x)[0])
+    told = None if teacher is None else sigmoid(forward(teacher, x)[0] / temperature)
     total = max(float(np.sum(w)), 1e-12)
     value, dlogits = 0.0, np.zeros_like(logits)
     for b in range(len(logits)):
@@ -93,7 +95,7 @@ def loss(params, teacher, x, y, w, active, old):
     return value, gradient(params, x, dlogits)
 
 
-def run(params, tasks, lr, replays=None, optimizer="sgd", reset_optimizer=False):
+def run(params, tasks, lr, replays=None, optimizer="sgd", reset_optimizer=False, temperature=1.0):
     """Train on the tasks in turn with the loss above; the teacher is the network of the end of the last task.
 
     Old classes are those active in any task before.
@@ -113,7 +115,7 @@ def run(params, tasks, lr, replays=None, optimizer="sgd", reset_optimizer=False)
             replay = None if replays is None else replays[len(history)]
             if replay is not None and len(replay[1]):
                 x, y, w = (np.concatenate([now, before]) for now, before in zip((x, y, w), replay))
-            value, grads = loss(params, teacher, x, y, w, active, old)
+            value, grads = loss(params, teacher, x, y, w, active, old, temperature)
             history.append((value, 0.0))
             params, state = OPTIMIZERS[optimizer](params, grads, state, lr)
         teacher, old = tree_copy(params), old | active

@@ -7,15 +7,19 @@ from .mlp import OPTIMIZERS, cross_entropy, forward, init_state, layer_names, tr
 FREE = -1
 
 
-def prune(kernel, owner, share, task):
+ROUNDING = {"floor": np.floor, "nearest": round}
+
+
+def prune(kernel, owner, share, task, rounding="floor"):
     """Returns kernel and owner after the pruning at the end of a task.
 
-    Of the n free weights the floor(share * n) smallest by magnitude (ties: the first in the order
+    Of the n free weights the floor(share * n) (or, rounding='nearest', the nearest whole number,
+    of two the even one) smallest by magnitude (ties: the first in the order
     of rows) become 0 and stay free; the task owns the others.  Owned weights are left alone.
     """
     kernel, owner = np.array(kernel, dtype=np.float64), np.array(owner)
     free = [place for place in np.ndindex(kernel.shape) if owner[place] == FREE]
-    n_pruned = int(np.floor(share * len(free)))
+    n_pruned = int(ROUNDING[rounding](share * len(free)))
     by_magnitude = sorted(free, key=lambda place: (abs(kernel[place]), place))
     for rank, place in enumerate(by_magnitude):
         if rank < n_pruned:
@@ -31,11 +35,12 @@ def init_owners(params, kernels=None):
     return {name: np.full(params[name]["kernel"].shape, FREE) for name in names}
 
 
-def movable(params, owners, task, phase, first):
+def movable(params, owners, task, phase, first, own_outputs=None):
     """Nested like params: True where a step may move the parameter.
 
     phase 'train': free weights; 'retrain': the weights that the task owns.  Biases move in the
     first task alone (both phases).  A kernel without owners always moves.
+    own_outputs: bool [C], the outputs whose weights and biases alone may move in the last layer.
     """
     may = {}
     for name in params:
@@ -43,6 +48,9 @@ def movable(params, owners, task, phase, first):
         if name in owners:
             kernel = owners[name] == (FREE if phase == "train" else task)
         may[name] = {"kernel": kernel, "bias": np.full(params[name]["bias"].shape, first)}
+    if own_outputs is not None:
+        shape = params["output"]["kernel"].shape
+        may["output"] = {"kernel": np.broadcast_to(own_outputs, shape), "bias": np.array(own_outputs)}
     return may
 
 
@@ -76,6 +84,8 @@ def run(
     optimizer="sgd",
     reset_optimizer=False,
     reset_for_retraining=False,
+    rounding="floor",
+    own_outputs=False,
 ):
     """For each task: train with the owned weights of earlier tasks frozen, prune, retrain what it owns.
 
@@ -83,11 +93,13 @@ def run(
     gradient is 0 too (it matters to Adam's moments alone).
     tasks: list of {'batches': list of (x, y, w), 'active': bool [C]}.
     retraining: for each task the list of batches (x, y, w) after its pruning (default: none).
-    reset_optimizer: before every task;  reset_for_retraining: after every pruning.
+    reset_optimizer: before every task;  reset_for_retraining: after every pruning; 'apart': so too,
+    but the next task goes on with the state from before the pruning.
+    rounding: see prune.  own_outputs: the last layer is not packed; each task moves its active outputs.
     Returns ([(task loss, 0.0) before each step, retraining too], params, owners).
     """
     params, state = tree_copy(params), init_state(params)
-    owners = init_owners(params, kernels)
+    owners = init_owners(params, layer_names(params)[:-1] if own_outputs else kernels)
     history = []
     for t, task in enumerate(tasks):
         if reset_optimizer:
@@ -96,10 +108,12 @@ def run(
         for phase, batches in (("train", task["batches"]), ("retrain", again)):
             if phase == "retrain":
                 for name in owners:
-                    params[name]["kernel"], owners[name] = prune(params[name]["kernel"], owners[name], share, t)
+                    params[name]["kernel"], owners[name] = prune(
+                        params[name]["kernel"], owners[name], share, t, rounding
+                    )
                 if reset_for_retraining:
-                    state = init_state(params)
-            may = movable(params, owners, t, phase, first=t == 0)
+                    own_state, state = state, init_state(params)
+            may = movable(params, owners, t, phase, t == 0, task["active"] if own_outputs else None)
             for x, y, w in batches:
                 loss, grads = cross_entropy(params, x, y, w, task["active"])
                 history.append((loss, 0.0))
@@ -107,4 +121,6 @@ def run(
                     grads = {n: {part: np.where(may[n][part], g, 0.0) for part, g in grads[n].items()} for n in grads}
                 new, state = OPTIMIZERS[optimizer](params, grads, state, lr)
                 params = restore(new, params, may)
+        if reset_for_retraining == "apart":
+            state = own_state
     return history, params, owners

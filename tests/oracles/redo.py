@@ -20,10 +20,15 @@ def dormant(layer_scores, threshold):
     return [np.array([s <= threshold for s in layer]) for layer in layer_scores]
 
 
-def recycle(params, state, masks, fresh):
-    """Replace the units of the masks; layers from the input up, so a fresh incoming weight stays."""
-    for layer, mask in enumerate(masks):
-        for unit in np.flatnonzero(mask):
+def recycle(params, state, masks, fresh, between="fresh"):
+    """Replace the units of the masks; a weight between two of them is the fresh incoming one
+
+    (between='fresh': layers from the input up) or 0 ('zero': from the output down).
+    """
+    if between not in ("fresh", "zero"):
+        raise ValueError("between is 'fresh' or 'zero'")
+    for layer in range(len(masks)) if between == "fresh" else reversed(range(len(masks))):
+        for unit in np.flatnonzero(masks[layer]):
             params, state = replace_unit(params, state, layer, int(unit), fresh)
     return params, state
 
@@ -38,12 +43,13 @@ def run(
     activations="before",
     optimizer="sgd",
     reset_optimizer=False,
+    between="fresh",
 ):
     """Train on the tasks in turn; after the steps number period, 2 period, ... (counted from 1
 
     over all the tasks) the units that are dormant on the step's batch are recycled.
     activations: of the network 'before' or 'after' the step.
-    replacements: for each step fresh weights nested like params.
+    replacements: for each step fresh weights nested like params.  between: see recycle.
     tasks: list of {'batches': list of (x, y, w), 'active': bool [C]}.
     Returns ([(task loss, units recycled) of each step], params, [masks or None of each step]).
     """
@@ -60,7 +66,7 @@ def run(
             masks = None
             if (step + 1) % period == 0:
                 masks = dormant(scores(before if activations == "before" else params, x, w), threshold)
-                params, state = recycle(params, state, masks, replacements[step])
+                params, state = recycle(params, state, masks, replacements[step], between)
             history.append((loss, 0 if masks is None else int(sum(mask.sum() for mask in masks))))
             recycled.append(masks)
     return history, params, recycled

@@ -15,17 +15,19 @@ def init(n_features: int, n_classes: int):
     }
 
 
-def observe(state, z, y):
+def observe(state, z, y, counter="total"):
     """One row z of class y, after t rows:
 
-    t > 0:  Delta = t / (t + 1) (z - mu_y)(z - mu_y)^T,  Sigma <- (t Sigma + Delta) / (t + 1);
+    t > 0:  Delta = n / (n + 1) (z - mu_y)(z - mu_y)^T,  Sigma <- (t Sigma + Delta) / (t + 1),
+            n = t, or with counter 'class' c_y;
     then    mu_y <- (c_y mu_y + z) / (c_y + 1),  c_y <- c_y + 1.
     mu_y is the mean before this row, 0 for a class not seen yet.
     """
     t, z = state["rows"], np.asarray(z, dtype=np.float64)
     mu, count, sigma = state["mu"].copy(), state["count"].copy(), state["sigma"]
     if t > 0:
-        delta = t / (t + 1) * np.outer(z - mu[y], z - mu[y])
+        n = {"total": t, "class": count[y]}[counter]
+        delta = n / (n + 1) * np.outer(z - mu[y], z - mu[y])
         sigma = (t * sigma + delta) / (t + 1)
     mu[y] = (count[y] * mu[y] + z) / (count[y] + 1)
     count[y] += 1
@@ -53,17 +55,19 @@ def features(params, x):
     return forward(params, x)[1][-1]
 
 
-def run(params, tasks, shrinkage=1e-4, x_test=None):
+def run(params, tasks, shrinkage=1e-4, x_test=None, counter="total", raw=False):
     """The rows of all the tasks one by one, in order; rows of weight 0 are absent.
 
     tasks: list of {'batches': list of (x, y, w), 'active': bool [C]}.
+    raw: the features are the inputs as they are.
     Returns (state, scores of x_test or None); params do not change.
     """
-    state = init(params["output"]["kernel"].shape[0], params["output"]["kernel"].shape[1])
+    read = (lambda x: np.asarray(x, dtype=np.float64)) if raw else (lambda x: features(params, x))
+    state = init(params["hidden_0" if raw else "output"]["kernel"].shape[0], params["output"]["kernel"].shape[1])
     for task in tasks:
         for x, y, w in task["batches"]:
-            z = features(params, x)
+            z = read(x)
             for b in range(len(x)):
                 if w[b] > 0:
-                    state = observe(state, z[b], int(y[b]))
-    return state, None if x_test is None else scores(state, features(params, x_test), shrinkage)
+                    state = observe(state, z[b], int(y[b]), counter)
+    return state, None if x_test is None else scores(state, read(x_test), shrinkage)

@@ -48,13 +48,16 @@ def interpolate(new, old, alpha):
     return tree_map(lambda n, o: (1.0 - alpha) * n + alpha * o, new, old)
 
 
-def run(params, tasks, alpha, lr, rows=None, align=True, optimizer="sgd", reset_optimizer="interpolated"):
+def run(
+    params, tasks, alpha, lr, rows=None, align=True, optimizer="sgd", reset_optimizer="interpolated", scramble=None
+):
     """Train on the tasks in turn; at the end of each but the first, with old the result of the last end,
 
     theta <- (1 - alpha) theta + alpha permute(old, match(theta, old)).
     tasks: list of {'batches': list of (x, y, w), 'sample': (x, ...), 'active': bool [C]}.
     rows: for each task the inputs that the units are matched on (default: the task's sample).
     align False: no permutation.
+    scramble: permutations of the hidden layers of theta, applied before each end.
     reset_optimizer 'interpolated': at the ends where theta changed; 'every': at every end; 'never'.
     Returns ([(task loss, 0.0) before each step], params).
     """
@@ -67,6 +70,8 @@ def run(params, tasks, alpha, lr, rows=None, align=True, optimizer="sgd", reset_
             loss, grads = cross_entropy(params, x, y, w, task["active"])
             history.append((loss, 0.0))
             params, state = OPTIMIZERS[optimizer](params, grads, state, lr)
+        if scramble is not None:
+            params = permute(params, scramble)
         if old is not None:
             if align:
                 old = permute(old, match(params, old, task["sample"][0] if rows is None else rows[t]))
@@ -74,6 +79,23 @@ def run(params, tasks, alpha, lr, rows=None, align=True, optimizer="sgd", reset_
         if reset_optimizer == "every" or (reset_optimizer == "interpolated" and old is not None):
             state = init_state(params)
         old = tree_copy(params)
+    return history, params
+
+
+def run_ends(params, tasks, end, lr, optimizer="sgd"):
+    """Train on the tasks in turn; when task t ends, the parameters become end(t, parameters).
+
+    The optimiser keeps its state.  tasks: list of {'batches': list of (x, y, w), 'active': bool [C]}.
+    Returns ([(task loss, 0.0) before each step], params).
+    """
+    params, state = tree_copy(params), init_state(params)
+    history = []
+    for t, task in enumerate(tasks):
+        for x, y, w in task["batches"]:
+            loss, grads = cross_entropy(params, x, y, w, task["active"])
+            history.append((loss, 0.0))
+            params, state = OPTIMIZERS[optimizer](params, grads, state, lr)
+        params = end(t, params)
     return history, params
 
 
