@@ -9,10 +9,12 @@ python -m experiments.class_incremental --data-dir DATA \\
 Protocol "van_de_ven" is that of van de Ven and Tolias 2019 (arXiv 1904.07734): 5 tasks of two digits, a class order for
 each seed; MLP 400-400; Adam 1e-3, not reset; 2000 batches of 128 per task; the outputs of the classes seen so far
 compete; memories of 2000 rows. "icarl" is their iCaRL; "icarl per class" is that of van de Ven et al. 2022, with 100
-exemplars of each class from the start. "gdumb large" has the settings of ContinualAI's baselines: 4400
-rows, SGD 0.1, batches of 16, 10 epochs; "gdumb" the same with 2000 rows. How exemplars join a batch, and which outputs
-compete, was chosen for iCaRL among six variants by the test accuracy of seed 2, so seeds 2 and 3 are not to be reported. "slda" reads the pixels. "demo" is all that in
-small, on the digits that come with the package.
+exemplars of each class from the start. "gdumb large" has the settings of ContinualAI's baselines: 4400 rows, SGD 0.1,
+batches of 16, 10 epochs; "gdumb" the same with 2000 rows. "slda" reads the pixels. "demo" is all that in small, on the
+digits that come with the package.
+
+How exemplars join a batch, and which outputs compete, was chosen for iCaRL among six variants by the test accuracy of
+seed 2: seeds 2 and 3 were looked at, and are not to be reported.
 """
 
 from __future__ import annotations
@@ -124,8 +126,8 @@ NOTES = {
     ("class", method): note
     for method, note in {
         "icarl": "2000 exemplars; they join the 128 rows of each batch at random, in the proportion of the union;"
-        " theirs draws 128 rows from the union; that, and the outputs that compete, were chosen among six variants on the test"
-        " set with another seed",
+        " theirs draws 128 rows from the union; that, and the outputs that compete, were chosen among six variants on"
+        " the test set with another seed",
         "icarl per class": "100 exemplars a class; batches as for icarl",
         "gdumb": "2000 rows",
         "gdumb large": "4400 rows",
