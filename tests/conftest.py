@@ -13,10 +13,18 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import gc
+import importlib
+from collections.abc import Iterator
+
+import jax
 import numpy as np
 import pytest
 
 from cl_zoo import LabelledImages, enable_compilation_cache, load_digits
+
+# The functions of these names hide their modules.
+run_stream, fit = (importlib.import_module(f"cl_zoo.training.{name}") for name in ("run_stream", "fit"))
 
 if cache := os.environ.get("CL_ZOO_TEST_CACHE"):
     enable_compilation_cache(cache)
@@ -49,3 +57,18 @@ def full_digits() -> LabelledImages:
     if not folder:
         pytest.skip("CL_ZOO_DATA_DIR is not set: it names the folder of the four MNIST files")
     return load_digits(folder)
+
+
+def forget_programs() -> None:
+    """Frees all compiled programs: each takes memory maps, of which Linux gives a process 65 530."""
+    for cached in (run_stream._program, run_stream._sweep_program, fit._programs):
+        cached.cache_clear()
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module() -> Iterator[None]:
+    """No module's programs outlive it."""
+    yield
+    forget_programs()

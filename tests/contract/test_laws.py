@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from cl_zoo.training import loop, run_stream
 from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.fit import _programs
 from cl_zoo.training.loop import stream_functions
+from tests.conftest import forget_programs
 from tests.tiny import BATCH, STEPS, close, entry_learner, raw, same_bytes, tiny_learner, tiny_stream
 
 KEY = jax.random.key(3)
@@ -29,7 +30,7 @@ OPTIMISERS = {False: optax.adam(1e-2), True: optax.sgd(0.1)}
 
 
 @pytest.fixture(scope="module", params=list(catalogue()))
-def subject(request: pytest.FixtureRequest, tiny_images: Any) -> SimpleNamespace:
+def subject(request: pytest.FixtureRequest, tiny_images: Any) -> Iterator[SimpleNamespace]:
     """One entry, its learner, and the pieces of a run that its laws share, each compiled once."""
     entry: Entry = catalogue()[request.param]
     stream = tiny_stream(tiny_images, entry.scenarios[0])
@@ -55,9 +56,10 @@ def subject(request: pytest.FixtureRequest, tiny_images: Any) -> SimpleNamespace
         states.append(state)
         metrics += history
     batch, _ = next_batch(stream.data, cursor)
-    return SimpleNamespace(
+    yield SimpleNamespace(
         entry=entry, stream=stream, learner=learner, update=update, states=states, metrics=metrics, batch=batch
     )
+    forget_programs()
 
 
 def copy(tree: Any) -> Any:
