@@ -1,9 +1,9 @@
-"""Split MNIST in three scenarios: how much is kept by EWC, distillation and replay.
+"""Split MNIST in three scenarios: how much is kept by EWC, SI, distillation and replay.
 
 Command                                                   hardware       time      expected
-python -m experiments.split_mnist                         2 CPU cores    3 min     EWC: task 98; replay: class 86
+python -m experiments.split_mnist                         2 CPU cores    1-3 min   EWC: task 98; replay: class 86
 python -m experiments.split_mnist --data-dir DATA \\
-    --protocol van_de_ven --seeds 3 --record              2 CPU cores    60 min    EWC: task >= 98, class about 20;
+    --protocol van_de_ven --seeds 3 --record              2 CPU cores    35 min    EWC: task >= 98, class about 20;
                                                                                    none: class 19.9
 
 Protocol "van_de_ven" is that of van de Ven, Tuytelaars and Tolias 2022 (doi 10.1038/s42256-022-00568-3): 5 tasks of two
