@@ -310,7 +310,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2004.07211",
         _BUZZEGA,
         Null({"alpha": 0.0}, False, "alpha 0"),
-        "",
+        "der",
     ),
     Entry(
         "der_plus_plus",
@@ -323,7 +323,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2004.07211",
         _BUZZEGA,
         Null({"alpha": 0.0, "beta": 0.0}, False, "alpha and beta 0"),
-        "",
+        "der++",
     ),
     Entry(
         "agem",
@@ -336,7 +336,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1812.00420",
         _CHAUDHRY_AGEM,
         None,
-        "",
+        "a-gem",
     ),
     Entry(
         "icarl",

@@ -114,15 +114,15 @@ def table(
     """Accuracy in percent, a row per method, a column per setting: mean and standard deviation over seeds."""
     settings = list(dict.fromkeys(setting for setting, _ in found))
     methods = list(dict.fromkeys(method for _, method in found))
-    lines = [f"{'accuracy (%)':14s}" + "".join(f"{setting:>18s}" for setting in settings)]
+    lines = [f"{'accuracy (%)':14s}" + "".join(f"{setting:>22s}" for setting in settings)]
     for method in methods:
         row = f"{method:14s}"
         for setting in settings:
             if (setting, method) not in found:
-                row += f"{'':>18s}"
+                row += f"{'':>22s}"
                 continue
             s = statistics(100 * score(found[setting, method]))
-            row += f"{s.mean:>10.2f} ± {s.sd:5.2f}" if s.n > 1 else f"{s.mean:>10.2f}        "
+            row += f"{s.mean:>14.2f} ± {s.sd:5.2f}" if s.n > 1 else f"{s.mean:>14.2f}        "
         lines.append(row)
     n = len(next(iter(found.values()))["seconds"])
     return "\n".join(lines) + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, {said}, test set"

@@ -3,7 +3,7 @@
 Command                                                   hardware       time       expected
 python -m experiments.dark_experience                     2 CPU cores    not timed  figures on the embedded digits
 python -m experiments.dark_experience --data-dir DATA \\
-    --seeds 10 --record                                   2 CPU cores    not timed  DER++ > DER > ER > SGD
+    --seeds 10 --record                                   2 CPU cores    not timed  permuted: DER++ 84, ER 73, SGD 40
 
 Protocol of Buzzega et al. 2020 (arXiv 2004.07211): MLP 100-100, plain SGD, 1 epoch, batches of 128, as many rows from
 memory with each; rates and strengths as in the best arguments of their code, Mammoth. Accuracy is the mean over all 20
@@ -111,7 +111,7 @@ PUBLISHED = {  # mean and standard deviation over 10 runs
 NOTES = {
     "online ewc": "the Fisher of all classes; theirs weighs the observed label's squared gradient by its probability",
     "si": "theirs clips every gradient to [-1, 1]",
-    "a-gem": "learning rate 0.1, not given for it in our notes of their code",
+    "a-gem": "learning rate 0.1, our choice",
 }
 
 
