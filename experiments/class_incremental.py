@@ -39,8 +39,17 @@ from cl_zoo import (
     split_mnist,
     supervised,
 )
-from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
-from experiments.split_mnist import figures
+from experiments.common import (
+    RESULTS,
+    Cell,
+    accuracy_figures,
+    load_images,
+    record,
+    run_cells,
+    settle_run,
+    shown_command,
+    table,
+)
 
 Method = Literal[
     "none",
@@ -151,7 +160,7 @@ def main(config: Config) -> None:
     found = run_cells(cells, directory, range(config.first_seed, config.first_seed + config.seeds))
 
     print(f"\nClass-incremental split MNIST, protocol {config.protocol}\n{table(found)}\n")
-    for path in figures(found, directory):
+    for path in accuracy_figures(found, directory, "{}-incremental"):
         print(f"figure: {path}")
     is_full = config.protocol == "van_de_ven"
     path = RESULTS / f"class_incremental_{config.protocol}.json" if config.record else directory / "results.json"

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from cl_zoo import LabelledImages, Learner, Stream, load_digits, sweep
 from cl_zoo.evaluation.metrics import average_accuracy, statistics
+from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy
 from cl_zoo.training.run_directory import ConfigError, environment, settle_config, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,6 +136,33 @@ def shown_command(module: str, arguments: Sequence[str]) -> str:
         if flag in shown[:-1]:
             shown[shown.index(flag) + 1] = stand_in
     return " ".join(["python -m", module, *shown])
+
+
+def accuracy_figures(found: dict[tuple[str, str], dict[str, Any]], directory: Path, title: str = "{}") -> list[Path]:
+    """Accuracy against tasks seen, a panel per setting under `title`, and every accuracy matrix: the two files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    methods = list(dict.fromkeys(method for _, method in found))
+    paths = [directory / "accuracy_by_task.png", directory / "accuracy_matrices.png"]
+
+    figure, axes = plt.subplots(1, len(settings), figsize=(4 * len(settings), 3.4), squeeze=False, layout="constrained")
+    for column, setting in zip(axes[0], settings, strict=True):
+        seen_task_accuracy(column, {m: found[setting, m]["accuracy"] for m in methods}, title.format(setting))
+    axes[0, 0].legend(fontsize=8, loc="lower left")
+    figure.savefig(paths[0], dpi=150)
+
+    shape = (len(settings), len(methods))
+    figure, axes = plt.subplots(*shape, figsize=(3.4 * shape[1], 3 * shape[0]), squeeze=False, layout="constrained")
+    for row, setting in zip(axes, settings, strict=True):
+        for place, method in zip(row, methods, strict=True):
+            accuracy_heat_map(place, found[setting, method]["accuracy"], f"{setting}: {method}")
+    figure.savefig(paths[1], dpi=110)
+    plt.close("all")
+    return paths
 
 
 def record(

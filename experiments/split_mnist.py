@@ -36,8 +36,17 @@ from cl_zoo import (
     synaptic_intelligence,
 )
 from cl_zoo import split_mnist as split_mnist_stream
-from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy
-from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
+from experiments.common import (
+    RESULTS,
+    Cell,
+    accuracy_figures,
+    load_images,
+    record,
+    run_cells,
+    settle_run,
+    shown_command,
+    table,
+)
 
 Scenario = Literal["task", "domain", "class"]
 Method = Literal["none", "joint", "ewc", "online ewc", "si", "lwf", "replay"]
@@ -154,43 +163,13 @@ def main(config: Config) -> None:
     found = run_cells(cells, directory, range(config.first_seed, config.first_seed + config.seeds))
 
     print(f"\nSplit MNIST, protocol {config.protocol}\n{table(found)}\n")
-    for path in figures(found, directory):
+    for path in accuracy_figures(found, directory, "{}-incremental"):
         print(f"figure: {path}")
     path = RESULTS / f"split_mnist_{config.protocol}.json" if config.record else directory / "results.json"
     command = shown_command("experiments.split_mnist", sys.argv[1:])
     published = PUBLISHED if config.protocol == "van_de_ven" else {}
     record("split_mnist", f"split MNIST, {config.protocol}", command, found, published, NOTES, path)
     print(f"results: {path}")
-
-
-def figures(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> list[Path]:
-    """Accuracy against tasks seen for all methods, and the accuracy matrices."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    scenarios = list(dict.fromkeys(scenario for scenario, _ in found))
-    methods = list(dict.fromkeys(method for _, method in found))
-    paths = [directory / "accuracy_by_task.png", directory / "accuracy_matrices.png"]
-
-    figure, axes = plt.subplots(
-        1, len(scenarios), figsize=(4 * len(scenarios), 3.4), squeeze=False, layout="constrained"
-    )
-    for column, scenario in zip(axes[0], scenarios, strict=True):
-        matrices = {method: found[scenario, method]["accuracy"] for method in methods}
-        seen_task_accuracy(column, matrices, f"{scenario}-incremental")
-    axes[0, 0].legend(fontsize=8, loc="lower left")
-    figure.savefig(paths[0], dpi=150)
-
-    shape = (len(scenarios), len(methods))
-    figure, axes = plt.subplots(*shape, figsize=(3.4 * shape[1], 3 * shape[0]), squeeze=False, layout="constrained")
-    for row, scenario in zip(axes, scenarios, strict=True):
-        for place, method in zip(row, methods, strict=True):
-            accuracy_heat_map(place, found[scenario, method]["accuracy"], f"{scenario}: {method}")
-    figure.savefig(paths[1], dpi=110)
-    plt.close("all")
-    return paths
 
 
 if __name__ == "__main__":

@@ -43,8 +43,18 @@ from cl_zoo import (
     weight_interpolation,
 )
 from cl_zoo.evaluation.metrics import average_accuracy, statistics, summary
-from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy, strength_curve
-from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
+from cl_zoo.plots import strength_curve
+from experiments.common import (
+    RESULTS,
+    Cell,
+    accuracy_figures,
+    load_images,
+    record,
+    run_cells,
+    settle_run,
+    shown_command,
+    table,
+)
 
 Alignment = Literal["activations", "weights", "none"]
 SIZES = {  # updates per task, hidden widths, rows of a batch, and of its replay
@@ -184,8 +194,7 @@ def figures(
     import matplotlib.pyplot as plt
 
     settings = list(dict.fromkeys(setting for setting, _ in found))
-    methods = list(dict.fromkeys(method for _, method in found))
-    paths = [directory / name for name in ("accuracy_by_alpha.png", "accuracy_by_task.png", "accuracy_matrices.png")]
+    path = directory / "accuracy_by_alpha.png"
     wide = {"figsize": (4.4 * len(settings), 3.4), "squeeze": False, "sharey": True, "layout": "constrained"}
 
     figure, axes = plt.subplots(1, len(settings), **wide)
@@ -196,22 +205,10 @@ def figures(
         column.set_xscale("linear")
         column.set_xlabel("alpha, the weight of the old model")
     axes[0, 0].legend(title="alignment", fontsize=8)
-    figure.savefig(paths[0], dpi=150)
+    figure.savefig(path, dpi=150)
 
-    figure, axes = plt.subplots(1, len(settings), **wide)
-    for column, setting in zip(axes[0], settings, strict=True):
-        seen_task_accuracy(column, {method: found[setting, method]["accuracy"] for method in methods}, setting)
-    axes[0, 0].legend(fontsize=8, loc="lower left")
-    figure.savefig(paths[1], dpi=150)
-
-    shape = (len(settings), len(methods))
-    figure, axes = plt.subplots(*shape, figsize=(3.4 * shape[1], 3 * shape[0]), squeeze=False, layout="constrained")
-    for row, setting in zip(axes, settings, strict=True):
-        for place, method in zip(row, methods, strict=True):
-            accuracy_heat_map(place, found[setting, method]["accuracy"], f"{setting}: {method}")
-    figure.savefig(paths[2], dpi=110)
     plt.close("all")
-    return paths
+    return [path, *accuracy_figures(found, directory)]
 
 
 if __name__ == "__main__":

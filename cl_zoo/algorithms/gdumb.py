@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.algorithms.supervised import cross_entropy
+from cl_zoo.algorithms.supervised import cross_entropy, no_loss
 from cl_zoo.buffers import ClassBalanced, batch_rows, class_balanced_memory
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import (
@@ -87,17 +87,6 @@ def gdumb(
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> GdumbState:
         return memory.init(batch_rows(batch))
-
-    def no_loss(
-        context: Context,
-        state: TrainState,
-        part: GdumbState,
-        params: PyTree,
-        forward: Callable[[], PyTree],
-        batch: Batch,
-        key: Key,
-    ) -> tuple[Array, dict[str, PyTree]]:
-        return jnp.zeros(()), {}
 
     def observe(
         context: Context, state: TrainState, part: GdumbState, record: Record, key: Key

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.algorithms.supervised import no_loss
 from cl_zoo.types import (
     Array,
     Batch,
@@ -110,17 +110,6 @@ def slda(
         )
         c, f = outputs.shape[-1], z.shape[-1]
         return SldaState(jnp.zeros(c, jnp.int32), jnp.zeros((c, f), z.dtype), jnp.zeros((f, f), z.dtype))
-
-    def no_loss(
-        context: Context,
-        state: TrainState,
-        part: SldaState,
-        params: PyTree,
-        forward: Callable[[], PyTree],
-        batch: Batch,
-        key: Key,
-    ) -> tuple[Array, dict[str, PyTree]]:
-        return jnp.zeros(()), {}
 
     def observe(
         context: Context, state: TrainState, part: SldaState, record: Record, key: Key

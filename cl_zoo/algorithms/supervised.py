@@ -9,12 +9,25 @@ import jax.numpy as jnp
 
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, mask_outputs, weighted_mean
 
-__all__ = ["cross_entropy", "supervised"]
+__all__ = ["cross_entropy", "no_loss", "supervised"]
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """- log softmax(logits)_label for each row: `[B, C]`, `i32[B]` -> `f32[B]`."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+
+def no_loss(
+    context: Context,
+    state: TrainState,
+    part: PyTree,
+    params: PyTree,
+    forward: Callable[[], PyTree],
+    batch: Batch,
+    key: Key,
+) -> tuple[Array, dict[str, PyTree]]:
+    """The `loss` hook of what does not learn by gradients: 0, without a forward pass."""
+    return jnp.zeros(()), {}
 
 
 def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name: str = "supervised") -> Component:

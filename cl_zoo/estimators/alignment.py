@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from optax.assignment import hungarian_algorithm
 
+from cl_zoo.estimators.units import group_size, parameter
 from cl_zoo.types import Array, Batch, Model, PyTree, check_whole
 
 __all__ = [
@@ -57,7 +58,7 @@ def permute(params: PyTree, units: Units, permutations: Permutations) -> PyTree:
     """
     for group, order in zip(units, permutations, strict=True):
         for path, axis, _ in group:
-            params = _replace(params, path, _take(_leaf(params, path), path, axis, order))
+            params = _replace(params, path, _take(parameter(params, path), path, axis, order))
     return params
 
 
@@ -192,7 +193,7 @@ def unit_correlations(
 
     Source: Li et al. 2016, arXiv 1511.07543.
     """
-    sizes = [_leaf(first[0], group[0][0]).shape[group[0][1]] for group in model.units]
+    sizes = [group_size(first[0], group) for group in model.units]
 
     def activations(network: tuple[PyTree, PyTree], batch: Batch) -> list[list[Array]]:
         _, _, taps = model.apply(*network, batch.x, task=batch.task, weight=batch.weight)
@@ -266,17 +267,17 @@ def match_weights(
     Source: Ainsworth et al. 2022, arXiv 2209.04836, algorithm 1.
     """
     check_whole("match_weights", "sweeps", sweeps, 1)
-    sizes = [_leaf(old, group[0][0]).shape[group[0][1]] for group in units]
+    sizes = [group_size(old, group) for group in units]
 
     def improve(g: int, permutations: Permutations) -> Permutations:
         score = jnp.zeros((sizes[g], sizes[g]))
         for path, axis, _ in units[g]:
-            leaf = _leaf(old, path)
+            leaf = parameter(old, path)
             for h, group in enumerate(units):
                 for other, other_axis, _ in group:
                     if other == path and other_axis != axis:
                         leaf = _take(leaf, path, other_axis, permutations[h])
-            score += _by_unit(_leaf(new, path), axis, sizes[g]) @ _by_unit(leaf, axis, sizes[g]).T
+            score += _by_unit(parameter(new, path), axis, sizes[g]) @ _by_unit(leaf, axis, sizes[g]).T
         return (*permutations[:g], assign(score), *permutations[g + 1 :])
 
     branches = [lambda permutations, g=g: improve(g, permutations) for g in range(len(units))]
@@ -292,14 +293,6 @@ def match_weights(
 
     start = (tuple(jnp.arange(size, dtype=jnp.int32) for size in sizes), jnp.array(True), jnp.array(0, jnp.int32))
     return jax.lax.while_loop(lambda carry: carry[1] & (carry[2] < sweeps), sweep, start)[0]
-
-
-def _leaf(params: PyTree, path: tuple[str, ...]) -> Array:
-    for key in path:
-        if not isinstance(params, dict) or key not in params:
-            raise ValueError(f"the model's units name the parameters {'/'.join(path)!r}, which it does not have")
-        params = params[key]
-    return params
 
 
 def _replace(params: PyTree, path: tuple[str, ...], leaf: Array) -> PyTree:

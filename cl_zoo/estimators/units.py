@@ -18,6 +18,7 @@ __all__ = [
     "check_units",
     "group_size",
     "lowest",
+    "parameter",
     "reset_moments",
     "reset_units",
     "row_mean",
@@ -60,15 +61,22 @@ def _reader(owner: str, group: Group, taps: dict[str, Any]) -> str:
     )
 
 
-def _at(tree: PyTree, path: tuple[str, ...]) -> Array:
+def parameter(params: PyTree, path: tuple[str, ...]) -> Array:
+    """The parameter at a path of `Model.units`.
+
+    Raises:
+      ValueError: there is none.
+    """
     for name in path:
-        tree = tree[name]
-    return tree
+        if not isinstance(params, dict) or name not in params:
+            raise ValueError(f"the model's units name the parameters {'/'.join(path)!r}, which it does not have")
+        params = params[name]
+    return params
 
 
 def group_size(params: PyTree, group: Group) -> int:
     """How many units a group has: the length of its shortest axis."""
-    return min(_at(params, path).shape[axis] for path, axis, _ in group)
+    return min(parameter(params, path).shape[axis] for path, axis, _ in group)
 
 
 def unit_activations(
@@ -113,7 +121,7 @@ def weight_magnitude(params: PyTree, group: Group, role: str) -> tuple[Array, in
     n = group_size(params, group)
     total, count = jnp.zeros(n), 0
     for path, axis, its_role in group:
-        weights = _at(params, path)
+        weights = parameter(params, path)
         if its_role == role and weights.ndim > 1:
             flat = jnp.moveaxis(jnp.abs(weights), axis, -1).reshape((-1, n))
             total, count = total + jnp.sum(flat, axis=0), count + flat.shape[0]
@@ -141,7 +149,7 @@ def unit_masks(params: PyTree, units: tuple[Group, ...], chosen: tuple[Array, ..
     masks: dict[str, dict[str, Array]] = {"out": {}, "in": {}}
     for group, mask in zip(units, chosen, strict=True):
         for path, axis, role in group:
-            shape = _at(params, path).shape
+            shape = parameter(params, path).shape
             along = jnp.tile(mask, shape[axis] // mask.shape[0])
             along = along.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
             name = "/".join(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, mask_outputs, weighted_mean
 
@@ -104,7 +105,7 @@ def mean_absolute_weight(params: PyTree) -> Array:
 
 def weight_norm(params: PyTree) -> Array:
     """sqrt(sum p^2) over all parameters."""
-    return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)), jnp.zeros(())))
+    return optax.tree.norm(params)
 
 
 def online_score(

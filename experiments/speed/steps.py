@@ -39,17 +39,11 @@ class Config:
     """Write experiments/speed/results/steps_cpu.json."""
 
 
-SIZES = {"capacity": 1000, "batch_size": 128}
-
-
 def learner_of(entry: Entry, config: Config, stream: Any) -> Learner:
     """With a memory of 1000 rows and as many of them in each step as new ones."""
-    sizes = {name: value for name, value in SIZES.items() if name in entry.arguments}
-    if "batch_size" in sizes:
-        sizes["batch_size"] = config.batch_size
-    if "n_classes" in entry.arguments:
-        sizes["n_classes"] = stream.tasks.active.shape[-1]
-    component = entry.factory(**{**entry.arguments, **sizes})
+    sizes = {"capacity": 1000, "batch_size": config.batch_size, "n_classes": stream.tasks.active.shape[-1]}
+    chosen = {name: sizes.get(name, value) for name, value in entry.arguments.items()}
+    component = entry.factory(**chosen)
     components = [component] if entry.own_loss else [supervised(), component]
     model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)
     return compose(model, optax.adam(1e-3), *components, tasks=stream.tasks)
