@@ -26,11 +26,16 @@ def tiny_learner(stream: Stream, *components: Component, optimiser: Any = None) 
     return compose(model, optimiser or optax.adam(1e-2), *components, tasks=stream.tasks)
 
 
+def entry_components(entry: Entry, **changes: Any) -> list[Component]:
+    """Those of a catalogue entry, beside the supervised one unless it brings a loss of its own."""
+    made = entry.factory(**{**entry.arguments, **changes})
+    components = made if isinstance(made, list) else [made]
+    return components if entry.own_loss else [supervised(), *components]
+
+
 def entry_learner(stream: Stream, entry: Entry, optimiser: Any = None, **changes: Any) -> Learner:
-    """The learner of a catalogue entry: its component, beside the supervised one unless it brings a loss of its own."""
-    component = entry.factory(**{**entry.arguments, **changes})
-    components = [component] if entry.own_loss else [supervised(), component]
-    return tiny_learner(stream, *components, optimiser=optimiser)
+    """The learner of a catalogue entry."""
+    return tiny_learner(stream, *entry_components(entry, **changes), optimiser=optimiser)
 
 
 def close(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:

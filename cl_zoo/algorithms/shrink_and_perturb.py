@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -80,20 +78,18 @@ def shrink_and_perturb(
 
     def observe(context: Context, state: TrainState, part: None, record: Record, key: Key) -> tuple[TrainState, None]:
         present = jnp.any(record.batch.weight > 0)
-        return _where(present, state, lambda: moved(context, state, record.batch.x, key)), None
+        new = moved(context, state, record.batch.x, key)
+        return state._replace(params=jax.tree.map(lambda a, b: jnp.where(present, a, b), new, state.params)), None
 
     def begin_task(
         context: Context, state: TrainState, part: None, task: TaskInfo, sample: Batch | None, key: Key
     ) -> tuple[TrainState, None]:
         x = None if sample is None else jax.tree.map(lambda leaf: leaf[0], sample.x)
         # Before the first update there is nothing to leave behind.
-        return _where(state.step > 0, state, lambda: moved(context, state, x, key)), None
+        new = jax.lax.cond(state.step > 0, lambda: moved(context, state, x, key), lambda: state.params)
+        return state._replace(params=new), None
 
     if when == "step":
         return Component(name, observe=observe)
     needs = {"boundaries", "begin_sample"} if source == "init" else {"boundaries"}
     return Component(name, frozenset(needs), begin_task=begin_task)
-
-
-def _where(condition: Array, state: TrainState, moved: Callable[[], PyTree]) -> TrainState:
-    return state._replace(params=jax.lax.cond(condition, moved, lambda: state.params))

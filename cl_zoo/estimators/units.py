@@ -184,7 +184,7 @@ def reset_units(
       Parameters and optimiser's state. Where none is chosen, nothing is drawn.
     """
 
-    def reset() -> tuple[PyTree, PyTree]:
+    def reset(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
         fresh, _ = context.model.init(key, x)
         made, read = unit_masks(params, context.model.units, chosen)
         new = jax.tree.map(
@@ -196,8 +196,13 @@ def reset_units(
         )
         return new, reset_moments(context.optimiser, opt_state, new, jax.tree.map(jnp.logical_or, made, read))
 
+    # A loop of at most one round and not a conditional: XLA copies what passes through a conditional unchanged, which
+    # for parameters and moments is as much as a step of Adam writes, but a loop without rounds leaves them in place.
     some = jnp.any(jnp.stack([jnp.any(mask) for mask in chosen]))
-    return jax.lax.cond(some, reset, lambda: (params, opt_state))
+    _, params, opt_state = jax.lax.while_loop(
+        lambda carry: carry[0], lambda carry: (jnp.zeros_like(some), *reset(*carry[1:])), (some, params, opt_state)
+    )
+    return params, opt_state
 
 
 def reset_moments(

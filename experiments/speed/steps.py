@@ -24,6 +24,12 @@ from cl_zoo.evaluation.cost import state_bytes
 from cl_zoo.training.loop import begin, finish, start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
 
+# The catalogue's arguments are those of the contract's tests, in which units are reset all the time.
+USUAL = {
+    "continual_backprop": {"replacement_rate": 1e-4, "maturity": 100},
+    "redo": {"threshold": 0.1, "every": 1000},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -42,7 +48,7 @@ class Config:
 def learner_of(entry: Entry, config: Config, stream: Any) -> Learner:
     """With a memory of 1000 rows and as many of them in each step as new ones."""
     sizes = {"capacity": 1000, "batch_size": config.batch_size, "n_classes": stream.tasks.active.shape[-1]}
-    chosen = {name: sizes.get(name, value) for name, value in entry.arguments.items()}
+    chosen = {name: sizes.get(name, value) for name, value in entry.arguments.items()} | USUAL.get(entry.name, {})
     component = entry.factory(**chosen)
     components = [component] if entry.own_loss else [supervised(), component]
     model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)

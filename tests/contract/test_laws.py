@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -15,24 +16,70 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from cl_zoo import Batch, catalogue, fit, permuted_mnist, stream_program, supervised, sweep
-from cl_zoo.catalogue import Entry
+from cl_zoo import (
+    Batch,
+    Component,
+    catalogue,
+    continual_backprop,
+    ewc,
+    fit,
+    permuted_mnist,
+    replay,
+    stream_program,
+    supervised,
+    sweep,
+    weight_interpolation,
+)
+from cl_zoo.catalogue import Entry, Null
 from cl_zoo.training import loop, run_stream
 from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.fit import _programs
 from cl_zoo.training.loop import stream_functions
 from tests.conftest import forget_programs
-from tests.tiny import BATCH, STEPS, close, entry_learner, raw, same_bytes, tiny_learner, tiny_stream
+from tests.tiny import (
+    BATCH,
+    STEPS,
+    close,
+    entry_components,
+    entry_learner,
+    raw,
+    same_bytes,
+    tiny_learner,
+    tiny_stream,
+)
 
 KEY = jax.random.key(3)
 CONSTANT = {"l2_init"}  # what it keeps are the first parameters
 OPTIMISERS = {False: optax.adam(1e-2), True: optax.sgd(0.1)}
 
 
-@pytest.fixture(scope="module", params=list(catalogue()))
+def together(rows: int, replacement_rate: Any, alpha: Any, strength: Any) -> list[Component]:
+    """One component for each way of keeping."""
+    return [
+        replay(20, batch_size=rows),
+        continual_backprop(replacement_rate, maturity=2),
+        weight_interpolation(alpha),
+        ewc(strength),
+    ]
+
+
+# What is composed of many keeps the laws of what is one.
+SUBJECTS: dict[str, Entry] = dict(catalogue()) | {
+    "together": catalogue()["supervised"]._replace(
+        name="together",
+        factory=together,  # type: ignore[arg-type]
+        arguments={"rows": 8, "replacement_rate": 0.0625, "alpha": 0.5, "strength": 1e2},
+        numbers=("replacement_rate", "alpha", "strength"),
+        null=Null({"rows": 0, "replacement_rate": 0.0, "alpha": 0.0, "strength": 0.0}, True, "all of theirs"),
+        own_loss=False,
+    )
+}
+
+
+@pytest.fixture(scope="module", params=list(SUBJECTS))
 def subject(request: pytest.FixtureRequest, tiny_images: Any) -> Iterator[SimpleNamespace]:
     """One entry, its learner, and the pieces of a run that its laws share, each compiled once."""
-    entry: Entry = catalogue()[request.param]
+    entry = SUBJECTS[request.param]
     stream = tiny_stream(tiny_images, entry.scenarios[0])
     learner = entry_learner(stream, entry)
     update = jax.jit(learner.update)
@@ -229,17 +276,13 @@ def test_null_setting_equals_naive(subject: SimpleNamespace, naive: Callable[[st
 
 
 def test_it_moves_what_it_should(subject: SimpleNamespace) -> None:
-    name = subject.entry.factory(**subject.entry.arguments).name
     first, *_, last = subject.states
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((last.params, last.parts, last.opt_state)))
     assert np.allclose(first.params["output"]["kernel"], last.params["output"]["kernel"]) != subject.entry.trains
-    if name in first.parts and name not in CONSTANT:
-        for t in range(subject.stream.n_tasks):
-            before, after = subject.states[t].parts[name], subject.states[t + 1].parts[name]
-            changed = [
-                not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-            ]
-            assert any(changed), f"{name} kept nothing of task {t}"
+    for name, t in itertools.product(first.parts.keys() - CONSTANT, range(subject.stream.n_tasks)):
+        before, after = (jax.tree.leaves(state.parts[name]) for state in subject.states[t : t + 2])
+        changed = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert any(changed), f"{name} kept nothing of task {t}"
     for metric in ("ewc/penalty", "synaptic_intelligence/penalty", "mas/penalty", "lwf/loss"):
         if metric in subject.metrics[0]:
             values = [float(metrics[metric]) for metrics in subject.metrics]
@@ -252,7 +295,7 @@ def test_it_is_not_naive(subject: SimpleNamespace, naive: Callable[[str, bool], 
     if subject.entry.name == "supervised":
         pytest.skip("it is the naive learner")
     wanted = naive(subject.entry.scenarios[0], False).state
-    if subject.entry.factory(**subject.entry.arguments).predict:
+    if any(component.predict for component in entry_components(subject.entry)):
         batch, other = subject.batch, tiny_learner(subject.stream, supervised())
         answers = [each.predict(state, batch.x, batch.task) for each, state in (
             (subject.learner, subject.states[-1]), (other, wanted))]  # fmt: skip
