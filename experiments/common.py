@@ -115,9 +115,10 @@ def table(
     """Accuracy in percent, a row per method, a column per setting: mean and standard deviation over seeds."""
     settings = list(dict.fromkeys(setting for setting, _ in found))
     methods = list(dict.fromkeys(method for _, method in found))
-    lines = [f"{'accuracy (%)':14s}" + "".join(f"{setting:>22s}" for setting in settings)]
+    wide = max(map(len, ["accuracy (%)", *methods])) + 2
+    lines = [f"{'accuracy (%)':{wide}s}" + "".join(f"{setting:>22s}" for setting in settings)]
     for method in methods:
-        row = f"{method:14s}"
+        row = f"{method:{wide}s}"
         for setting in settings:
             if (setting, method) not in found:
                 row += f"{'':>22s}"

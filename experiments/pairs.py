@@ -3,8 +3,9 @@
 Command                                                   hardware       time       expected
 python -m experiments.pairs                               2 CPU cores    not timed  replay helps each of the others
 
-Class-incremental, 5 tasks, MLP 256-256, Adam, 300 batches of 64 a task. The diagonal of the figure is a method alone,
-the naive learner is printed beside. Components that edit parameters stand before those that anchor them, as listed.
+Domain- and class-incremental, 5 tasks, MLP 256-256, Adam, 300 batches of 64 a task. The diagonal of the figure is a
+method alone, the naive learner is printed beside. Components that edit parameters stand before those that anchor them,
+as listed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Config:
     data_dir: str | None = None
     """Folder of the MNIST files; without it, the embedded digits."""
     source: Literal["embedded", "idx", "tfds"] | None = None
-    scenario: Literal["class", "domain", "task"] = "class"
+    scenarios: tuple[Literal["task", "domain", "class"], ...] = ("domain", "class")
     steps: int = 300
     hidden: tuple[int, ...] = (256, 256)
     batch_size: int = 64
@@ -70,56 +71,62 @@ def main(config: Config) -> None:
     enable_compilation_cache()
     directory = Path(config.directory)
     images = load_images(config.data_dir, config.source)
-    changing = {"data_dir", "source", "seeds", "directory", "record"}
+    changing = {"data_dir", "source", "scenarios", "seeds", "directory", "record"}
     settle_run(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in changing}, images)
-    stream = split_mnist(
-        scenario=config.scenario, images=images, batch_size=config.batch_size, steps=config.steps, sample_size=1000
-    )
-    model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)
-
-    def cell(*names: str) -> Cell:
-        components = [METHODS[name] for name in METHODS if name in names]
-
-        def make(_: Any) -> Any:
-            return compose(model, optax.adam(1e-3), supervised(), *components, tasks=stream.tasks)
-
-        return Cell(config.scenario, " + ".join(names) or "none", make, stream)
-
-    alone = [(), *((name,) for name in METHODS)]
+    chosen = [(), *((name,) for name in METHODS), *itertools.combinations(METHODS, 2)]
     found = run_cells(
-        [cell(*names) for names in [*alone, *itertools.combinations(METHODS, 2)]], directory, range(config.seeds)
+        [cell for scenario in config.scenarios for cell in cells(config, images, scenario, chosen)],
+        directory,
+        range(config.seeds),
     )
-    print(f"\nSplit MNIST, {config.scenario}-incremental\n{table(found)}\n")
-    print(f"figure: {figure(config.scenario, found, directory)}")
+    print(f"\nSplit MNIST, pairs of methods\n{table(found)}\n")
+    print(f"figure: {figure(found, directory)}")
     path = RESULTS / "pairs.json" if config.record else directory / "results.json"
     command = shown_command("experiments.pairs", sys.argv[1:])
     record("pairs", "split MNIST, pairs of methods", command, found, {}, {}, path)
     print(f"results: {path}")
 
 
-def figure(scenario: str, found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> Path:
-    """Final accuracy of every pair, and of each method alone on the diagonal."""
+def cells(config: Config, images: Any, scenario: str, chosen: list[tuple[str, ...]]) -> list[Cell]:
+    """One for each set of methods."""
+    stream = split_mnist(
+        scenario=scenario, images=images, batch_size=config.batch_size, steps=config.steps, sample_size=1000
+    )
+    model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)
+
+    def cell(names: tuple[str, ...]) -> Cell:
+        components = [METHODS[name] for name in METHODS if name in names]
+        learner = compose(model, optax.adam(1e-3), supervised(), *components, tasks=stream.tasks)
+        return Cell(scenario, " + ".join(names) or "none", lambda _: learner, stream)
+
+    return [cell(names) for names in chosen]
+
+
+def figure(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> Path:
+    """Final accuracy of every pair, and of each method alone on the diagonal; a panel per scenario."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(METHODS)
-    grid = np.full((len(names), len(names)), np.nan)
-    for i, row in enumerate(names):
-        for j in range(i + 1):
-            key = row if i == j else f"{names[j]} + {row}"
-            grid[i, j] = 100 * np.mean(average_accuracy(found[scenario, key]["accuracy"]))
-    naive = 100 * np.mean(average_accuracy(found[scenario, "none"]["accuracy"]))
-    drawn, axes = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
-    image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis")
-    for (i, j), value in np.ndenumerate(grid):
-        if np.isfinite(value):
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black")
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_title(f"split MNIST, {scenario}-incremental; naive: {naive:.0f} %")
-    drawn.colorbar(image, label="accuracy on all tasks (%)")
+    names, scenarios = list(METHODS), list(dict.fromkeys(scenario for scenario, _ in found))
+    accuracy = {key: 100 * np.mean(average_accuracy(cell["accuracy"])) for key, cell in found.items()}
+    drawn, panels = plt.subplots(
+        1, len(scenarios), figsize=(6 * len(scenarios), 5.2), squeeze=False, layout="constrained"
+    )
+    for axes, scenario in zip(panels[0], scenarios, strict=True):
+        grid = np.full((len(names), len(names)), np.nan)
+        for i, row in enumerate(names):
+            for j in range(i + 1):
+                grid[i, j] = accuracy[scenario, row if i == j else f"{names[j]} + {row}"]
+        image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis")
+        for (i, j), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black")
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(f"split MNIST, {scenario}-incremental; naive: {accuracy[scenario, 'none']:.0f} %")
+    drawn.colorbar(image, ax=panels, label="accuracy on all tasks (%)")
     path = directory / "pairs.png"
     drawn.savefig(path, dpi=150)
     plt.close(drawn)
