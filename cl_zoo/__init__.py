@@ -36,13 +36,14 @@ from cl_zoo.training.compilation import enable_compilation_cache
 from cl_zoo.training.fit import fit
 from cl_zoo.training.loop import NonFiniteError, Result
 from cl_zoo.training.run_stream import run_stream, stream_program, sweep
-from cl_zoo.types import Batch, Component, Context, Learner, Model, Record, Stream, TaskInfo, TrainState
+from cl_zoo.types import Batch, Component, Context, Episode, Learner, Model, Record, Stream, TaskInfo, TrainState
 
 __all__ = [
     "Batch",
     "Component",
     "Context",
     "Entry",
+    "Episode",
     "LabelledImages",
     "Learner",
     "Mixing",

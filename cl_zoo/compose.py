@@ -215,7 +215,15 @@ def compose(
         return outputs if active is None else mask_outputs(outputs, active)
 
     def adapt(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
-        return state, predict(state, batch.x, batch.task)
+        batch, outputs = _blank(batch), None
+        for c in components:
+            if c.adapt:
+                key = _key(state.key, state.step, "adapt", c.name)
+                state, part, answered = c.adapt(context, state, state.parts.get(c.name), batch, key)
+                outputs = outputs if answered is None else answered
+                if c.init:
+                    state = state._replace(parts={**state.parts, c.name: part})
+        return state, predict(state, batch.x, batch.task) if outputs is None else outputs
 
     needs = {(c.name, need) for c in components for need in c.needs}
     if tasks is None:

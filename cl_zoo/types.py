@@ -45,6 +45,20 @@ class Batch(NamedTuple):
     weight: Array
 
 
+class Episode(NamedTuple):
+    """`Batch.x` where each row is a small learning problem of its own: learn from the support, answer the query.
+    `Batch.y` then holds the query's targets, a pytree of `[B, Q, ...]` arrays.
+
+    Attributes:
+      support_x, support_y: what to learn from, pytrees of `[B, K, ...]` arrays.
+      query_x: what to answer, a pytree of `[B, Q, ...]` arrays.
+    """
+
+    support_x: PyTree
+    support_y: PyTree
+    query_x: PyTree
+
+
 class TaskInfo(NamedTuple):
     """What is known about a task. With a leading axis `T` it describes a whole stream.
 
@@ -214,6 +228,8 @@ class Component(NamedTuple):
       observe: `(context, state, part, record, key) -> (state, part)`, after the step. It must treat rows of
         weight 0 as absent.
       end_task: `(context, state, part, sample, key) -> (state, part)`.
+      adapt: `(context, state, part, batch, key) -> (state, part, outputs | None)`, learns from a test batch; where it
+        gives no outputs, they are those of `predict` afterwards.
       predict: `(context, state, part, x, task) -> outputs`; at most one component has it.
     """
 
@@ -227,6 +243,7 @@ class Component(NamedTuple):
     transform: Callable[..., PyTree] | None = None
     observe: Callable[..., tuple[TrainState, PyTree]] | None = None
     end_task: Callable[..., tuple[TrainState, PyTree]] | None = None
+    adapt: Callable[..., tuple[TrainState, PyTree, PyTree]] | None = None
     predict: Callable[..., PyTree] | None = None
 
 
