@@ -9,11 +9,15 @@ from cl_zoo.algorithms.fisher_merging import fisher_merging
 from cl_zoo.algorithms.gdumb import gdumb
 from cl_zoo.algorithms.icarl import icarl
 from cl_zoo.algorithms.l2_init import l2_init
+from cl_zoo.algorithms.la_maml import la_maml, look_ahead_sgd
 from cl_zoo.algorithms.lwf import lwf
+from cl_zoo.algorithms.maml import maml
 from cl_zoo.algorithms.mas import mas
+from cl_zoo.algorithms.oml import oml
 from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.redo import redo
 from cl_zoo.algorithms.replay import replay
+from cl_zoo.algorithms.reptile import reptile
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.slda import slda
@@ -27,6 +31,7 @@ from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
+from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
@@ -66,6 +71,7 @@ __all__ = [
     "drifting",
     "ema",
     "enable_compilation_cache",
+    "episodic",
     "evaluate",
     "ewc",
     "fisher_merging",
@@ -75,15 +81,20 @@ __all__ = [
     "gdumb",
     "icarl",
     "l2_init",
+    "la_maml",
     "load_digits",
+    "look_ahead_sgd",
     "lwf",
+    "maml",
     "mas",
     "mlp",
+    "oml",
     "online_score",
     "packnet",
     "permuted_mnist",
     "redo",
     "replay",
+    "reptile",
     "reset_optimiser",
     "rotated_mnist",
     "run_stream",
@@ -98,4 +109,5 @@ __all__ = [
     "synaptic_intelligence",
     "weight_interpolation",
     "wise_ft",
+    "with_learning_rates",
 ]
