@@ -175,9 +175,10 @@ def record(
     notes: dict[tuple[str, str], str],
     path: Path,
     score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
+    lower_is_better: bool = False,
 ) -> None:
     """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of `score` in
-    percent."""
+    percent. Where lower is better, scores are errors."""
     rows = []
     for (setting, method), cell in found.items():
         s = statistics(cell["scores"] if "scores" in cell else 100 * score(cell))
@@ -191,6 +192,5 @@ def record(
                 "note": notes.get((setting, method), ""),
             }
         )
-    write_json(
-        path, {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows}
-    )
+    result = {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows}
+    write_json(path, {**result, "lower_is_better": True} if lower_is_better else result)
