@@ -29,6 +29,8 @@ from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
+from cl_zoo.streams.episodes import few_shot, sinusoids
+from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, load_omniglot
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.regression import slowly_changing_regression, squared_error
 from cl_zoo.streams.sources import LabelledImages, load_digits
@@ -44,6 +46,7 @@ __all__ = [
     "Context",
     "Entry",
     "Episode",
+    "FewShotImages",
     "LabelledImages",
     "Learner",
     "Mixing",
@@ -68,6 +71,7 @@ __all__ = [
     "enable_compilation_cache",
     "evaluate",
     "ewc",
+    "few_shot",
     "fisher_merging",
     "fit",
     "from_linen",
@@ -76,6 +80,8 @@ __all__ = [
     "icarl",
     "l2_init",
     "load_digits",
+    "load_mini_imagenet",
+    "load_omniglot",
     "lwf",
     "mas",
     "mlp",
@@ -88,6 +94,7 @@ __all__ = [
     "rotated_mnist",
     "run_stream",
     "shrink_and_perturb",
+    "sinusoids",
     "slda",
     "slowly_changing_regression",
     "split_mnist",
