@@ -34,6 +34,8 @@ from cl_zoo.models.cnn import cnn
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
+from cl_zoo.streams.episodes import few_shot, sinusoids
+from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, load_omniglot
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.regression import slowly_changing_regression, squared_error
 from cl_zoo.streams.sources import LabelledImages, load_digits
@@ -49,6 +51,7 @@ __all__ = [
     "Context",
     "Entry",
     "Episode",
+    "FewShotImages",
     "LabelledImages",
     "Learner",
     "Mixing",
@@ -74,6 +77,7 @@ __all__ = [
     "episodic",
     "evaluate",
     "ewc",
+    "few_shot",
     "fisher_merging",
     "fit",
     "from_linen",
@@ -83,6 +87,8 @@ __all__ = [
     "l2_init",
     "la_maml",
     "load_digits",
+    "load_mini_imagenet",
+    "load_omniglot",
     "look_ahead_sgd",
     "lwf",
     "maml",
@@ -99,6 +105,7 @@ __all__ = [
     "rotated_mnist",
     "run_stream",
     "shrink_and_perturb",
+    "sinusoids",
     "slda",
     "slowly_changing_regression",
     "split_mnist",
