@@ -55,9 +55,15 @@ def settle_run(directory: Path, config: dict[str, Any], images: LabelledImages) 
 
 
 def run_cells(
-    cells: Sequence[Cell], directory: Path, seeds: Sequence[int], setting: float = 0.0, **options: Any
+    cells: Sequence[Cell],
+    directory: Path,
+    seeds: Sequence[int],
+    setting: float = 0.0,
+    orders: str | None = "per_seed",
+    **options: Any,
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Runs every cell for every seed, each with a task order of its own; what is finished is kept and not run again.
+    """Runs every cell for every seed, each with a task order of its own, or with orders=None all with the stream's;
+    what is finished is kept and not run again.
 
     On a CPU seeds run one after another by the same program, elsewhere together. To run a finished part again, delete
     its file. Options are those of `run_stream`.
@@ -85,7 +91,7 @@ def run_cells(
                 else:
                     keys = jnp.stack([jax.random.key(seed) for seed in chunk])
                     begun = time.perf_counter()
-                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", **options)
+                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders=orders, **options)
                     kept = {"accuracy": np.asarray(result.accuracy)[0].tolist()}
                     if result.curve is not None:
                         kept["curve"] = np.asarray(result.curve)[0].tolist()
