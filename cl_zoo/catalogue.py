@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import optax
+
 from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.continual_backprop import continual_backprop
 from cl_zoo.algorithms.der import der
@@ -14,11 +16,15 @@ from cl_zoo.algorithms.fisher_merging import fisher_merging
 from cl_zoo.algorithms.gdumb import gdumb
 from cl_zoo.algorithms.icarl import icarl
 from cl_zoo.algorithms.l2_init import l2_init
+from cl_zoo.algorithms.la_maml import la_maml
 from cl_zoo.algorithms.lwf import lwf
+from cl_zoo.algorithms.maml import maml
 from cl_zoo.algorithms.mas import mas
+from cl_zoo.algorithms.oml import oml
 from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.redo import redo
 from cl_zoo.algorithms.replay import replay
+from cl_zoo.algorithms.reptile import reptile
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.slda import slda
@@ -26,7 +32,8 @@ from cl_zoo.algorithms.supervised import supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
-from cl_zoo.types import Component
+from cl_zoo.models.meta import with_learning_rates
+from cl_zoo.types import Component, Model
 
 __all__ = ["Entry", "Null", "catalogue", "cite"]
 
@@ -54,7 +61,8 @@ class Entry(NamedTuple):
       factory: gives a `Component`.
       arguments: that serve as an example, and in the tests.
       numbers: those of them that may be traced, and so swept.
-      scenarios: that it can be used in; the laws are tested in the first.
+      scenarios: that it can be used in, "episodes" where rows are learning problems of their own; the laws are tested
+        in the first.
       paper: authors, year, title.
       url: of the paper.
       bibtex: of the paper.
@@ -62,6 +70,7 @@ class Entry(NamedTuple):
       results: name in `experiments/LEDGER.md`, where its reproduction stands.
       own_loss: whether it stands in the place of `supervised`, not beside it.
       trains: whether the network's parameters move.
+      wrap: what it needs around the network.
     """
 
     name: str
@@ -77,6 +86,7 @@ class Entry(NamedTuple):
     results: str
     own_loss: bool = False
     trains: bool = True
+    wrap: Callable[[Model], Model] | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -85,6 +95,13 @@ class Entry(NamedTuple):
 
 
 _ALL = ("task", "domain", "class")
+_EPISODES = ("episodes",)
+_INNER = optax.sgd(0.5)
+
+
+def _rates(model: Model) -> Model:
+    return with_learning_rates(model, 0.5)
+
 
 _VAN_DE_VEN = """@article{vandeven2022three,
   title={Three types of incremental learning},
@@ -191,6 +208,37 @@ _MALLYA = """@inproceedings{mallya2018packnet,
   title={PackNet: Adding multiple tasks to a single network by iterative pruning},
   author={Mallya, Arun and Lazebnik, Svetlana},
   booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2018}
+}"""
+
+_FINN = """@inproceedings{finn2017model,
+  title={Model-agnostic meta-learning for fast adaptation of deep networks},
+  author={Finn, Chelsea and Abbeel, Pieter and Levine, Sergey},
+  booktitle={International Conference on Machine Learning}, year={2017}
+}"""
+_LI_META = """@article{li2017meta,
+  title={{Meta-SGD}: Learning to learn quickly for few-shot learning},
+  author={Li, Zhenguo and Zhou, Fengwei and Chen, Fei and Li, Hang},
+  journal={arXiv preprint arXiv:1707.09835}, year={2017}
+}"""
+_RAGHU = """@inproceedings{raghu2020rapid,
+  title={Rapid learning or feature reuse? Towards understanding the effectiveness of {MAML}},
+  author={Raghu, Aniruddh and Raghu, Maithra and Bengio, Samy and Vinyals, Oriol},
+  booktitle={International Conference on Learning Representations}, year={2020}
+}"""
+_NICHOL = """@article{nichol2018first,
+  title={On first-order meta-learning algorithms},
+  author={Nichol, Alex and Achiam, Joshua and Schulman, John},
+  journal={arXiv preprint arXiv:1803.02999}, year={2018}
+}"""
+_JAVED = """@inproceedings{javed2019meta,
+  title={Meta-learning representations for continual learning},
+  author={Javed, Khurram and White, Martha},
+  booktitle={Advances in Neural Information Processing Systems}, year={2019}
+}"""
+_GUPTA = """@inproceedings{gupta2020look,
+  title={Look-ahead meta learning for continual learning},
+  author={Gupta, Gunshi and Yadav, Karmesh and Paull, Liam},
+  booktitle={Advances in Neural Information Processing Systems}, year={2020}
 }"""
 
 _ENTRIES = (
@@ -445,6 +493,120 @@ _ENTRIES = (
         _MALLYA,
         None,
         "",
+    ),
+    Entry(
+        "maml",
+        "parameters from which a few gradient steps on a new problem go far",
+        maml,
+        {"inner": _INNER, "inner_steps": 2},
+        (),
+        _EPISODES,
+        "Finn et al. 2017, Model-agnostic meta-learning for fast adaptation of deep networks",
+        "https://arxiv.org/abs/1703.03400",
+        _FINN,
+        Null({"inner_steps": 0}, False, "no inner steps: joint training"),
+        "",
+        own_loss=True,
+    ),
+    Entry(
+        "first_order_maml",
+        "the same, inner gradients taken as constants",
+        maml,
+        {"inner": _INNER, "inner_steps": 2, "order": 1},
+        (),
+        _EPISODES,
+        "Finn et al. 2017, Model-agnostic meta-learning for fast adaptation of deep networks",
+        "https://arxiv.org/abs/1703.03400",
+        _FINN,
+        Null({"inner_steps": 0}, False, "no inner steps: joint training"),
+        "",
+        own_loss=True,
+    ),
+    Entry(
+        "anil",
+        "the same, only the last layer learns from a new problem",
+        maml,
+        {"inner": _INNER, "inner_steps": 2, "only": ("output",)},
+        (),
+        _EPISODES,
+        "Raghu et al. 2020, Rapid learning or feature reuse?",
+        "https://arxiv.org/abs/1909.09157",
+        _RAGHU,
+        Null({"inner_steps": 0}, False, "no inner steps: joint training"),
+        "",
+        own_loss=True,
+    ),
+    Entry(
+        "meta_sgd",
+        "the same, and a learned rate for each parameter",
+        maml,
+        {"inner": "learned"},
+        (),
+        _EPISODES,
+        "Li et al. 2017, Meta-SGD: Learning to learn quickly for few-shot learning",
+        "https://arxiv.org/abs/1707.09835",
+        _LI_META,
+        Null({"inner_steps": 0}, False, "no inner steps: joint training"),
+        "",
+        own_loss=True,
+        wrap=_rates,
+    ),
+    Entry(
+        "reptile",
+        "parameters near those that training on each problem arrives at",
+        reptile,
+        {"inner": _INNER, "inner_steps": 3, "rows": 2},
+        (),
+        _EPISODES,
+        "Nichol et al. 2018, On first-order meta-learning algorithms",
+        "https://arxiv.org/abs/1803.02999",
+        _NICHOL,
+        None,
+        "",
+        own_loss=True,
+    ),
+    Entry(
+        "oml",
+        "a representation on which learning row by row does not interfere",
+        oml,
+        {"inner_rate": 0.5},
+        ("inner_rate",),
+        _EPISODES,
+        "Javed and White 2019, Meta-learning representations for continual learning",
+        "https://arxiv.org/abs/1905.12588",
+        _JAVED,
+        Null({"inner_rate": 0.0}, False, "inner rate 0: joint training"),
+        "",
+        own_loss=True,
+    ),
+    Entry(
+        "la_maml",
+        "rows, and a learning rate for each parameter: low where learning would disturb what they say",
+        la_maml,
+        {"capacity": 20, "batch_size": 8, "glances": 2},
+        (),
+        _ALL,
+        "Gupta et al. 2020, Look-ahead meta learning for continual learning",
+        "https://arxiv.org/abs/2007.13904",
+        _GUPTA,
+        None,
+        "",
+        own_loss=True,
+        wrap=_rates,
+    ),
+    Entry(
+        "c_maml",
+        "rows, on which every look ahead along the new ones is judged",
+        la_maml,
+        {"capacity": 20, "batch_size": 8, "rate": 0.5},
+        ("rate",),
+        _ALL,
+        "Gupta et al. 2020, Look-ahead meta learning for continual learning",
+        "https://arxiv.org/abs/2007.13904",
+        _GUPTA,
+        None,
+        "",
+        own_loss=True,
     ),
     Entry(
         "continual_backprop",

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cl_zoo import Component, LabelledImages, Learner, Stream, compose, mlp, split_mnist, supervised
+from cl_zoo import (
+    Component,
+    LabelledImages,
+    Learner,
+    Model,
+    Stream,
+    compose,
+    cross_entropy,
+    episodic,
+    few_shot,
+    mlp,
+    split_mnist,
+    supervised,
+)
 from cl_zoo.catalogue import Entry
 
 STEPS, BATCH = 6, 8
 
 
 def tiny_stream(images: LabelledImages, scenario: str = "task", **options: Any) -> Stream:
-    """Three tasks of two classes."""
+    """Three tasks of two classes, or of problems of two classes."""
+    if scenario == "episodes":
+        problems = {"n_tasks": 3, "n_way": 2, "shots": 3, "queries": 2, "rotations": True}
+        sizes = {"batch_size": BATCH, "steps": STEPS, "sample_size": 40, "evaluation_size": 40, "evaluation_batch": 20}
+        return few_shot(images, **problems, **sizes)
     settings = {"batch_size": BATCH, "steps": STEPS, "sample_size": 40, "sample_batch": 20, "evaluation_batch": 30}
     return split_mnist(3, scenario, images=images, **{**settings, **options})
 
 
-def tiny_learner(stream: Stream, *components: Component, optimiser: Any = None) -> Learner:
+def tiny_learner(
+    stream: Stream, *components: Component, optimiser: Any = None, wrap: Callable[[Model], Model] = episodic
+) -> Learner:
     """An MLP 16-5-C."""
     model = mlp((4, 4), stream.tasks.active.shape[-1], hidden=(5,))
-    return compose(model, optimiser or optax.adam(1e-2), *components, tasks=stream.tasks)
+    return compose(wrap(model), optimiser or optax.adam(1e-2), *components, tasks=stream.tasks)
+
+
+def naive_component(scenario: str) -> Component:
+    """What learns, and keeps nothing; of episodes, their queries alone."""
+    if scenario != "episodes":
+        return supervised()
+    return supervised(lambda outputs, y: jnp.mean(jax.vmap(cross_entropy)(outputs, y), axis=1))
 
 
 def entry_components(entry: Entry, **changes: Any) -> list[Component]:
@@ -35,7 +63,12 @@ def entry_components(entry: Entry, **changes: Any) -> list[Component]:
 
 def entry_learner(stream: Stream, entry: Entry, optimiser: Any = None, **changes: Any) -> Learner:
     """The learner of a catalogue entry."""
-    return tiny_learner(stream, *entry_components(entry, **changes), optimiser=optimiser)
+    wrap = entry.wrap
+
+    def wrapped(model: Model) -> Model:
+        return episodic(wrap(model)) if wrap else episodic(model)
+
+    return tiny_learner(stream, *entry_components(entry, **changes), optimiser=optimiser, wrap=wrapped)
 
 
 def close(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
