@@ -25,7 +25,7 @@ class Mixing(NamedTuple):
         is compared by.
       most_steps: `(rows by class, n_tasks, classes_per_task, batch_size) -> steps` per task that the rows suffice for,
         whatever classes a task gets; None where rows may come again.
-      init: `(key, n_parts) -> cursor`.
+      init: `(key, n_parts) -> cursor`, with a field `step`.
       draw: `(numbers, sizes i32[T, k], cursor, steps, batch_size) -> (part i32[B], row i32[B], cursor)`.
     """
 

@@ -72,6 +72,18 @@ def rows(images: LabelledImages, x: np.ndarray) -> np.ndarray:
     return np.array([place[image.tobytes()] for image in x.reshape((-1, *x.shape[-2:]))])
 
 
+@pytest.mark.parametrize("mixing", [blurry(0.4), drifting(), drifting("linear", width=1.0)])
+def test_glances_repeat_every_batch_of_a_mixed_stream(tiny_images: LabelledImages, mixing: Any) -> None:
+    steps = 5 if mixing.most_steps is None else None
+    once = stream_of(tiny_images, mixing, steps=steps)
+    stream = stream_of(tiny_images, mixing, glances=3, steps=steps and 3 * steps)
+    assert stream.steps == 3 * once.steps
+    for several, single in zip(shown(stream), shown(once), strict=True):
+        several = several.reshape((-1, 3, BATCH, *several.shape[2:]))
+        for glance in range(3):
+            np.testing.assert_array_equal(several[:, glance], single.reshape(several[:, 0].shape))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4])
 def test_shares_of_a_blurry_stream_are_exact(tiny_images: LabelledImages, share: float) -> None:
     """Six classes of 60 rows, three periods: all rows come, and so many of each class in each period."""

@@ -293,6 +293,23 @@ def test_joint_all_draws_each_example_of_every_task_from_the_start(unequal_image
         np.testing.assert_array_equal(np.ravel(batches.task[epoch]), unequal_images.train_labels[rows] // 2)
 
 
+@pytest.mark.parametrize("joint", [None, "seen"])
+def test_glances_repeat_every_batch(joint, tiny_images):
+    once = make("split", "task", tiny_images, joint=joint, epochs=2)
+    stream = make("split", "task", tiny_images, joint=joint, epochs=2, glances=3)
+    assert once.steps == 12 and stream.steps == 36
+    batches, different = run(stream, 3 * 36 + 6), run(once, 3 * 12 + 2)
+    for glance in range(3):
+        same_bytes(jax.tree.map(lambda leaf, g=glance: leaf[g::3], batches), different)
+    if joint is None:
+        first_pass = train_rows(tiny_images, batches.x[:18:3])
+        assert len(set(first_pass.tolist())) == 6 * 20
+
+
+def test_one_glance_is_the_stream_as_it_was(tiny_images):
+    same_bytes(run(make("split", "class", tiny_images, glances=1), 9), run(make("split", "class", tiny_images), 9))
+
+
 # Samples and evaluation sets
 
 
@@ -451,6 +468,9 @@ BAD = [
     ("split", {"validation": 0.9}, ["batch_size", "20", "12"]),
     ("split", {"steps": 0}, ["steps", "0"]),
     ("split", {"epochs": 0}, ["epochs", "0"]),
+    ("split", {"glances": 0}, ["glances", "0"]),
+    ("split", {"glances": 2.0}, ["glances", "2.0", "whole number"]),
+    ("split", {"glances": 3, "steps": 7}, ["steps is 7", "glances is 3", "multiple of 3"]),
     ("split", {"sample_size": -1}, ["sample_size", "-1"]),
     ("split", {"sample_size": 0}, ["sample_size", "0"]),
     ("split", {"sample_batch": 0}, ["sample_batch", "0"]),
