@@ -9,11 +9,15 @@ from cl_zoo.algorithms.fisher_merging import fisher_merging
 from cl_zoo.algorithms.gdumb import gdumb
 from cl_zoo.algorithms.icarl import icarl
 from cl_zoo.algorithms.l2_init import l2_init
+from cl_zoo.algorithms.la_maml import la_maml, look_ahead_sgd
 from cl_zoo.algorithms.lwf import lwf
+from cl_zoo.algorithms.maml import maml
 from cl_zoo.algorithms.mas import mas
+from cl_zoo.algorithms.oml import oml
 from cl_zoo.algorithms.packnet import packnet
 from cl_zoo.algorithms.redo import redo
 from cl_zoo.algorithms.replay import replay
+from cl_zoo.algorithms.reptile import reptile
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
 from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.slda import slda
@@ -27,8 +31,11 @@ from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
+from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
+from cl_zoo.streams.episodes import few_shot, sinusoids
+from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, load_omniglot
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.regression import slowly_changing_regression, squared_error
 from cl_zoo.streams.sources import LabelledImages, load_digits
@@ -44,6 +51,7 @@ __all__ = [
     "Context",
     "Entry",
     "Episode",
+    "FewShotImages",
     "LabelledImages",
     "Learner",
     "Mixing",
@@ -66,8 +74,10 @@ __all__ = [
     "drifting",
     "ema",
     "enable_compilation_cache",
+    "episodic",
     "evaluate",
     "ewc",
+    "few_shot",
     "fisher_merging",
     "fit",
     "from_linen",
@@ -75,19 +85,27 @@ __all__ = [
     "gdumb",
     "icarl",
     "l2_init",
+    "la_maml",
     "load_digits",
+    "load_mini_imagenet",
+    "load_omniglot",
+    "look_ahead_sgd",
     "lwf",
+    "maml",
     "mas",
     "mlp",
+    "oml",
     "online_score",
     "packnet",
     "permuted_mnist",
     "redo",
     "replay",
+    "reptile",
     "reset_optimiser",
     "rotated_mnist",
     "run_stream",
     "shrink_and_perturb",
+    "sinusoids",
     "slda",
     "slowly_changing_regression",
     "split_mnist",
@@ -98,4 +116,5 @@ __all__ = [
     "synaptic_intelligence",
     "weight_interpolation",
     "wise_ft",
+    "with_learning_rates",
 ]

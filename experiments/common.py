@@ -55,9 +55,15 @@ def settle_run(directory: Path, config: dict[str, Any], images: LabelledImages) 
 
 
 def run_cells(
-    cells: Sequence[Cell], directory: Path, seeds: Sequence[int], setting: float = 0.0, **options: Any
+    cells: Sequence[Cell],
+    directory: Path,
+    seeds: Sequence[int],
+    setting: float = 0.0,
+    orders: str | None = "per_seed",
+    **options: Any,
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Runs every cell for every seed, each with a task order of its own; what is finished is kept and not run again.
+    """Runs every cell for every seed, each with a task order of its own, or with orders=None all with the stream's;
+    what is finished is kept and not run again.
 
     On a CPU seeds run one after another by the same program, elsewhere together. To run a finished part again, delete
     its file. Options are those of `run_stream`.
@@ -85,7 +91,7 @@ def run_cells(
                 else:
                     keys = jnp.stack([jax.random.key(seed) for seed in chunk])
                     begun = time.perf_counter()
-                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders="per_seed", **options)
+                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders=orders, **options)
                     kept = {"accuracy": np.asarray(result.accuracy)[0].tolist()}
                     if result.curve is not None:
                         kept["curve"] = np.asarray(result.curve)[0].tolist()
@@ -175,9 +181,10 @@ def record(
     notes: dict[tuple[str, str], str],
     path: Path,
     score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
+    lower_is_better: bool = False,
 ) -> None:
     """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of `score` in
-    percent."""
+    percent. Where lower is better, scores are errors."""
     rows = []
     for (setting, method), cell in found.items():
         s = statistics(cell["scores"] if "scores" in cell else 100 * score(cell))
@@ -191,6 +198,5 @@ def record(
                 "note": notes.get((setting, method), ""),
             }
         )
-    write_json(
-        path, {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows}
-    )
+    result = {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows}
+    write_json(path, {**result, "lower_is_better": True} if lower_is_better else result)

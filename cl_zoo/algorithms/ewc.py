@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.estimators.fisher import fisher_diagonal
+from cl_zoo.estimators.moments import row_gradient_square
 from cl_zoo.estimators.quadratic import Quadratic, add_quadratic, quadratic_penalty, zero_quadratic
 from cl_zoo.types import (
     Array,
@@ -53,7 +54,8 @@ def ewc(
       strength: lambda, at least 0. It multiplies a mean over examples, so it depends on neither sample nor batch size.
         F falls towards 0 as a task is fitted: useful strengths reach from 1e2 to 1e10, search on a log scale.
       decay: None, or gamma in [0, 1].
-      labels: "expected" | "sampled" | "observed", see `fisher_diagonal`.
+      labels: "expected" | "sampled" | "observed", see `fisher_diagonal`; or "loss", for what is no classifier: in place
+        of log p, the learner's own loss of each row, a meta-loss of each episode say.
       batch_square: the square of batch means, wrong, kept to reproduce other libraries.
       micro_batch: rows whose gradients are held at once where no fast path exists.
       name: key in state and metrics.
@@ -68,9 +70,10 @@ def ewc(
     Source: Kirkpatrick et al. 2017, arXiv 1612.00796; online: Schwarz et al. 2018, arXiv 1805.06370.
 
     Differences from the paper or its code: Kirkpatrick et al. do not say which labels; "expected" is what van de Ven
-    (arXiv 2502.11756) found best. Schwarz et al. also normalise each task's Fisher, which is left out here as in the
-    codes of van de Ven and Mammoth. Van de Ven's code multiplies the online penalty by decay once more (here: strength
-    * decay); Mammoth's has no 1/2 (here: strength * 2). Fishers of other codes may be sums, or divide by n - 1.
+    (arXiv 2502.11756) found best; "loss" is the empirical Fisher where the loss is minus a log-likelihood. Schwarz et
+    al. also normalise each task's Fisher, which is left out here as in the codes of van de Ven and Mammoth. Van de
+    Ven's code multiplies the online penalty by decay once more (here: strength * decay); Mammoth's has no 1/2 (here:
+    strength * 2). Fishers of other codes may be sums, or divide by n - 1.
 
     Example:
       >>> import optax
@@ -82,9 +85,9 @@ def ewc(
     check_range(name, "strength", strength, 0)
     if decay is not None:
         check_range(name, "decay", decay, 0, 1)
-    check_choice(name, "labels", labels, ("expected", "sampled", "observed"))
+    check_choice(name, "labels", labels, ("expected", "sampled", "observed", "loss"))
     check_whole(name, "micro_batch", micro_batch, 1)
-    if batch_square and labels == "expected":
+    if batch_square and labels in ("expected", "loss"):
         raise ValueError(f'{name}: batch_square needs labels "sampled" or "observed"')
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> EwcState:
@@ -96,15 +99,20 @@ def ewc(
     def end_task(
         context: Context, state: TrainState, part: EwcState, sample: Batch, key: Key
     ) -> tuple[TrainState, EwcState]:
-        fisher = fisher_diagonal(
-            lambda params, batch, perturb: context.logits(state, params, batch, perturb),
-            state.params,
-            sample,
-            labels=labels,
-            key=key,
-            batch_square=batch_square,
-            micro_batch=micro_batch,
-        )
+        if labels == "loss":
+            fisher = row_gradient_square(
+                lambda params, row: context.objective(state, params, row, key), state.params, sample, micro_batch
+            )
+        else:
+            fisher = fisher_diagonal(
+                lambda params, batch, perturb: context.logits(state, params, batch, perturb),
+                state.params,
+                sample,
+                labels=labels,
+                key=key,
+                batch_square=batch_square,
+                micro_batch=micro_batch,
+            )
         if decay is None:
             return state, add_quadratic(part, fisher, state.params)
         faded = jax.tree.map(lambda old, new: decay * old + new, part.precision, fisher)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cl_zoo.types import Array, Batch, Key, PyTree
 
-__all__ = ["Forward", "gradient_moment"]
+__all__ = ["Forward", "gradient_moment", "row_gradient_square"]
 
 Forward = Callable[[PyTree, Batch, dict[str, Array] | None], tuple[Array, dict[str, tuple[Array, Array]]]]
 
@@ -130,6 +130,40 @@ def gradient_moment(
     start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), batches.weight.dtype))
     (total, count), _ = jax.lax.scan(step, start, (jnp.arange(batches.weight.shape[0]), batches))
     return jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1e-12), total)
+
+
+def row_gradient_square(
+    loss: Callable[[PyTree, Batch], Array], params: PyTree, batches: Batch, micro_batch: int = 16
+) -> PyTree:
+    """mean over rows of (d loss(row) / d params)^2, of any loss of a batch of one row.
+
+    Args:
+      loss: `(params, Batch[1, ...]) -> f32[]`.
+      params: where to take it.
+      batches: `Batch[M, B, ...]`; rows count as their weight.
+      micro_batch: rows whose gradients are held at once.
+
+    Returns:
+      A tree like `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> batches = Batch(jnp.array([[1.0, -3.0]]), None, None, jnp.ones((1, 2)))
+      >>> row_gradient_square(lambda w, row: (w * row.x[0]) ** 2 / 2, jnp.array(1.0), batches)  # mean x^4 w^2
+      Array(41., dtype=float32)
+    """
+
+    def rows(params: PyTree, batch: Batch, perturb: None) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        return jax.vmap(lambda row: loss(params, jax.tree.map(lambda leaf: leaf[None], row)))(batch)[:, None], {}
+
+    return gradient_moment(
+        rows,  # type: ignore[arg-type]
+        params,
+        batches,
+        lambda losses, batch, key: jnp.ones((1, *losses.shape)),
+        moment=jnp.square,
+        micro_batch=micro_batch,
+    )
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

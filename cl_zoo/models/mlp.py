@@ -11,7 +11,7 @@ from flax import nnx
 
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.preprocess import scale_images
-from cl_zoo.types import Array, Model, PyTree, check_whole
+from cl_zoo.types import Array, Model, PyTree, check_choice, check_whole
 
 __all__ = ["fan_in_uniform", "mlp"]
 
@@ -36,6 +36,8 @@ class Mlp(nnx.Module):
                 options["bias_init"] = lambda key, shape, dtype=None, *, n=n_in: fan_in_uniform(
                     key, shape, dtype, fan_in=n
                 )
+            elif initialiser == "truncated_normal":
+                options["kernel_init"] = nnx.initializers.truncated_normal(0.01)
             setattr(self, name, nnx.Linear(n_in, n_out, rngs=rngs, **options))
         self.names = tuple(names)
 
@@ -60,7 +62,8 @@ def mlp(
       input_shape: of one row; flattened.
       outputs: `C`.
       hidden: widths.
-      initialiser: "lecun_normal" with biases 0, or "fan_in_uniform", PyTorch's default, for kernels and biases.
+      initialiser: "lecun_normal" with biases 0; "fan_in_uniform", PyTorch's default, for kernels and biases; or
+        "truncated_normal" of standard deviation 0.01 with biases 0, as MAML's sinusoids have it.
       preprocess: of x; by default uint8 images become floats in [0, 1] and floats stay.
 
     Returns:
@@ -79,8 +82,7 @@ def mlp(
     check_whole("mlp", "outputs", outputs, 1)
     for length in input_shape:
         check_whole("mlp", "input_shape", length, 1)
-    if initialiser not in ("lecun_normal", "fan_in_uniform"):
-        raise ValueError(f"mlp: initialiser is {initialiser!r}, but it must be 'lecun_normal' or 'fan_in_uniform'")
+    check_choice("mlp", "initialiser", initialiser, ("lecun_normal", "fan_in_uniform", "truncated_normal"))
     for width in hidden:
         check_whole("mlp", "hidden", width, 1)
     sizes = (math.prod(input_shape), *hidden, outputs)

@@ -79,6 +79,7 @@ def array_stream(
     reorder: Callable[[PyTree, Key], PyTree],
     joint: str | None = None,
     order: tuple[Callable[[Key], PyTree], Callable[[PyTree, PyTree], tuple[Array, Array, PyTree]]] | None = None,
+    glances: int = 1,
     sample_size: int | None = None,
     sample_batch: int = 500,
     evaluation_batch: int = 1000,
@@ -103,7 +104,9 @@ def array_stream(
         the one at hand.
       order: None, one task after another; or `init(key) -> cursor` and `(data, cursor) -> (task, index, cursor)`, the
         rows of the next batch, `i32[B]` each, of a stream without borders. It provides no boundaries, and so none of
-        what is told at them.
+        what is told at them. Its cursor has a field `step`, the different batches drawn so far.
+      glances: how often in a row each batch is handed out, as where a single pass over the rows allows several updates
+        on each batch; `steps` counts all of them.
       sample_size: examples in a consolidation sample; None takes the whole task.
       sample_batch, evaluation_batch: rows of the batches in which samples and evaluation sets come.
 
@@ -111,8 +114,8 @@ def array_stream(
       A `Stream`.
 
     Raises:
-      ValueError: a size below 1, a batch larger than a task, joint="all" or an order over tasks whose outputs are not
-        open, or an order of rows that tell their task.
+      ValueError: a size below 1, a batch larger than a task, steps that are no multiple of glances, joint="all" or an
+        order over tasks whose outputs are not open, or an order of rows that tell their task.
     """
     check_whole("stream", "batch_size", batch_size, 1)
     if batch_size > smallest:
@@ -121,8 +124,13 @@ def array_stream(
             f" most {smallest}"
         )
     sizes = {"sample_size": 1 if sample_size is None else sample_size, "sample_batch": sample_batch}
-    for field, value in {"steps": steps, **sizes, "evaluation_batch": evaluation_batch}.items():
+    for field, value in {"steps": steps, "glances": glances, **sizes, "evaluation_batch": evaluation_batch}.items():
         check_whole("stream", field, value, 1)
+    if steps % glances:
+        raise ValueError(
+            f"stream: steps is {steps}, but it counts every batch {glances} times, as glances is {glances}; it must be"
+            f" a multiple of {glances}"
+        )
     check_choice("stream", "joint", joint, (None, "all", "seen"))
     n_tasks = tasks.index.shape[0]
     all_open = bool(np.all(tasks.active))
@@ -147,12 +155,19 @@ def array_stream(
         return Cursor(key, jnp.zeros((), jnp.int32))
 
     def next_of_order(data: PyTree, cursor: PyTree, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, PyTree]:
-        task, index, cursor = order[1](data, cursor)  # type: ignore[index]
-        return batch(data, "train", task, index, jnp.ones(batch_size)), cursor
+        drawing = cursor if glances == 1 else cursor._replace(step=cursor.step // glances)
+        task, index, after = order[1](data, drawing)  # type: ignore[index]
+        if glances > 1:  # the order moves on with the last glance
+            done = (cursor.step + 1) % glances == 0
+            after = jax.tree.map(lambda new, old: jnp.where(done, new, old), after, cursor)
+            after = after._replace(step=cursor.step + 1)
+        return batch(data, "train", task, index, jnp.ones(batch_size)), after
 
     def next_batch(data: PyTree, cursor: Cursor, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, Cursor]:
         task = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream goes on with its last task
         step = cursor.step - task * steps
+        if glances > 1:
+            step = step // glances
         sizes = size(data, "train")
         if joint is not None:
             sizes = jnp.where((jnp.arange(n_tasks) <= task) | (joint == "all"), sizes, 0)

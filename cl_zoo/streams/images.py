@@ -241,6 +241,7 @@ def image_stream(
     batch_size: int = 128,
     steps: int | None = None,
     epochs: int = 1,
+    glances: int = 1,
     validation: float = 0.0,
     joint: str | None = None,
     mixing: Mixing | None = None,
@@ -260,6 +261,8 @@ def image_stream(
       batch_size: rows of a training batch.
       steps: batches per task; None takes as many as `epochs` have, for tasks of average size.
       epochs: passes over each task where `steps` is None.
+      glances: how often in a row each batch is handed out. `steps` counts all of them, so it must be a multiple, and
+        the same epochs take glances times as many.
       mixing: None, one task after another; or `blurry(...)` or `drifting(...)`, a stream without borders, for
         scenario "domain", or "class" with outputs="all". A blurry one has as many steps as its rows suffice for, where
         `steps` is None.
@@ -274,6 +277,7 @@ def image_stream(
     """
     check_range("stream", "validation", validation, 0, 0.999)
     check_whole("stream", "epochs", epochs, 1)
+    check_whole("stream", "glances", glances, 1)
     check_whole("stream", "batch_size", batch_size, 1)
     n_tasks, per_task = classes.shape
     n_classes = _n_classes(images)
@@ -286,11 +290,11 @@ def image_stream(
     by_size = np.sort(count, axis=1)
     average = int(count[0].sum()) * per_task // n_classes
     per_epoch = max(average // batch_size, 1)
-    n_steps = epochs * per_epoch if steps is None else steps
+    n_steps = epochs * per_epoch * glances if steps is None else steps
     if mixing is not None:
         data = data._replace(mixing=mixing.numbers(n_tasks, per_task))
     if mixing is not None and mixing.most_steps is not None:
-        most = mixing.most_steps(count[0], n_tasks, per_task, batch_size)
+        most = mixing.most_steps(count[0], n_tasks, per_task, batch_size) * glances
         if epochs > 1 or (steps is not None and steps > most):
             raise ValueError(
                 f"stream: epochs is {epochs} and steps is {steps}, but every row of a blurry stream comes once at most:"
@@ -310,7 +314,7 @@ def image_stream(
 
     def rows(data: ImageData, cursor: PyTree) -> tuple[Array, Array, PyTree]:
         sizes = data.count[0][data.classes]
-        part, row, cursor = mixing.draw(data.mixing, sizes, cursor, n_steps, batch_size)  # type: ignore[union-attr]
+        part, row, cursor = mixing.draw(data.mixing, sizes, cursor, n_steps // glances, batch_size)  # type: ignore[union-attr]
         first = jnp.cumsum(sizes, axis=1) - sizes
         return part // per_task, jnp.ravel(first)[part] + row, cursor
 
@@ -327,6 +331,7 @@ def image_stream(
         reorder=draw,
         joint=joint,
         order=None if mixing is None else (lambda key: mixing.init(key, n_tasks * per_task), rows),
+        glances=glances,
         sample_size=sample_size,
         sample_batch=sample_batch,
         evaluation_batch=evaluation_batch,

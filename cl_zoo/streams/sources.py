@@ -7,9 +7,10 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -135,24 +136,33 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
     return np.frombuffer(b"".join(chunks), np.uint8).reshape(shape)
 
 
-def _load_tfds(data_dir: str | os.PathLike[str] | None) -> LabelledImages:
+def tfds_splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The rows of "train" and of "test" of a set that TensorFlow Datasets has prepared, each row a dict of arrays.
+
+    Raises:
+      ValueError: TensorFlow Datasets is not installed.
+      FileNotFoundError: the set is not prepared; one line that says how to.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ValueError("source 'tfds' needs TensorFlow Datasets: pip install 'cl_zoo[tfds]'") from error
     options = {"data_dir": data_dir, "builder_kwargs": {"file_format": "array_record"}}
-    builder = tfds.builder("mnist", data_dir=data_dir, file_format="array_record")
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     if not builder.is_prepared():
         where = "" if data_dir is None else f", data_dir={os.fspath(data_dir)!r}"
         raise FileNotFoundError(
-            f"{builder.data_dir}: the TFDS set 'mnist' is not prepared there; with a network, and TensorFlow installed,"
-            f" run: python -c \"import tensorflow_datasets as tfds; tfds.builder('mnist', file_format='array_record'"
-            f'{where}).download_and_prepare()"'
+            f"{builder.data_dir}: the TFDS set '{name}' is not prepared there; with a network, and TensorFlow"
+            ' installed, run: python -c "import tensorflow_datasets as tfds;'
+            f" tfds.builder('{name}', file_format='array_record'{where}).download_and_prepare()\""
         )
+    return tfds.data_source(name, split="train", **options), tfds.data_source(name, split="test", **options)
+
+
+def _load_tfds(data_dir: str | os.PathLike[str] | None) -> LabelledImages:
     parts = []
-    for split in ("train", "test"):
-        source = tfds.data_source("mnist", split=split, **options)
-        rows = source.__getitems__(range(len(source)))
+    for source in tfds_splits("mnist", data_dir):
+        rows = source.__getitems__(range(len(source)))  # type: ignore[attr-defined]
         parts.append(np.stack([row["image"][..., 0] for row in rows]))
         parts.append(np.array([row["label"] for row in rows]))
     return LabelledImages(*parts)

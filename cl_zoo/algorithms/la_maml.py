@@ -1,0 +1,199 @@
+"""Look-ahead MAML: learning from a stream so that what comes next disturbs least what came before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cl_zoo.algorithms.supervised import cross_entropy
+from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
+from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
+from cl_zoo.types import (
+    Array,
+    Batch,
+    Component,
+    Context,
+    Key,
+    PyTree,
+    Record,
+    TrainState,
+    check_choice,
+    check_range,
+    check_whole,
+    mask_outputs,
+    weighted_mean,
+)
+
+__all__ = ["LaMamlState", "la_maml", "look_ahead_sgd"]
+
+
+class LaMamlState(NamedTuple):
+    """Attributes:
+    memory: rows of the stream.
+    updates: `i32[]`, so that a row that is handed out several times enters the memory once.
+    """
+
+    memory: Reservoir
+    updates: Array
+
+
+def la_maml(
+    capacity: int,
+    *,
+    batch_size: int = 10,
+    rate: Array | float | None = None,
+    order: int = 1,
+    glances: int = 1,
+    loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
+    name: str = "la_maml",
+) -> Component:
+    """The rows of a batch are learnt one by one in a look-ahead; the real step lowers the loss along that path.
+
+        phi_0 = theta;   phi_{j+1} = phi_j - relu(alpha) * grad loss(phi_j; row j)
+        L(theta, alpha) = mean_j  loss(phi_{j+1}; batch and rows from memory)
+
+    with alpha a learned rate for each parameter (La-MAML, with a model from `with_learning_rates`) or one fixed number
+    (C-MAML). With the optimiser `look_ahead_sgd(eta)`:
+
+        alpha <- alpha - eta * clip(dL / d alpha);   theta <- theta - relu(alpha) * clip(dL / d theta)
+
+    The gradient of alpha is minus the inner product, number by number, of inner gradients and of the loss on new and
+    old rows: rates grow where the two agree, and fall to 0 where learning would disturb what is remembered.
+
+    Args:
+      capacity: rows in memory, at least 1.
+      batch_size: rows drawn for each step, from 1 to the capacity.
+      rate: None takes the model's learned rates; a number is that of every parameter.
+      order: 1 takes inner gradients as constants, as the authors do; 2 differentiates through them.
+      glances: how often a stream hands out each batch; rows enter the memory at the first.
+      loss: `(outputs [B, C], y) -> f32[B]`.
+      name: key in state and metrics.
+
+    Returns:
+      A component with a `LaMamlState`. It is the learner's objective and stands in the place of `supervised`.
+
+    Raises:
+      ValueError: capacity or glances below 1, batch_size below 1 or above the capacity, a negative rate, another order;
+        at `init`, a model without learning rates where `rate` is None.
+
+    Source: Gupta, Yadav and Paull 2020, "Look-ahead meta learning for continual learning", arXiv 2007.13904.
+
+    Differences from the paper or its code: the authors' code for MNIST draws old rows from a memory that, after the
+    first task, holds those of the task at hand too, as here. Its reservoir draws among one slot too many; here it is
+    algorithm R. Inner gradients are not clipped (its clipping for MNIST has no effect).
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, mlp, with_learning_rates
+      >>> model = with_learning_rates(mlp((4,), 3), 0.15)
+      >>> learner = compose(model, look_ahead_sgd(0.3), la_maml(capacity=200, batch_size=10))
+    """
+    check_whole(name, "capacity", capacity, 1)
+    check_whole(name, "batch_size", batch_size, 1, capacity)
+    check_whole(name, "glances", glances, 1)
+    check_choice(name, "order", order, (1, 2))
+    if rate is not None:
+        check_range(name, "rate", rate, 0)
+
+    def init(context: Context, state: TrainState, batch: Batch, key: Key) -> LaMamlState:
+        if rate is None and not (isinstance(state.params, dict) and "learning_rates" in state.params):
+            raise ValueError(f"{name}: the model has no learning rates; wrap it in with_learning_rates, or give rate=")
+        return LaMamlState(reservoir_init(batch_rows(batch), capacity), jnp.zeros((), jnp.int32))
+
+    def loss_hook(
+        context: Context,
+        state: TrainState,
+        part: LaMamlState,
+        params: PyTree,
+        forward: Callable[[], PyTree],
+        batch: Batch,
+        key: Key,
+    ) -> tuple[Array, dict[str, PyTree]]:
+        order_key, draw_key = jax.random.split(key)
+        (x, y, task), weight = reservoir_sample(part.memory, batch_size, draw_key)
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, Batch(x, y, task, weight))
+        rows = jax.random.permutation(order_key, batch.weight.shape[0])
+
+        def loss_on(network: PyTree, rows: Batch) -> Array:
+            whole = {**params, "params": network} if rate is None else network
+            outputs, _, _ = context.model.apply(whole, state.model_state, rows.x, task=rows.task, weight=rows.weight)
+            active = context.active(state.task, rows.task)
+            outputs = outputs if active is None else mask_outputs(outputs, active)
+            return weighted_mean(loss(outputs, rows.y), rows.weight)
+
+        def one_row(network: PyTree, j: Array) -> Array:
+            return loss_on(network, jax.tree.map(lambda leaf: leaf[rows[j]][None], batch))
+
+        if rate is None:
+            network = params["params"]
+            optimiser = per_parameter_rates(jax.tree.map(jax.nn.relu, params["learning_rates"]))
+        else:
+            network, optimiser = params, optax.sgd(rate)
+        _, ahead = inner_loop(
+            one_row, network, optimiser, len(rows), order=order, each=lambda phi, _: loss_on(phi, both)
+        )
+        return weighted_mean(ahead, batch.weight[rows]), {}
+
+    def observe(
+        context: Context, state: TrainState, part: LaMamlState, record: Record, key: Key
+    ) -> tuple[TrainState, LaMamlState]:
+        new = record.batch.weight * (part.updates % glances == 0)
+        memory = reservoir_add(part.memory, batch_rows(record.batch), new, key)
+        present = jnp.any(record.batch.weight > 0)
+        return state, LaMamlState(memory, part.updates + present.astype(jnp.int32))
+
+    return Component(name, init=init, loss=loss_hook, observe=observe)
+
+
+def look_ahead_sgd(
+    rate_learning_rate: Array | float, learning_rate: Array | float | None = None, *, clip: Array | float = 2.0
+) -> optax.GradientTransformation:
+    """Gradient descent on parameters and their learning rates alpha, `{"params": p, "learning_rates": alpha}`.
+
+        g_p, g_alpha each scaled down to a norm of at most `clip`
+        alpha <- alpha - rate_learning_rate * g_alpha
+        p <- p - relu(alpha) * g_p          or, with a `learning_rate` (Sync La-MAML),  p <- p - learning_rate * g_p
+
+    The rates that p takes are the new ones (asynchronous).
+
+    Args:
+      rate_learning_rate: at least 0.
+      learning_rate: None, or at least 0.
+      clip: above 0.
+
+    Returns:
+      An optax optimiser for models from `with_learning_rates`.
+
+    Raises:
+      ValueError: a number outside its range; at the first update, other parameters.
+
+    Source: Gupta, Yadav and Paull 2020, arXiv 2007.13904.
+    """
+    check_range("look_ahead_sgd", "rate_learning_rate", rate_learning_rate, 0)
+    check_range("look_ahead_sgd", "clip", clip, 1e-30)
+    if learning_rate is not None:
+        check_range("look_ahead_sgd", "learning_rate", learning_rate, 0)
+
+    def clipped(tree: PyTree) -> PyTree:
+        # Nothing is divided by a norm of 0.
+        scale = jnp.minimum(1.0, clip / jnp.maximum(optax.tree.norm(tree), 1e-30))
+        return jax.tree.map(lambda g: scale * g, tree)
+
+    def update(gradient: Any, params: Any) -> Any:
+        if params is None or set(params) != {"params", "learning_rates"}:
+            raise ValueError(
+                "look_ahead_sgd: the parameters have no learning rates; wrap the model in with_learning_rates"
+            )
+        step = jax.tree.map(lambda g: -rate_learning_rate * g, clipped(gradient["learning_rates"]))
+        if learning_rate is None:
+            rates = jax.tree.map(lambda a, s: jax.nn.relu(a + s), params["learning_rates"], step)
+        else:
+            rates = jax.tree.map(lambda a: jnp.full_like(a, learning_rate), params["learning_rates"])
+        moved = jax.tree.map(lambda r, g: -r * g, rates, clipped(gradient["params"]))
+        return {"params": moved, "learning_rates": step}
+
+    return optax.stateless(update)

@@ -1,0 +1,56 @@
+"""Online-aware meta-learning: a representation on which learning row by row does not interfere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import optax
+
+from cl_zoo.algorithms.maml import maml
+from cl_zoo.algorithms.supervised import cross_entropy
+from cl_zoo.types import Array, Component, PyTree
+
+__all__ = ["oml"]
+
+
+def oml(
+    inner_rate: Array | float,
+    loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
+    *,
+    prediction: Sequence[str] = ("output",),
+    order: int = 2,
+    name: str = "oml",
+) -> Component:
+    """The prediction part W learns row by row along a trajectory; what it read, the representation, is meta-learnt.
+
+        W_0 = W;   W_{j+1} = W_j - inner_rate * grad_W loss(f(x_j; theta, W_j), y_j),   j = 0 ... K - 1
+        L(theta, W) = mean over the query of loss(f(x; theta, W_K), y)
+
+    The support of an episode is the trajectory, K correlated rows in the order of learning; the query holds them and
+    random rows of all tasks, so that L counts what was forgotten. `trajectories` makes such episodes.
+
+    Args:
+      inner_rate: at least 0.
+      loss: `(outputs [N, C], y) -> f32[N]`.
+      prediction: names of the parameters that learn along the trajectory; all others are the representation.
+      order: 2, the gradient of L with its dependence on W_0 and theta through every step, or 1.
+      name: key in metrics.
+
+    Returns:
+      `maml` with one row a step and those parameters only. After meta-learning, `learner.adapt` on rows one by one, or
+      an episode as long as one likes, learns W alone.
+
+    Raises:
+      ValueError: as `maml`.
+
+    Source: Javed and White 2019, "Meta-learning representations for continual learning", arXiv 1905.12588.
+
+    Differences from the paper or its code: this is the gradient of the equation. The authors' code of 2019, and so the
+    paper's figures, used a wrong one; they corrected it in 2020.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, episodic, mlp
+      >>> learner = compose(episodic(mlp((28, 28), 10)), optax.adam(1e-4), oml(0.03))
+    """
+    return maml(loss, inner=optax.sgd(inner_rate), inner_steps=None, rows=1, order=order, only=prediction, name=name)

@@ -1,0 +1,95 @@
+"""Reptile: the parameters follow those that plain training on each task arrives at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cl_zoo.algorithms.maml import Adaptation, check_adaptation, check_episodes
+from cl_zoo.algorithms.supervised import cross_entropy
+from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree, TrainState, weighted_mean
+
+__all__ = ["reptile"]
+
+
+def reptile(
+    loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
+    *,
+    inner: optax.GradientTransformation,
+    inner_steps: int = 5,
+    test_steps: int | None = None,
+    rows: int | None = None,
+    name: str = "reptile",
+) -> Component:
+    """The gradient is the way back from where training on each episode leads.
+
+        phi_e = inner_steps steps of `inner` on all rows of episode e, from phi = theta
+        g = theta - sum_e w_e phi_e / sum_e w_e
+
+    so that under SGD with rate eps, theta <- theta + eps (mean_e phi_e - theta). Support and query are one set of rows.
+
+    Args:
+      loss: `(outputs [N, C], y) -> f32[N]`.
+      inner: any optax optimiser; it starts afresh in every episode.
+      inner_steps: when training, at least 0; with 1 it is joint training.
+      test_steps: when answering, on the support alone; None is `inner_steps`.
+      rows: of the episode in each inner step, in their order; None takes all. When answering, at most those of the
+        support.
+      name: key in metrics.
+
+    Returns:
+      A component without state, for `episodic` models, in the place of `supervised`. The metric `loss` is that of all
+      rows before learning.
+
+    Raises:
+      ValueError: a negative number of steps, rows below 1; at the first trace, batches that are not episodes.
+
+    Source: Nichol, Achiam and Schulman 2018, arXiv 1803.02999.
+
+    Differences from the paper or its code: the authors keep the moments of an inner Adam from one episode to the next;
+    here each starts afresh. Minibatches are taken in the order of the rows, which streams give at random.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import compose, episodic, mlp, squared_error
+      >>> learner = compose(
+      ...     episodic(mlp((1,), 1)), optax.sgd(0.1), reptile(squared_error, inner=optax.sgd(0.02), rows=10)
+      ... )
+    """
+    tested = inner_steps if test_steps is None else test_steps
+    check_adaptation(name, inner, {"inner_steps": inner_steps, "test_steps": tested}, rows)
+    training = Adaptation(loss, inner, inner_steps, rows, ())
+    answering = training._replace(steps=tested)
+
+    def loss_hook(
+        context: Context,
+        state: TrainState,
+        part: None,
+        params: PyTree,
+        forward: Callable[[], PyTree],
+        batch: Batch,
+        key: Key,
+    ) -> tuple[Array, dict[str, PyTree]]:
+        check_episodes(name, batch)
+        theta = jax.lax.stop_gradient(params)
+        x, y = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b], axis=1),
+            (batch.x.support_x, batch.x.support_y),
+            (batch.x.query_x, batch.y),
+        )
+
+        def one(every: tuple[PyTree, PyTree, Array], _: PyTree, active: Array | None) -> tuple[PyTree, Array]:
+            phi, _ = training.run(context, state, theta, every, active, order=1)
+            return phi, jnp.mean(loss(training.answer(context, state, theta, every[0], active), every[1]))
+
+        phi, before = training.over_episodes(context, state, Episode(x, y, batch.x.query_x), batch.task, one)
+        share = batch.weight / jnp.maximum(jnp.sum(batch.weight), 1e-12)
+        back = jax.tree.map(lambda t, p: jnp.sum(share) * t - jnp.tensordot(share, p, 1), theta, phi)
+        # Its value is 0 and its gradient is `back`.
+        follow = optax.tree.vdot(back, jax.tree.map(jnp.subtract, params, theta))
+        return weighted_mean(before, batch.weight) + follow, {}
+
+    return Component(name, loss=loss_hook, adapt=answering.adapt, predict=answering.predict)

@@ -1,0 +1,220 @@
+"""Rotated and permuted MNIST in one pass, 1000 images a task: La-MAML and its kin.
+
+Command                                                   hardware       time       expected
+python -m experiments.look_ahead --seeds 1                2 CPU cores    not timed  figures on the embedded digits
+python -m experiments.look_ahead --data-dir DATA \\
+    --seeds 5 --record                                    2 CPU cores    not timed  see the ledger
+
+Protocol of Gupta et al. 2020 (arXiv 2007.13904): 20 tasks of 1000 images each, seen once in batches of 10, five updates
+("glances") on each; MLP 100-100, one head; a memory of 200 images of which 10 join each update; rates as in their
+scripts. Rotations grow from task to task, from 0 to 180 degrees. The learning rates of the other methods, and the
+strength of EWC, are the best of some on held-out images of another seed. The score is the accuracy on all tasks after
+the last (retained accuracy); the figure shows backward transfer beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from cl_zoo import (
+    Learner,
+    Stream,
+    compose,
+    enable_compilation_cache,
+    ewc,
+    la_maml,
+    look_ahead_sgd,
+    mlp,
+    permuted_mnist,
+    replay,
+    rotated_mnist,
+    supervised,
+    sweep,
+    with_learning_rates,
+)
+from cl_zoo.evaluation.metrics import average_accuracy, backward_transfer, statistics
+from cl_zoo.training.run_directory import write_json
+from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
+
+Benchmark = Literal["rotations", "permutations"]
+RATES = (0.003, 0.01, 0.03, 0.1, 0.2)
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run. Unknown or impossible values are refused before anything compiles."""
+
+    data_dir: str | None = None
+    """Folder of the MNIST files; without it, the embedded digits."""
+    source: Literal["embedded", "idx", "tfds"] | None = None
+    benchmarks: tuple[Benchmark, ...] = ("rotations", "permutations")
+    tasks: int = 20
+    images: int = 1000
+    """Of each task."""
+    glances: int = 5
+    seeds: int = 2
+    first_seed: int = 1
+    """Seed 0 chooses rates and strengths."""
+    directory: str = "runs/look_ahead"
+    """Of the run; what is finished there is not run again."""
+    record: bool = False
+    """Write the result file that the ledger is made from."""
+
+
+# Retained accuracy, mean and standard deviation over 5 runs.
+PUBLISHED = {
+    ("rotations", "sgd"): (53.38, 1.53),
+    ("rotations", "ewc"): (57.96, 1.33),
+    ("rotations", "c-maml"): (77.33, 0.29),
+    ("rotations", "sync la-maml"): (74.07, 0.58),
+    ("rotations", "la-maml"): (77.42, 0.65),
+    ("permutations", "sgd"): (55.42, 0.65),
+    ("permutations", "ewc"): (62.32, 1.34),
+    ("permutations", "c-maml"): (74.54, 0.54),
+    ("permutations", "sync la-maml"): (70.54, 1.54),
+    ("permutations", "la-maml"): (74.34, 0.67),
+}
+
+
+def stream_of(benchmark: str, config: Config, images: Any) -> Stream:
+    """The 20 tasks."""
+    sizes: dict[str, Any] = {
+        "images": images,
+        "batch_size": 10,
+        "steps": config.images // 10 * config.glances,
+        "glances": config.glances,
+        "validation": 0.1,
+        "sample_size": 1000,
+    }
+    if benchmark == "permutations":
+        return permuted_mnist(config.tasks, **sizes)
+    part = 180 / config.tasks
+    return rotated_mnist(config.tasks, angles=[part * (t + 0.5) for t in range(config.tasks)], **sizes)
+
+
+def look_ahead(benchmark: str, glances: int) -> dict[str, Learner]:
+    """The methods that are built on the look-ahead, with their authors' rates."""
+    rotations = benchmark == "rotations"
+    network = mlp((28, 28), 10, hidden=(100, 100))
+    learned = with_learning_rates(network, 0.15)
+    memory: dict[str, Any] = {"capacity": 200, "batch_size": 10, "glances": glances}
+    sgd = optax.chain(optax.clip_by_global_norm(2.0), optax.sgd(0.1))
+    sync = look_ahead_sgd(0.1, 0.3) if rotations else look_ahead_sgd(0.1, 0.1)
+    return {
+        "c-maml": compose(network, sgd, la_maml(rate=0.1 if rotations else 0.03, **memory)),
+        "sync la-maml": compose(learned, sync, la_maml(**memory)),
+        "la-maml": compose(learned, look_ahead_sgd(0.3), la_maml(**memory)),
+    }
+
+
+def plain(method: str, setting: Any) -> Learner:
+    """The others: `setting` is a learning rate, for "ewc" (rate, strength)."""
+    rate, strength = setting if method == "ewc" else (setting, 0.0)
+    kept = {"sgd": [], "ewc": [ewc(strength)], "er": [replay(200, batch_size=10)]}[method]
+    return compose(mlp((28, 28), 10, hidden=(100, 100)), optax.sgd(rate), supervised(), *kept)
+
+
+def chosen(method: str, stream: Stream, orders: str | None, path: Path) -> tuple[float, ...]:
+    """The best rate, or rate and strength, on held-out images of seed 0; kept once found."""
+    if not path.exists():
+        grid = [(rate, s) for rate in RATES for s in (STRENGTHS if method == "ewc" else (0.0,))]
+        settings = jnp.array(grid) if method == "ewc" else jnp.array([rate for rate, _ in grid])
+        swept = sweep(
+            lambda setting: plain(method, setting),
+            settings,
+            stream,
+            jax.random.key(0)[None],
+            orders=orders,
+            split="validation",
+            evaluate_at="end",
+        )
+        accuracy = np.nan_to_num(np.asarray(average_accuracy(swept.accuracy))[:, 0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"grid": grid, "accuracy": accuracy.tolist()})
+    kept = json.loads(path.read_text())
+    return tuple(kept["grid"][int(np.argmax(kept["accuracy"]))])
+
+
+def main(config: Config) -> None:
+    """Runs the study, prints its table, draws its figure."""
+    for field in ("tasks", "seeds", "glances", "first_seed"):
+        if getattr(config, field) < 1:
+            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
+    if config.images < 10 or config.images % 10:
+        raise SystemExit(f"images is {config.images}, but it must be a multiple of 10")
+    enable_compilation_cache()
+    directory = Path(config.directory)
+    images = load_images(config.data_dir, config.source)
+    settle_run(directory, {"tasks": config.tasks, "images": config.images, "glances": config.glances}, images)
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    notes: dict[tuple[str, str], str] = {}
+    for benchmark in config.benchmarks:
+        stream = stream_of(benchmark, config, images)
+        # Rotations come in order; permutations are drawn anew for each seed.
+        orders = "per_seed" if benchmark == "permutations" else None
+        cells = []
+        for method in ("sgd", "ewc", "er"):
+            rate, strength = chosen(method, stream, orders, directory / "chosen" / f"{benchmark}-{method}.json")
+            setting = (rate, strength) if method == "ewc" else rate
+            cells.append(Cell(benchmark, method, lambda _, m=method, s=setting: plain(m, s), stream))
+            notes[benchmark, method] = f"rate {rate:g}" + (f", strength {strength:g}" if method == "ewc" else "")
+        for method, learner in look_ahead(benchmark, config.glances).items():
+            cells.append(Cell(benchmark, method, lambda _, learner=learner: learner, stream))
+        found |= run_cells(cells, directory, seeds, orders=orders)
+    print(f"\n{config.tasks} tasks of {config.images} images, seen once\n{table(found)}\n")
+    for (setting, method), cell in found.items():
+        s = statistics(100 * backward_transfer(cell["accuracy"]))
+        print(f"backward transfer, {setting}, {method}: {s.mean:.2f}")
+    print(f"figure: {figure(found, directory)}")
+    published = {
+        cell: [{"mean": mean, "sem": sd / 5**0.5, "n": 5, "source": "Gupta et al. 2020, table 1"}]
+        for cell, (mean, sd) in PUBLISHED.items()
+    }
+    path = RESULTS / "look_ahead.json" if config.record else directory / "results.json"
+    command = shown_command("experiments.look_ahead", sys.argv[1:])
+    benchmark = f"MNIST, {config.tasks} tasks of {config.images} images in one pass: retained accuracy"
+    record("look_ahead", benchmark, command, found, published, notes, path)
+    print(f"results: {path}")
+
+
+def figure(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> Path:
+    """Retained accuracy against backward transfer, a point for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    drawn, axes = plt.subplots(
+        1, len(settings), figsize=(4.4 * len(settings), 3.6), squeeze=False, layout="constrained"
+    )
+    for panel, setting in zip(axes[0], settings, strict=True):
+        for (here, method), cell in found.items():
+            if here == setting:
+                matrix = cell["accuracy"]
+                panel.plot(100 * backward_transfer(matrix), 100 * average_accuracy(matrix), "o", label=method)
+        panel.set_xlabel("backward transfer (points)")
+        panel.set_title(setting)
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("retained accuracy (%)")
+    axes[0, -1].legend(fontsize=8)
+    path = directory / "retained_accuracy.png"
+    drawn.savefig(path, dpi=150)
+    plt.close(drawn)
+    return path
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

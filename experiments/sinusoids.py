@@ -1,0 +1,294 @@
+"""Sinusoids from a few points: MAML, first-order MAML, Meta-SGD and Reptile.
+
+Command                                                   hardware       time       expected
+python -m experiments.sinusoids --iterations 5000         2 CPU cores    not timed  errors fall with every step
+python -m experiments.sinusoids --record                  2 CPU cores    not timed  see the ledger
+
+Protocol of Finn et al. 2017 (arXiv 1703.03400): y = A sin(x - phi) with A in [0.1, 5], phi in [0, pi], x in [-5, 5];
+MLP 40-40, kernels truncated normals of 0.01; 25 sinusoids in a batch, K points to learn from and K to be judged by;
+Adam 1e-3, 70 000 iterations, one inner step; tested on 600 sinusoids with up to 10 steps. Their paper says the inner
+rate 0.01, their code 0.001: both are here. Meta-SGD draws its rates from U(0.005, 0.1) (Li et al. 2017, arXiv
+1707.09835, whose table 1 is what ours stand beside: mean squared error after one step). Reptile (arXiv 1803.02999) has
+no figure for this protocol: 5 steps of SGD 0.02 on K of 2 K points, and an outer rate that falls from 1 to 0, our
+choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm.auto import tqdm
+
+from cl_zoo import (
+    Batch,
+    Learner,
+    compose,
+    enable_compilation_cache,
+    episodic,
+    maml,
+    mlp,
+    reptile,
+    sinusoids,
+    squared_error,
+    with_learning_rates,
+)
+from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
+from cl_zoo.training.loop import start, train_steps
+from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
+from experiments.common import RESULTS, record, shown_command
+
+Method = Literal["maml", "maml 0.001", "fomaml", "fomaml 0.001", "meta-sgd", "reptile"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run. Unknown or impossible values are refused before anything compiles."""
+
+    shots: tuple[int, ...] = (5, 10, 20)
+    """K in training; each is tested with all of them."""
+    methods: tuple[Method, ...] = ("maml", "maml 0.001", "fomaml", "fomaml 0.001", "meta-sgd", "reptile")
+    iterations: int = 70_000
+    meta_batch: int = 25
+    test_tasks: int = 600
+    test_steps: int = 10
+    seed: int = 0
+    directory: str = "runs/sinusoids"
+    """Of the run; what is finished there is not run again."""
+    record: bool = False
+    """Write the result file that the ledger is made from."""
+
+
+# Mean and 95 % interval of the squared error after one step, by method, training shots and test shots.
+_META_SGD = {
+    ("maml", 5): ((1.13, 0.18), (0.85, 0.14), (0.71, 0.12)),
+    ("maml", 10): ((1.17, 0.16), (0.77, 0.11), (0.56, 0.08)),
+    ("maml", 20): ((1.29, 0.20), (0.76, 0.12), (0.48, 0.08)),
+    ("meta-sgd", 5): ((0.90, 0.16), (0.63, 0.12), (0.50, 0.10)),
+    ("meta-sgd", 10): ((0.88, 0.14), (0.53, 0.09), (0.35, 0.06)),
+    ("meta-sgd", 20): ((1.01, 0.17), (0.54, 0.08), (0.31, 0.05)),
+}
+PUBLISHED = {
+    (method, trained, tested): values
+    for (method, trained), row in _META_SGD.items()
+    for tested, values in zip((5, 10, 20), row, strict=True)
+}
+
+
+def learner_of(method: str, shots: int, iterations: int) -> tuple[Learner, Any]:
+    """A learner, and the inner optimiser as a function of its parameters."""
+    network = mlp((1,), 1, hidden=(40, 40), initialiser="truncated_normal")
+    adam, model = optax.adam(1e-3), episodic(network)
+    if method == "meta-sgd":
+        learner = compose(with_learning_rates(model, 0.005, 0.1), adam, maml(squared_error, inner="learned"))
+        return learner, lambda params: (params["params"], per_parameter_rates(params["learning_rates"]))
+    if method == "reptile":
+        inner = optax.sgd(0.02)
+        outer = optax.sgd(optax.linear_schedule(1.0, 0.0, iterations))
+        return compose(model, outer, reptile(squared_error, inner=inner, rows=shots)), lambda params: (params, inner)
+    rate = 0.001 if "0.001" in method else 0.01
+    component = maml(squared_error, inner=optax.sgd(rate), order=1 if method.startswith("fomaml") else 2)
+    return compose(model, adam, component), lambda params: (params, optax.sgd(rate))
+
+
+def errors_along(inner: Any, params: Any, tests: Batch, steps: int) -> jax.Array:
+    """Squared error on the query of every episode after 0, 1, ..., `steps` steps on its support, `[E, steps + 1]`."""
+    network, optimiser = inner(params)
+    apply = mlp((1,), 1, hidden=(40, 40)).apply
+
+    def error(phi: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean(squared_error(apply(phi, {}, x)[0], y))
+
+    def one(x: Any, y: jax.Array) -> jax.Array:
+        _, after = inner_loop(
+            lambda phi, _: error(phi, x.support_x, x.support_y),
+            network,
+            optimiser,
+            steps,
+            each=lambda phi, _: error(phi, x.query_x, y),
+        )
+        return jnp.concatenate([error(network, x.query_x, y)[None], after])
+
+    return jax.vmap(one)(tests.x, tests.y)
+
+
+def answers_along(inner: Any, params: Any, x: Any, grid: jax.Array, steps: int) -> jax.Array:
+    """What the network answers on a grid before and after each step on one support, `[steps + 1, len(grid)]`."""
+    network, optimiser = inner(params)
+    apply = mlp((1,), 1, hidden=(40, 40)).apply
+
+    def answer(phi: Any) -> jax.Array:
+        return apply(phi, {}, grid[:, None])[0][:, 0]
+
+    def loss(phi: Any, _: Any) -> jax.Array:
+        return jnp.mean(squared_error(apply(phi, {}, x.support_x)[0], x.support_y))
+
+    _, after = inner_loop(loss, network, optimiser, steps, each=lambda phi, _: answer(phi))
+    return jnp.concatenate([answer(network)[None], after])
+
+
+def run(config: Config, method: str, shots: int, directory: Path) -> dict[str, Any]:
+    """Trains, tests with all numbers of shots, keeps what was found."""
+    path = directory / "cells" / f"{method}-{shots}.json".replace(" ", "_")
+    if path.exists():
+        return json.loads(path.read_text())
+    stream = sinusoids(steps=config.iterations, shots=shots, queries=shots, batch_size=config.meta_batch)
+    learner, inner = learner_of(method, shots, config.iterations)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def train(data: Any, key: Any, iterations: int) -> Any:
+        carry = start(learner, stream, data, key)
+        (state, _), metrics = train_steps(learner, stream, data, carry, iterations)
+        return state.params, metrics["loss"].reshape((100, -1)).mean(1)
+
+    begun = time.perf_counter()
+    params, losses = jax.block_until_ready(train(stream.data, jax.random.key(config.seed), config.iterations))
+    seconds = time.perf_counter() - begun
+    kept: dict[str, Any] = {"seconds": seconds, "losses": np.asarray(losses).tolist(), "errors": {}}
+    for tested in config.shots:
+        other = sinusoids(
+            shots=tested, queries=100, evaluation_size=config.test_tasks, evaluation_batch=config.test_tasks
+        )
+        tests = jax.tree.map(lambda leaf: leaf[0], other.evaluation(other.data, 0, "test"))
+        errors = jax.jit(lambda p, t: errors_along(inner, p, t, config.test_steps))(params, tests)
+        kept["errors"][str(tested)] = np.asarray(errors).tolist()
+        if tested == shots:
+            x = jax.tree.map(lambda leaf: leaf[2], tests.x)
+            grid = jnp.linspace(-5, 5, 101)
+            kept["fit"] = {
+                "answers": np.asarray(answers_along(inner, params, x, grid, config.test_steps)).tolist(),
+                "support": np.concatenate([x.support_x, x.support_y[:, None]], axis=1).tolist(),
+                "query": np.concatenate([x.query_x, tests.y[2][:, None]], axis=1).tolist(),
+            }
+    write_json(path, kept)
+    return kept
+
+
+def main(config: Config) -> None:
+    """Runs the study, prints its table, draws its figures."""
+    for field in ("iterations", "meta_batch", "test_tasks", "test_steps"):
+        if getattr(config, field) < 1:
+            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
+    if config.iterations % 100:
+        raise SystemExit(f"iterations is {config.iterations}, but it must be a multiple of 100")
+    enable_compilation_cache()
+    directory = Path(config.directory)
+    try:
+        settle_config(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE})
+    except ConfigError as error:
+        raise SystemExit(str(error)) from error
+    (directory / "cells").mkdir(parents=True, exist_ok=True)
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    with tqdm(total=len(config.shots) * len(config.methods), unit="run") as bar:
+        for shots in config.shots:
+            for method in config.methods:
+                bar.set_description(f"{shots} shots, {method}")
+                found[method, shots] = run(config, method, shots, directory)
+                bar.update()
+    print(f"\nMean squared error after one step, {config.test_tasks} sinusoids, mean ± 95 % interval\n{table(found)}\n")
+    for path in figures(found, directory):
+        print(f"figure: {path}")
+
+    cells, published = {}, {}
+    for (method, trained), cell in found.items():
+        for tested, errors in cell["errors"].items():
+            name = f"trained with {trained}, tested with {tested}", method
+            cells[name] = {"scores": np.array(errors)[:, 1], "seconds": [cell["seconds"]]}
+            key = (method.split(" ")[0], trained, int(tested))
+            if key in PUBLISHED:
+                mean, interval = PUBLISHED[key]
+                published[name] = [{"mean": mean, "sem": interval / 1.96, "source": "Li et al. 2017, table 1"}]
+    path = RESULTS / "sinusoids.json" if config.record else directory / "results.json"
+    record(
+        "sinusoids",
+        "sinusoids from a few points: squared error after one step, not percent; n counts test tasks",
+        shown_command("experiments.sinusoids", sys.argv[1:]),
+        cells,
+        published,
+        {name: "inner rate 0.001" if "0.001" in name[1] else "" for name in cells},
+        path,
+        lower_is_better=True,
+    )
+    print(f"results: {path}")
+
+
+_FREE = ("shots", "methods", "directory", "record")  # what a run directory may hold several of
+
+
+def interval(errors: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over episodes and half the width of its 95 % interval."""
+    errors = np.asarray(errors)
+    return errors.mean(0), 1.96 * errors.std(0, ddof=1) / np.sqrt(len(errors))
+
+
+def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """A row for each method and number of training shots, a column for each number of test shots."""
+    tested = list(next(iter(found.values()))["errors"])
+    lines = [f"{'trained with':28s}" + "".join(f"{f'{k} shots':>16s}" for k in tested) + f"{'s':>8s}"]
+    for (method, shots), cell in found.items():
+        row = f"{f'{shots} shots, {method}':28s}"
+        for errors in cell["errors"].values():
+            mean, width = interval(errors)
+            row += f"{mean[1]:>9.2f} ± {width[1]:4.2f}"
+        lines.append(row + f"{cell['seconds']:8.0f}")
+    return "\n".join(lines)
+
+
+def figures(found: dict[tuple[str, int], dict[str, Any]], directory: Path) -> list[Path]:
+    """Error against steps, a panel for each number of shots; and what is answered before and after learning."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    paths = [directory / "adaptation.png", directory / "fits.png"]
+    shots = list(dict.fromkeys(k for _, k in found))
+    methods = list(dict.fromkeys(method for method, _ in found))
+    figure, axes = plt.subplots(1, len(shots), figsize=(4 * len(shots), 3.4), squeeze=False, layout="constrained")
+    for panel, k in zip(axes[0], shots, strict=True):
+        for method in methods:
+            mean, width = interval(found[method, k]["errors"][str(k)])
+            steps = np.arange(len(mean))
+            (line,) = panel.plot(steps, mean, label=method)
+            panel.fill_between(steps, mean - width, mean + width, color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.set_yscale("log")
+        panel.set_xlabel("gradient steps at test")
+        panel.set_title(f"K = {k}")
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("mean squared error, 95 % interval")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(paths[0], dpi=150)
+
+    shape = (len(shots), len(methods))
+    figure, axes = plt.subplots(
+        *shape, figsize=(2.6 * shape[1], 2.2 * shape[0]), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    for row, k in zip(axes, shots, strict=True):
+        for panel, method in zip(row, methods, strict=True):
+            fit = found[method, k]["fit"]
+            answers, grid = np.array(fit["answers"]), np.linspace(-5, 5, len(fit["answers"][0]))
+            query = np.array(sorted(fit["query"]))
+            panel.plot(query[:, 0], query[:, 1], color="grey", linewidth=2, alpha=0.5, label="target")
+            for step, style in ((0, ":"), (1, "--"), (len(answers) - 1, "-")):
+                panel.plot(grid, answers[step], style, color="C0", linewidth=1, label=f"{step} steps")
+            support = np.array(fit["support"])
+            panel.plot(support[:, 0], support[:, 1], "^", color="C3", markersize=4, label="support")
+            panel.set_title(f"{method}, K = {k}", fontsize=8)
+    axes[0, 0].legend(fontsize=6)
+    figure.savefig(paths[1], dpi=150)
+    plt.close("all")
+    return paths
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
