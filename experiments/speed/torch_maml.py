@@ -1,11 +1,13 @@
 """Second-order MAML on sinusoids as a plain PyTorch loop; prints one JSON line.
 
-Every iteration draws fresh tasks y = A sin(x - phase), takes one step of SGD on each task's support set, and one step of
-Adam down the gradient, through those steps, of the mean squared error that is left on the query sets. Three ways:
+Every iteration draws fresh tasks y = A sin(x - phase), takes one step of SGD on each task's support set, and one step
+of Adam down the gradient, through those steps, of the mean squared error that is left on the query sets. Three ways:
 
-    func      `torch.func`: gradients of a task's loss inside a loss of all tasks, by `grad` and `vmap`
+    func      `torch.func`: a task's loss after its step by `functional_call` and `grad`, all tasks' by `vmap`
     batched   no transformations: a copy of the weights for each task, products by `baddbmm`, `autograd.grad` twice
     tasks     task after task with clones of the parameters, as learn2learn's MAML runs it
+
+With --compile, the outer gradient of "func" is taken by `torch.func` too, and all of it is one compiled function.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 import torch._dynamo  # an optimizer's first use would import it, in timed code
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 
 TASKS, SHOTS, QUERIES, WIDTH = 25, 10, 10, 40
 INNER_RATE, OUTER_RATE = 0.01, 1e-3
@@ -40,7 +42,7 @@ def draw_tasks() -> Tasks:
 
 
 def func_loss(net: nn.Module) -> Callable[[list[Tensor], Tasks], Tensor]:
-    """One task's loss by `functional_call` and `grad`, all tasks' by `vmap`."""
+    """The mean of a function of one task over all of them."""
     names = [name for name, _ in net.named_parameters()]
 
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -102,34 +104,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--way", choices=sorted(LOSSES), required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the gradient")
+    parser.add_argument("--compile", action="store_true", help='for the way "func" alone')
     parser.add_argument("--adam", choices=["foreach", "fused"], default="fused")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warm-up", type=int, default=100, help="iterations")
     parser.add_argument("--iterations", type=int, default=300, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.compile and args.way != "func":
+        parser.error("--compile is for --way func")
     torch.set_num_threads(args.threads)
     torch.set_num_interop_threads(1)
     torch.manual_seed(args.seed)
 
-    net = nn.Sequential(
-        nn.Linear(1, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1)
-    )  # fmt: skip
+    hidden = [nn.Linear(1, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
+    net = nn.Sequential(*hidden, nn.Linear(WIDTH, 1))
     params = list(net.parameters())
     optimizer = torch.optim.Adam(params, lr=OUTER_RATE, **{args.adam: True})
     loss = LOSSES[args.way](net)
-    if args.compile:
-        loss = torch.compile(loss)
+    compiled = torch.compile(grad_and_value(loss)) if args.compile else None
+
+    def gradient() -> Tensor:
+        """Into the parameters' `grad`; the loss."""
+        if compiled is None:
+            optimizer.zero_grad()
+            value = loss(params, draw_tasks())
+            value.backward()
+            return value.detach()
+        gradients, value = compiled(params, draw_tasks())
+        for param, found in zip(params, gradients):
+            param.grad = found
+        return value
 
     def iterations(n: int) -> float:
         total = torch.zeros(())
         for _ in range(n):
-            optimizer.zero_grad()
-            value = loss(params, draw_tasks())
-            value.backward()
+            total += gradient()
             optimizer.step()
-            total += value.detach()
         return total.item() / n
 
     first = iterations(args.warm_up)
