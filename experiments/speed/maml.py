@@ -1,7 +1,7 @@
 """Second-order MAML on sinusoids side by side: cl_zoo and plain PyTorch, all else being the same.
 
     bash experiments/speed/make_peer_env.sh PEER            once: the peers' own environment
-    python -m experiments.speed.maml --peer PEER            with nothing else running; 4 minutes on 2 cores
+    python -m experiments.speed.maml --peer PEER            with nothing else running; some minutes
 
 25 tasks in an iteration, drawn anew every time, 10 support and 10 query points each, an MLP 1-40-40-1, one inner step.
 Every number is the median of `repeats` fresh processes, taken in turn so that a slow minute of the machine hits all,
