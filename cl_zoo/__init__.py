@@ -34,7 +34,7 @@ from cl_zoo.models.cnn import cnn
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
-from cl_zoo.streams.episodes import few_shot, sinusoids
+from cl_zoo.streams.episodes import few_shot, sinusoids, trajectories
 from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, load_omniglot
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.regression import slowly_changing_regression, squared_error
@@ -114,6 +114,7 @@ __all__ = [
     "supervised",
     "sweep",
     "synaptic_intelligence",
+    "trajectories",
     "weight_interpolation",
     "wise_ft",
     "with_learning_rates",

@@ -306,7 +306,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1711.09601",
         _ALJUNDI,
         Null({"strength": 0.0}, False, "strength 0"),
-        "",
+        "mas",
     ),
     Entry(
         "l2_init",
@@ -319,7 +319,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2308.11958",
         _KUMAR,
         Null({"strength": 0.0}, False, "strength 0"),
-        "",
+        "l2 init",
     ),
     Entry(
         "lwf",
@@ -397,7 +397,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1611.07725",
         _REBUFFI,
         None,
-        "",
+        "icarl",
         own_loss=True,
     ),
     Entry(
@@ -411,7 +411,7 @@ _ENTRIES = (
         "https://doi.org/10.1007/978-3-030-58536-5_31",
         _PRABHU,
         None,
-        "",
+        "gdumb",
         own_loss=True,
     ),
     Entry(
@@ -425,7 +425,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1909.01520",
         _HAYES,
         None,
-        "",
+        "slda",
         own_loss=True,
         trains=False,
     ),
@@ -440,7 +440,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2404.04002",
         _KOZAL,
         Null({"alpha": 0.0}, True, "alpha 0, and an optimiser without state"),
-        "",
+        "+ activations",
     ),
     Entry(
         "wise_ft",
@@ -453,7 +453,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2109.01903",
         _WORTSMAN,
         Null({"alpha": 1.0}, False, "alpha 1"),
-        "",
+        "wise-ft",
     ),
     Entry(
         "fisher_merging",
@@ -466,7 +466,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2111.09832",
         _MATENA,
         Null({"balance": 1.0}, False, "balance 1"),
-        "",
+        "fisher merging",
     ),
     Entry(
         "ema",
@@ -479,7 +479,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1703.01780",
         _TARVAINEN,
         Null({"decay": 0.0}, False, "decay 0"),
-        "",
+        "ema",
     ),
     Entry(
         "packnet",
@@ -492,7 +492,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1711.05769",
         _MALLYA,
         None,
-        "",
+        "packnet",
     ),
     Entry(
         "maml",
@@ -505,7 +505,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1703.03400",
         _FINN,
         Null({"inner_steps": 0}, False, "no inner steps: joint training"),
-        "",
+        "maml",
         own_loss=True,
     ),
     Entry(
@@ -519,7 +519,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1703.03400",
         _FINN,
         Null({"inner_steps": 0}, False, "no inner steps: joint training"),
-        "",
+        "fomaml",
         own_loss=True,
     ),
     Entry(
@@ -533,7 +533,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1909.09157",
         _RAGHU,
         Null({"inner_steps": 0}, False, "no inner steps: joint training"),
-        "",
+        "anil",
         own_loss=True,
     ),
     Entry(
@@ -547,7 +547,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1707.09835",
         _LI_META,
         Null({"inner_steps": 0}, False, "no inner steps: joint training"),
-        "",
+        "meta-sgd",
         own_loss=True,
         wrap=_rates,
     ),
@@ -562,7 +562,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1803.02999",
         _NICHOL,
         None,
-        "",
+        "reptile",
         own_loss=True,
     ),
     Entry(
@@ -590,7 +590,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2007.13904",
         _GUPTA,
         None,
-        "",
+        "la-maml",
         own_loss=True,
         wrap=_rates,
     ),
@@ -605,7 +605,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2007.13904",
         _GUPTA,
         None,
-        "",
+        "c-maml",
         own_loss=True,
     ),
     Entry(
@@ -619,7 +619,7 @@ _ENTRIES = (
         "https://doi.org/10.1038/s41586-024-07711-7",
         _DOHARE,
         Null({"replacement_rate": 0.0}, False, "no unit replaced"),
-        "",
+        "continual backprop",
     ),
     Entry(
         "shrink_and_perturb",
@@ -632,7 +632,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/1910.08475",
         _ASH,
         Null({"shrink": 0.0, "noise": 0.0}, False, "nothing shrunk, no noise"),
-        "",
+        "shrink and perturb",
     ),
     Entry(
         "redo",
@@ -645,7 +645,7 @@ _ENTRIES = (
         "https://arxiv.org/abs/2302.12902",
         _SOKAR,
         Null({"every": 10**6}, False, "never looked at"),
-        "",
+        "redo",
     ),
     Entry(
         "reset_optimiser",

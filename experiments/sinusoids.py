@@ -174,6 +174,19 @@ def run(config: Config, method: str, shots: int, directory: Path) -> dict[str, A
     return kept
 
 
+def run_all(config: Config, directory: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Every method with every number of shots."""
+    (directory / "cells").mkdir(parents=True, exist_ok=True)
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    with tqdm(total=len(config.shots) * len(config.methods), unit="run") as bar:
+        for shots in config.shots:
+            for method in config.methods:
+                bar.set_description(f"{shots} shots, {method}")
+                found[method, shots] = run(config, method, shots, directory)
+                bar.update()
+    return found
+
+
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figures."""
     for field in ("iterations", "meta_batch", "test_tasks", "test_steps"):
@@ -187,14 +200,7 @@ def main(config: Config) -> None:
         settle_config(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE})
     except ConfigError as error:
         raise SystemExit(str(error)) from error
-    (directory / "cells").mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    with tqdm(total=len(config.shots) * len(config.methods), unit="run") as bar:
-        for shots in config.shots:
-            for method in config.methods:
-                bar.set_description(f"{shots} shots, {method}")
-                found[method, shots] = run(config, method, shots, directory)
-                bar.update()
+    found = run_all(config, directory)
     print(f"\nMean squared error after one step, {config.test_tasks} sinusoids, mean ± 95 % interval\n{table(found)}\n")
     for path in figures(found, directory):
         print(f"figure: {path}")
@@ -244,47 +250,57 @@ def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw_adaptation(panels: Any, found: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """Error against steps with 95 % intervals, an axes for each number of shots."""
+    shots = list(dict.fromkeys(k for _, k in found))
+    for panel, k in zip(panels, shots, strict=True):
+        for (method, trained), cell in found.items():
+            if trained == k:
+                mean, width = interval(cell["errors"][str(k)])
+                steps = np.arange(len(mean))
+                (line,) = panel.plot(steps, mean, label=method)
+                panel.fill_between(steps, mean - width, mean + width, color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.set_yscale("log")
+        panel.set_xlabel("gradient steps at test")
+        panel.set_title(f"K = {k}")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("mean squared error, 95 % interval")
+    panels[0].legend(fontsize=8)
+
+
+def draw_fits(rows: Any, found: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """One sinusoid, and what is answered before and after learning: a row per number of shots, a column per method."""
+    shots = list(dict.fromkeys(k for _, k in found))
+    methods = list(dict.fromkeys(method for method, _ in found))
+    for row, k in zip(rows, shots, strict=True):
+        for panel, method in zip(row, methods, strict=True):
+            fit = found[method, k]["fit"]
+            answers, query, support = (np.array(fit[name]) for name in ("answers", "query", "support"))
+            query = query[np.argsort(query[:, 0])]
+            panel.plot(query[:, 0], query[:, 1], color="grey", linewidth=2, alpha=0.5, label="target")
+            grid = np.linspace(-5, 5, answers.shape[1])
+            for step, style in ((0, ":"), (1, "--"), (len(answers) - 1, "-")):
+                panel.plot(grid, answers[step], style, color="C0", linewidth=1, label=f"{step} steps")
+            panel.plot(support[:, 0], support[:, 1], "^", color="C3", markersize=4, label="support")
+            panel.set_title(f"{method}, K = {k}", fontsize=8)
+    rows[0][0].legend(fontsize=6)
+
+
 def figures(found: dict[tuple[str, int], dict[str, Any]], directory: Path) -> list[Path]:
-    """Error against steps, a panel for each number of shots; and what is answered before and after learning."""
+    """Adaptation curves; fits before and after."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     paths = [directory / "adaptation.png", directory / "fits.png"]
-    shots = list(dict.fromkeys(k for _, k in found))
-    methods = list(dict.fromkeys(method for method, _ in found))
-    figure, axes = plt.subplots(1, len(shots), figsize=(4 * len(shots), 3.4), squeeze=False, layout="constrained")
-    for panel, k in zip(axes[0], shots, strict=True):
-        for method in methods:
-            mean, width = interval(found[method, k]["errors"][str(k)])
-            steps = np.arange(len(mean))
-            (line,) = panel.plot(steps, mean, label=method)
-            panel.fill_between(steps, mean - width, mean + width, color=line.get_color(), alpha=0.2, linewidth=0)
-        panel.set_yscale("log")
-        panel.set_xlabel("gradient steps at test")
-        panel.set_title(f"K = {k}")
-        panel.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("mean squared error, 95 % interval")
-    axes[0, 0].legend(fontsize=8)
+    n_shots, n_methods = (len({key[i] for key in found}) for i in (1, 0))
+    figure, axes = plt.subplots(1, n_shots, figsize=(4 * n_shots, 3.4), squeeze=False, layout="constrained")
+    draw_adaptation(axes[0], found)
     figure.savefig(paths[0], dpi=150)
-
-    shape = (len(shots), len(methods))
-    figure, axes = plt.subplots(
-        *shape, figsize=(2.6 * shape[1], 2.2 * shape[0]), squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
-    for row, k in zip(axes, shots, strict=True):
-        for panel, method in zip(row, methods, strict=True):
-            fit = found[method, k]["fit"]
-            answers, grid = np.array(fit["answers"]), np.linspace(-5, 5, len(fit["answers"][0]))
-            query = np.array(sorted(fit["query"]))
-            panel.plot(query[:, 0], query[:, 1], color="grey", linewidth=2, alpha=0.5, label="target")
-            for step, style in ((0, ":"), (1, "--"), (len(answers) - 1, "-")):
-                panel.plot(grid, answers[step], style, color="C0", linewidth=1, label=f"{step} steps")
-            support = np.array(fit["support"])
-            panel.plot(support[:, 0], support[:, 1], "^", color="C3", markersize=4, label="support")
-            panel.set_title(f"{method}, K = {k}", fontsize=8)
-    axes[0, 0].legend(fontsize=6)
+    wide = {"figsize": (2.6 * n_methods, 2.2 * n_shots), "sharex": True, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(n_shots, n_methods, squeeze=False, **wide)
+    draw_fits(axes, found)
     figure.savefig(paths[1], dpi=150)
     plt.close("all")
     return paths

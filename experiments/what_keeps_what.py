@@ -62,7 +62,7 @@ SIZES = {  # updates per task, hidden widths, batch size, rows in memory
     "demo": (300, (256, 256), 64, 500),
     "smoke": (5, (16,), 16, 50),
 }
-GROUPS = {  # colours of the figure
+GROUPS = {  # colours of the figure; at most seven each, whose markers differ
     "nothing": ["none", "l2 init", "ema"],
     "parameters": ["ewc", "online ewc", "si", "mas"],
     "weights": ["weight interpolation", "wise-ft", "fisher merging", "packnet"],
@@ -182,7 +182,11 @@ def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
 
 def draw(rows: Any, found: dict[tuple[str, str], dict[str, Any]]) -> None:
     """Three panels for each scenario, on `rows` of three axes: accuracy against MB, against seconds, and the plane."""
-    group_of = {method: i for i, group in enumerate(GROUPS.values()) for method in group}
+    style = {
+        method: {"color": f"C{i}", "marker": "osD^vPX"[j]}
+        for i, group in enumerate(GROUPS.values())
+        for j, method in enumerate(group)
+    }
     for panels, scenario in zip(rows, dict.fromkeys(scenario for scenario, _ in found), strict=True):
         for (_, method), cell in ((key, cell) for key, cell in found.items() if key[0] == scenario):
             accuracy = 100 * np.mean(average_accuracy(cell["accuracy"]))
@@ -192,8 +196,7 @@ def draw(rows: Any, found: dict[tuple[str, str], dict[str, Any]]) -> None:
                 (100 * np.mean(learning_accuracy(cell["accuracy"])), 100 - 100 * np.mean(forgetting(cell["accuracy"]))),
             )
             for axes, (x, y) in zip(panels, points, strict=True):
-                axes.plot(x, y, "o", color=f"C{group_of[method]}", markersize=4)
-                axes.annotate(method, (x, y), xytext=(3, 2), textcoords="offset points", fontsize=6)
+                axes.plot(x, y, linestyle="", markersize=6, alpha=0.8, **style[method])
         panels[0].set_xscale("symlog", linthresh=0.1)
         labels = (
             ("MB kept beside the network and its optimiser", "accuracy on all tasks (%)"),
@@ -205,9 +208,11 @@ def draw(rows: Any, found: dict[tuple[str, str], dict[str, Any]]) -> None:
             axes.set_ylabel(y)
             axes.set_title(f"{scenario}-incremental")
             axes.grid(alpha=0.3)
-        for i, group in enumerate(GROUPS):
-            panels[2].plot([], [], "o", color=f"C{i}", markersize=4, label=group)
-        panels[2].legend(title="what is kept", fontsize=6, title_fontsize=7, loc="lower left")
+    shown = [method for method in style if any(method == name for _, name in found)]
+    marks = [rows[0][0].plot([], [], linestyle="", **style[method])[0] for method in shown]
+    kept = {method: group for group, members in GROUPS.items() for method in members}
+    labels_of = [f"{method} ({kept[method]})" for method in shown]
+    rows[0][0].figure.legend(marks, labels_of, title="method (what is kept)", fontsize=8, loc="outside right upper")
 
 
 def main(config: Config) -> None:
@@ -231,7 +236,7 @@ def main(config: Config) -> None:
     import matplotlib.pyplot as plt
 
     figure, rows = plt.subplots(
-        len(config.scenarios), 3, figsize=(15, 4.4 * len(config.scenarios)), squeeze=False, layout="constrained"
+        len(config.scenarios), 3, figsize=(16, 4.2 * len(config.scenarios)), squeeze=False, layout="constrained"
     )
     draw(rows, found)
     figure.savefig(directory / "what_keeps_what.png", dpi=150)

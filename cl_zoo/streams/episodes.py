@@ -16,7 +16,7 @@ from cl_zoo.streams.few_shot_images import FewShotImages
 from cl_zoo.streams.sources import LabelledImages, load_digits
 from cl_zoo.types import Array, Batch, Episode, Key, PyTree, Stream, TaskInfo, check_choice, check_range, check_whole
 
-__all__ = ["FewShotData", "SinusoidData", "episode_stream", "few_shot", "sinusoids"]
+__all__ = ["FewShotData", "SinusoidData", "episode_stream", "few_shot", "sinusoids", "trajectories"]
 
 Range = tuple[float, float]
 
@@ -336,6 +336,115 @@ def few_shot(
     data = deal(FewShotData(jnp.asarray(pixels[order]), *_i32(start, count), *[jnp.zeros((), jnp.int32)] * 3), key)
     sizes: dict[str, Any] = {"n_tasks": n_tasks, "steps": steps, "batch_size": batch_size}
     return episode_stream(owner, data, draw, n_outputs=n_way, score=score, reorder=deal, **sizes, **options)
+
+
+def trajectories(
+    images: LabelledImages | FewShotImages | None = None,
+    *,
+    steps: int = 20_000,
+    n_way: int = 1,
+    shots: int = 20,
+    remembered: int = 64,
+    test_way: int | None = None,
+    queries: int = 5,
+    batch_size: int = 1,
+    train_classes: Sequence[int] | None = None,
+    validation_classes: Sequence[int] | float | None = None,
+    test_classes: Sequence[int] | float | None = None,
+    **options: Any,
+) -> Stream:
+    """Every row is a trajectory, image after image of one class and then of the next, and what is to be known after it.
+
+    In training the support goes through `n_way` classes, `shots` images of each, and the query holds these images and
+    `remembered` ones of all training classes. In tests it goes through `test_way` classes that were never seen, and the
+    query holds other images of them. A label is the place of its class among those of the split.
+
+    Args:
+      images: see `few_shot`.
+      steps: batches.
+      n_way: classes on a trajectory, at least 1.
+      shots: images of each, at least 1.
+      remembered: random images in the query of training, at least 1.
+      test_way: classes on a trajectory of tests; None takes all of the split.
+      queries: new images of each class in tests, at least 1.
+      batch_size: trajectories in a batch.
+      train_classes, validation_classes, test_classes: see `few_shot`.
+      **options: see `episode_stream`.
+
+    Returns:
+      A `Stream` of one task with x an `Episode` of `uint8[B, n_way shots, ...]`, `i32[B, n_way shots]` and
+      `uint8[B, n_way shots + remembered, ...]`, and as many outputs as the largest split has classes. The score is the
+      share of a row's queries that are answered well.
+
+    Raises:
+      ValueError: an impossible value, named; or, when it is asked for, a validation split without classes.
+
+    Source: Javed and White 2019, arXiv 1905.12588.
+
+    Example:
+      >>> import jax
+      >>> stream = trajectories(steps=100, shots=3, remembered=4)
+      >>> batch, cursor = stream.next(stream.data, stream.init(jax.random.key(0)), None)
+      >>> batch.x.support_x.shape, batch.x.support_y.shape, batch.y.shape
+      ((1, 3, 28, 28), (1, 3), (1, 7))
+    """
+    owner = "trajectories"
+    sizes: dict[str, Any] = {"n_way": n_way, "shots": shots, "remembered": remembered, "queries": queries}
+    for field, value in sizes.items():
+        check_whole(owner, field, value, 1)
+    pixels, labels, own = _pooled(load_digits() if images is None else images)
+    splits = _class_splits(owner, np.unique(labels), own, train_classes, validation_classes, test_classes)
+    tested = len(splits["test"]) if test_way is None else test_way
+    check_whole(owner, "n_way", n_way, 1, len(splits["train"]))
+    check_whole(owner, "test_way", tested, 1, len(splits["test"]))
+    count = np.bincount(labels)
+    for split, needed in (("train", shots), ("validation", shots + queries), ("test", shots + queries)):
+        for label in splits[split]:
+            if count[label] < needed:
+                raise ValueError(
+                    f"{owner}: a trajectory needs {needed} images of a {split} class, but class {label} has only"
+                    f" {count[label]}; take fewer shots" + (" or queries" if split != "train" else "")
+                )
+
+    def draw(data: FewShotData, split: str, task: Array, key: Key) -> tuple[Episode, Array]:
+        group = getattr(data, split)[task]
+        if group.shape[0] == 0:
+            raise ValueError(f"{owner}: there are no {split} classes; hold some out with {split}_classes")
+        way = n_way if split == "train" else min(tested, group.shape[0])
+        new = 0 if split == "train" else queries
+        places = shuffled_index(key, jnp.arange(way), group.shape[0], 0)
+        drawn = jnp.arange(shots + new)
+        rows = jax.vmap(lambda p: data.start[group[p]] + shuffled_index(key, drawn, data.count[group[p]], 1 + p))(
+            places
+        )
+        walked, walked_y = rows[:, :shots].ravel(), jnp.repeat(places, shots)
+        if split == "train":
+            which = jax.random.randint(jax.random.fold_in(key, 0), (remembered,), 0, group.shape[0])
+            image = jax.random.randint(jax.random.fold_in(key, 1), (remembered,), 0, data.count[group[which]])
+            asked = jnp.concatenate([walked, data.start[group[which]] + image])
+            asked_y = jnp.concatenate([walked_y, which])
+        else:
+            asked, asked_y = rows[:, shots:].ravel(), jnp.repeat(places, queries)
+        return Episode(data.images[walked], walked_y, data.images[asked]), asked_y
+
+    def score(outputs: Array, batch: Batch) -> Array:
+        return jnp.mean((jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32), axis=1)
+
+    order = np.argsort(labels, kind="stable")
+    groups = [jnp.asarray(splits[split], jnp.int32)[None] for split in ("train", "validation", "test")]
+    data = FewShotData(jnp.asarray(pixels[order]), *_i32(np.cumsum(count) - count, count), *groups)
+    return episode_stream(
+        owner,
+        data,
+        draw,
+        n_tasks=1,
+        n_outputs=max(len(classes) for classes in splits.values()),
+        score=score,
+        reorder=lambda data, key: data,
+        steps=steps,
+        batch_size=batch_size,
+        **options,
+    )
 
 
 def _i32(*values: np.ndarray) -> list[Array]:

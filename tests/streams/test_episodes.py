@@ -23,6 +23,7 @@ from cl_zoo import (
     run_stream,
     sinusoids,
     supervised,
+    trajectories,
 )
 from tests.streams.test_images import largest_constant
 from tests.tiny import raw, same_bytes
@@ -470,3 +471,46 @@ def test_splits_that_are_not_there_are_refused() -> None:
         stream.evaluation(stream.data, 0, "validation")
     with pytest.raises(ValueError, match="split is 'train', but it must be one of 'validation', 'test'"):
         stream.evaluation(stream.data, 0, "train")
+
+
+def test_trajectories_walk_class_by_class_and_ask_for_all(tiny_images: Any) -> None:
+    stream = trajectories(
+        tiny_images, steps=5, n_way=2, shots=3, remembered=40, queries=4, batch_size=6, test_classes=(1, 4),
+        evaluation_size=8, evaluation_batch=4,
+    )  # fmt: skip
+    assert stream.tasks.active.shape == (1, 4)
+    pooled = np.concatenate([tiny_images.train_images, tiny_images.test_images])
+    label_of = np.concatenate([tiny_images.train_labels, tiny_images.test_labels])
+
+    def classes_of(x: Any) -> np.ndarray:
+        flat = np.asarray(x).reshape((-1, 1, 16)) == pooled.reshape((1, -1, 16))
+        return label_of[flat.all(-1).argmax(1)].reshape(x.shape[:-2])
+
+    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), None)
+    train = np.array([0, 2, 3, 5])
+    for x, y in ((batch.x.support_x, batch.x.support_y), (batch.x.query_x, batch.y)):
+        np.testing.assert_array_equal(classes_of(x), train[np.asarray(y)])
+    walked = np.asarray(batch.x.support_y).reshape((6, 2, 3))
+    assert (walked == walked[:, :, :1]).all() and (walked[:, 0, 0] != walked[:, 1, 0]).all()
+    np.testing.assert_array_equal(batch.x.query_x[:, :6], batch.x.support_x)
+    assert set(np.ravel(batch.y[:, 6:])) == {0, 1, 2, 3}
+    tests = stream.evaluation(stream.data, 0, "test")
+    np.testing.assert_array_equal(classes_of(tests.x.support_x), np.array([1, 4])[np.asarray(tests.x.support_y)])
+    np.testing.assert_array_equal(classes_of(tests.x.query_x), np.array([1, 4])[np.asarray(tests.y)])
+    shown = np.asarray(tests.x.support_x).reshape((8, 6, 16))
+    for asked, seen in zip(np.asarray(tests.x.query_x).reshape((8, 8, 16)), shown, strict=True):
+        assert not (asked[:, None] == seen[None]).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_way": 6}, "n_way is 6, but it must be in"),
+        ({"test_way": 6}, "test_way is 6, but it must be in"),
+        ({"shots": 0}, "shots is 0"),
+        ({"shots": 100}, "a trajectory needs 100 images of a train class"),
+    ],
+)
+def test_impossible_trajectories_are_refused(tiny_images: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trajectories(tiny_images, **options)
