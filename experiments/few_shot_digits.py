@@ -5,11 +5,12 @@ python -m experiments.few_shot_digits                     2 CPU cores    not tim
 python -m experiments.few_shot_digits --data-dir DATA \\
     --record                                              2 CPU cores    not timed  see the ledger
 
-Meta-training on 0 to 4, testing on 5 to 9, in problems of 5 classes and 5 queries a class. The network that Finn et al.
-2017 use where they do without convolutions, MLP 256-128-64-64, here without normalisation; 4 problems in a batch, Adam
-1e-3. Inner rate 0.1, the first that was tried; one inner step in training and three in testing, as theirs for Omniglot;
-Reptile 5 steps in both. Nothing is published for this
-setting. Only five classes to learn from is little: what is measured is how far that goes.
+Meta-training on the digits 0 to 4, testing on 5 to 9, in problems of 5 classes and 5 queries a class; each digit is four
+classes, one for every quarter turn. (Without turns there are five classes to learn from, and MAML learns them by heart:
+51 % at 5 shots, one seed, 2500 iterations.) The network that Finn et al. 2017 use where they do without convolutions, MLP
+256-128-64-64, here without normalisation; 4 problems in a batch, Adam 1e-3. Inner rate 0.1, the first that was tried;
+one inner step in training and three in testing, as theirs for Omniglot; Reptile 5 steps in both; "untrained" takes 20
+steps from the initialisation. Nothing is published for this setting.
 """
 
 from __future__ import annotations
@@ -64,18 +65,18 @@ def main(config: Config) -> None:
     model = episodic(mlp((28, 28), 5, hidden=(256, 128, 64, 64)))
 
     def cell(shots: int, method: str) -> Cell:
-        stream = few_shot(images, shots=shots, queries=5, steps=config.iterations, evaluation_size=400)
+        stream = few_shot(images, shots=shots, queries=5, steps=config.iterations, rotations=True, evaluation_size=400)
         optimiser, component = METHODS[method]
         learner = compose(model, optimiser, component, tasks=stream.tasks)
         return Cell(f"{shots}-shot", method, lambda _: learner, stream)
 
     cells = [cell(shots, method) for shots in config.shots for method in METHODS]
     found = run_cells(cells, directory, range(config.seeds), orders=None, evaluate_at="end")
-    print(f"\nFive unseen digits\n{table(found)}\n")
+    print(f"\nUnseen digits, 5-way\n{table(found)}\n")
     print(f"figure: {figure(found, directory)}")
     path = RESULTS / "few_shot_digits.json" if config.record else directory / "results.json"
     command = shown_command("experiments.few_shot_digits", sys.argv[1:])
-    record("few_shot_digits", "five digits held out of MNIST, 5-way", command, found, {}, {}, path)
+    record("few_shot_digits", "turned digits held out of MNIST, 5-way", command, found, {}, {}, path)
     print(f"results: {path}")
 
 

@@ -16,3 +16,14 @@ pip=("$1/bin/python" -m pip install)
 # What avalanche imports at start.
 "${pip[@]}" pillow psutil gputil scikit-learn matplotlib pytorchcv tqdm torchmetrics gdown \
     qpsolvers quadprog dill packaging tensorboard wandb setuptools
+
+# learn2learn does not build on recent Pythons; its MAML is three files of plain Python.
+unpacked=$(mktemp -d)
+"$1/bin/python" -m pip download --no-deps --no-binary :all: --dest "$unpacked" learn2learn==0.2.0
+tar --extract --gzip --file "$unpacked"/learn2learn-0.2.0.tar.gz --directory "$unpacked" --strip-components 1
+site=$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+mkdir -p "$site"/learn2learn/{algorithms,utils}
+touch "$site"/learn2learn/__init__.py "$site"/learn2learn/algorithms/__init__.py
+cp "$unpacked"/learn2learn/algorithms/{maml,base_learner}.py "$site"/learn2learn/algorithms/
+cp "$unpacked"/learn2learn/utils/__init__.py "$site"/learn2learn/utils/
+rm -r "$unpacked"

@@ -1,4 +1,4 @@
-"""Second-order MAML on sinusoids side by side: cl_zoo and plain PyTorch, all else being the same.
+"""Second-order MAML on sinusoids side by side: cl_zoo, learn2learn and plain PyTorch, all else being the same.
 
     bash experiments/speed/make_peer_env.sh PEER            once: the peers' own environment
     python -m experiments.speed.maml --peer PEER            with nothing else running; some minutes
@@ -26,12 +26,14 @@ import optax
 import tyro
 
 from cl_zoo import Learner, Stream, compose, episodic, maml, mlp, sinusoids, squared_error
+from cl_zoo.training.compilation import compiler_options
 from cl_zoo.training.loop import start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
 from experiments.speed.compare import run
 
 HERE = Path(__file__).parent
 WAYS = {
+    "learn2learn": ["--way", "learn2learn"],
     "torch, task by task": ["--way", "tasks"],
     "torch.func": ["--way", "func"],
     "torch.func, compiled": ["--way", "func", "--compile"],
@@ -73,8 +75,9 @@ def cl_zoo_report(threads: int, rounds: int) -> dict[str, Any]:
         return jax.jit(lambda data, carry: train_steps(learner, stream, data, carry, n)).lower(stream.data, carry)
 
     carry = jax.jit(lambda data, key: start(learner, stream, data, key))(stream.data, jax.random.key(0))
-    carry, metrics = compiled(WARM_UP, carry).compile()(stream.data, carry)
-    first, steps = float(metrics["loss"].mean()), compiled(ITERATIONS, carry).compile()
+    options = compiler_options()  # as `run_stream` compiles
+    carry, metrics = compiled(WARM_UP, carry).compile(options)(stream.data, carry)
+    first, steps = float(metrics["loss"].mean()), compiled(ITERATIONS, carry).compile(options)
     seconds = []
     for _ in range(rounds):
         begun = time.perf_counter()

@@ -1,11 +1,12 @@
 """Second-order MAML on sinusoids as a plain PyTorch loop; prints one JSON line.
 
 Every iteration draws fresh tasks y = A sin(x - phase), takes one step of SGD on each task's support set, and one step
-of Adam down the gradient, through those steps, of the mean squared error that is left on the query sets. Three ways:
+of Adam down the gradient, through those steps, of the mean squared error that is left on the query sets. Four ways:
 
     func      `torch.func`: a task's loss after its step by `functional_call` and `grad`, all tasks' by `vmap`
     batched   no transformations: a copy of the weights for each task, products by `baddbmm`, `autograd.grad` twice
-    tasks     task after task with clones of the parameters, as learn2learn's MAML runs it
+    tasks     task after task with clones of the parameters
+    learn2learn    the same by that library's MAML: a clone of the module for each task
 
 With --compile, the outer gradient of "func" is taken by `torch.func` too, and all of it is one compiled function.
 """
@@ -96,7 +97,24 @@ def tasks_loss(net: nn.Module) -> Callable[[list[Tensor], Tasks], Tensor]:
     return losses
 
 
-LOSSES = {"func": func_loss, "batched": batched_loss, "tasks": tasks_loss}
+def learn2learn_loss(net: nn.Module) -> Callable[[list[Tensor], Tasks], Tensor]:
+    """Its own loop: `clone`, `adapt`, the loss of the adapted clone."""
+    from learn2learn.algorithms.maml import MAML
+
+    learner = MAML(net, lr=INNER_RATE)
+
+    def losses(params: list[Tensor], tasks: Tasks) -> Tensor:
+        total = torch.zeros(())
+        for x, y, query_x, query_y in zip(*tasks):
+            clone = learner.clone()
+            clone.adapt(F.mse_loss(clone(x), y))
+            total = total + F.mse_loss(clone(query_x), query_y)
+        return total / TASKS
+
+    return losses
+
+
+LOSSES = {"func": func_loss, "batched": batched_loss, "tasks": tasks_loss, "learn2learn": learn2learn_loss}
 
 
 def main() -> None:
