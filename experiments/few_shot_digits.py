@@ -5,12 +5,12 @@ python -m experiments.few_shot_digits                     2 CPU cores    not tim
 python -m experiments.few_shot_digits --data-dir DATA \\
     --record                                              2 CPU cores    not timed  see the ledger
 
-Meta-training on the digits 0 to 4, testing on 5 to 9, in problems of 5 classes and 5 queries a class; each digit is four
-classes, one for every quarter turn. (Without turns there are five classes to learn from, and MAML learns them by heart:
-51 % at 5 shots, one seed, 2500 iterations.) The network that Finn et al. 2017 use where they do without convolutions, MLP
-256-128-64-64, here without normalisation; 4 problems in a batch, Adam 1e-3. Inner rate 0.1, the first that was tried;
-one inner step in training and three in testing, as theirs for Omniglot; Reptile 5 steps in both; "untrained" takes 20
-steps from the initialisation. Nothing is published for this setting.
+Meta-training on the digits 0 to 4, testing on 5 to 9, in problems of 5 classes and 5 queries a class; each digit is
+four classes, one for every quarter turn. (Without turns there are five classes to learn from, and MAML learns them by
+heart: 51 % at 5 shots, one seed, 2500 iterations.) The network that Finn et al. 2017 use where they do without
+convolutions, MLP 256-128-64-64, here without normalisation; 4 problems in a batch, Adam 1e-3. Inner rate 0.1, the first
+that was tried; one inner step in training and three in testing, as theirs for Omniglot; Reptile 5 steps in both;
+"untrained" takes 20 steps from the initialisation. Nothing is published for this setting.
 """
 
 from __future__ import annotations
