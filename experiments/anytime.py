@@ -3,6 +3,8 @@
 Command                                                   hardware       time      expected
 python -m experiments.anytime                             2 CPU cores    1 min     blurry: none 79, replay 92;
                                                                                    sharp: none 44, replay 88
+python -m experiments.anytime --data-dir DATA --record    2 CPU cores    2 min     blurry: none 92, replay 96;
+                                                                                   sharp: none 45, replay 94
 
 Class-incremental split MNIST, all outputs open, every image shown once. Settings: "sharp", tasks one after another, for
 comparison; "blurry", a share of each class's images comes while other tasks have their turn (Bang et al. 2021, arXiv

@@ -1,7 +1,9 @@
 """Every pair of six methods on split MNIST: which help each other, and which stand in each other's way.
 
 Command                                                   hardware       time       expected
-python -m experiments.pairs                               2 CPU cores    not timed  replay helps each of the others
+python -m experiments.pairs                               2 CPU cores               replay helps each of the others
+python -m experiments.pairs --data-dir DATA --record      2 CPU cores    8 min      replay + DER++ or LwF: 94 %,
+                                                                                    alone 89, 91 and 21 (class)
 
 Domain- and class-incremental, 5 tasks, MLP 256-256, Adam, 300 batches of 64 a task. The diagonal of the figure is a
 method alone, the naive learner is printed beside. Components that edit parameters stand before those that anchor them,

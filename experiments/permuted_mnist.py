@@ -1,7 +1,7 @@
 """Permuted MNIST, 10 tasks: EWC with the exact Fisher, its strength chosen on a validation split.
 
 Command                                                   hardware       time      expected
-python -m experiments.permuted_mnist                      2 CPU cores    not timed figures on the embedded digits
+python -m experiments.permuted_mnist                      2 CPU cores              figures on the embedded digits
 python -m experiments.permuted_mnist --data-dir DATA \\
     --record                                              2 CPU cores    10 min    EWC 91, naive 83
 

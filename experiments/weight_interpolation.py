@@ -3,7 +3,7 @@
 Command                                                   hardware       time       expected
 python -m experiments.weight_interpolation                2 CPU cores    2 min      200 rows 77 -> 82, 500: 82 -> 85
 python -m experiments.weight_interpolation \\
-    --data-dir DATA --protocol full --record              2 CPU cores    not timed  nothing is published for this net
+    --data-dir DATA --protocol full --seeds 10 --record   2 CPU cores    11 min     nothing is published for this net
 
 Continual learning with weight interpolation (Kozal et al. 2024, arXiv 2404.04002) on top of experience replay, with the
 old weights permuted by activations over the memory, by weights alone, or not at all. First alpha, the weight of the OLD
