@@ -1,9 +1,9 @@
 """Permuted MNIST, 10 tasks: synaptic intelligence as its authors ran it, in a narrower network.
 
 Command                                                   hardware       time       expected
-python -m experiments.synaptic_intelligence               2 CPU cores    not timed  figures on the embedded digits
+python -m experiments.synaptic_intelligence               2 CPU cores               figures on the embedded digits
 python -m experiments.synaptic_intelligence \\
-    --data-dir DATA --record                              2 CPU cores    not timed  see the ledger
+    --data-dir DATA --strengths 0 0.1 --record            2 CPU cores    25 min     45 without, 93 with
 python -m experiments.synaptic_intelligence \\
     --data-dir DATA --hidden 2000 2000 --record           a GPU          not tried  96.94, theirs
 
