@@ -1,8 +1,8 @@
 """Families of sinusoids one after another: does what protects parameters protect those that MAML learnt?
 
 Command                                                   hardware       time       expected
-python -m experiments.continual_meta_learning --record    2 CPU cores    not timed  replay keeps most, averaging some,
-                                                                                    EWC little
+python -m experiments.continual_meta_learning --record    2 CPU cores    2 min      error 0.65 alone, 0.72 with EWC,
+                                                                                    0.62 averaged, 0.21 with replay
 
 Four families of sinusoids by phase, quarters of [0, pi]; each is met for 3000 batches of 25 sinusoids with K = 10. MAML
 with one inner step of 0.01 learns parameters from which all sinusoids of the family at hand are near, and forgets the

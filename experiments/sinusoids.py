@@ -1,8 +1,8 @@
 """Sinusoids from a few points: MAML, first-order MAML, Meta-SGD and Reptile.
 
 Command                                                   hardware       time       expected
-python -m experiments.sinusoids --iterations 5000         2 CPU cores    not timed  errors fall with every step
-python -m experiments.sinusoids --record                  2 CPU cores    not timed  see the ledger
+python -m experiments.sinusoids --iterations 5000         2 CPU cores               errors fall with every step
+python -m experiments.sinusoids --record                  2 CPU cores    8 min      K = 10: MAML 0.36, Meta-SGD 0.21
 
 Protocol of Finn et al. 2017 (arXiv 1703.03400): y = A sin(x - phi) with A in [0.1, 5], phi in [0, pi], x in [-5, 5];
 MLP 40-40, kernels truncated normals of 0.01; 25 sinusoids in a batch, K points to learn from and K to be judged by;
@@ -234,7 +234,8 @@ _FREE = ("shots", "methods", "directory", "record")  # what a run directory may 
 def interval(errors: Any) -> tuple[np.ndarray, np.ndarray]:
     """Mean over episodes and half the width of its 95 % interval."""
     errors = np.asarray(errors)
-    return errors.mean(0), 1.96 * errors.std(0, ddof=1) / np.sqrt(len(errors))
+    with np.errstate(over="ignore", invalid="ignore"):  # where descent diverges
+        return errors.mean(0), 1.96 * errors.std(0, ddof=1) / np.sqrt(len(errors))
 
 
 def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
@@ -261,6 +262,7 @@ def draw_adaptation(panels: Any, found: dict[tuple[str, int], dict[str, Any]]) -
                 (line,) = panel.plot(steps, mean, label=method)
                 panel.fill_between(steps, mean - width, mean + width, color=line.get_color(), alpha=0.2, linewidth=0)
         panel.set_yscale("log")
+        panel.set_ylim(0.01, 10)  # what was trained for one step may diverge on some sinusoid when it takes many
         panel.set_xlabel("gradient steps at test")
         panel.set_title(f"K = {k}")
         panel.grid(alpha=0.3)
