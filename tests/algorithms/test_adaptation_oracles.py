@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.oracles import test_time as adaptation
+from tests.oracles import adaptation
 from tests.oracles.differences import agree, check_gradients
 
 RANDOM = np.random.default_rng(0)

@@ -12,6 +12,7 @@ ALLOWED = {
     "shuffle": {"types"},
     "estimators": {"types"},
     "buffers": {"types", "shuffle"},
+    "layers": {"types", "estimators"},
     "models": {"types", "layers"},
     "compose": {"types", "estimators", "buffers"},
     "algorithms": {"types", "shuffle", "estimators", "buffers", "compose"},

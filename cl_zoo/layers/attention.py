@@ -1,0 +1,212 @@
+"""Softmax attention, over all tokens before or over a window of them: what linear-time layers are compared with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, rotary, to_chunks
+from cl_zoo.types import Array, Key, PyTree, check_whole
+
+__all__ = ["KeyValues", "attend", "attend_window", "softmax_attention", "window_attention"]
+
+
+class KeyValues(NamedTuple):
+    """Attributes:
+    k, v: `[B, G, L, d]`, keys (already turned) and values of G key-value heads; a ring of L tokens for windows.
+    """
+
+    k: Array
+    v: Array
+
+
+def attend(q: Array, k: Array, v: Array, *, scale: float | None = None) -> Array:
+    """z_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(scale q_t . k_s).
+
+    Args:
+      q: `[B, H, T, d]`.
+      k, v: `[B, G, T, d]`, G dividing H: each serves H / G queries.
+      scale: None is 1 / sqrt(d).
+
+    Returns:
+      `[B, H, T, d]`; softmax in float32 at least.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762; shared keys: Ainslie et al. 2023, arXiv 2305.13245.
+    """
+    if q.dtype == jnp.float64:  # the fused kernel has a softmax in float32
+        return _attend_seen(q, k, v, causal_mask(q.shape[-2]), scale)
+    z = jax.nn.dot_product_attention(*(jnp.moveaxis(a, 1, 2) for a in (q, k, v)), scale=scale, is_causal=True)
+    return jnp.moveaxis(z, 2, 1)
+
+
+def _attend_seen(q: Array, k: Array, v: Array, seen: Array, scale: float | None) -> Array:
+    """`[B, H, T, d]` to those of `[B, G, L, d]` that `seen` `bool[T, L]` marks."""
+    batch, heads, time, d = q.shape
+    groups = k.shape[1]
+    q = q.reshape((batch, groups, heads // groups, time, d))
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bghtd,bgld->bghtl", q, k, preferred_element_type=wide)
+    scores = jnp.where(seen, scores * (d**-0.5 if scale is None else scale), jnp.finfo(wide).min)
+    z = jnp.einsum("bghtl,bgld->bghtd", jax.nn.softmax(scores).astype(v.dtype), v)
+    return z.reshape((batch, heads, time, d))
+
+
+def attend_window(q: Array, k: Array, v: Array, window: int, *, scale: float | None = None) -> Array:
+    """`attend` to the last `window` tokens alone, the token itself among them: t - window < s <= t.
+
+    Tokens are cut into chunks of `window`, each of which sees itself and the one before it: time linear in T.
+    """
+    size = min(window, q.shape[-2])
+    time = q.shape[-2]
+    q, k, v = (to_chunks(a, size) for a in (q, k, v))
+
+    def with_previous(a: Array) -> Array:
+        return jnp.concatenate([jnp.concatenate([jnp.zeros_like(a[:1]), a[:-1]]), a], axis=-2)
+
+    row, column = jnp.arange(size)[:, None] + size, jnp.arange(2 * size)
+    seen = (column <= row) & (column > row - window)
+    first = jnp.arange(q.shape[0])[:, None, None] == 0
+    seen = seen & ~(first & (column < size))
+    z = jax.vmap(lambda q, k, v, seen: _attend_seen(q, k, v, seen, scale))(q, with_previous(k), with_previous(v), seen)
+    return from_chunks(z, time)
+
+
+def _attend_cache(q: Array, cache: KeyValues, seen: Array) -> Array:
+    """One token `[B, H, d]` to the places of a cache that `seen` `bool[L]` marks."""
+    return _attend_seen(q[:, :, None], cache.k, cache.v, seen[None], None)[:, :, 0]
+
+
+def empty_key_values(width: int, heads: int, kv_heads: int | None, batch_size: int, length: int, dtype: Any) -> Any:
+    """Room for `length` tokens."""
+    shape = (batch_size, kv_heads or heads, length, width // heads)
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def window_step(cache: KeyValues, position: Array, q: Array, k: Array, v: Array) -> tuple[Array, KeyValues]:
+    """One more token (q, k already turned) in a ring of as many places as the window has."""
+    size = cache.k.shape[2]
+    cache = KeyValues(*(store.at[:, :, position % size].set(new) for store, new in zip(cache, (k, v))))
+    return _attend_cache(q, cache, jnp.arange(size) <= position), cache
+
+
+def softmax_attention(
+    width: int, heads: int, *, kv_heads: int | None = None, convolution: int = 0, theta: float = 10_000.0
+) -> Mixer:
+    """z_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s, queries and keys turned by their positions.
+
+    Time is quadratic in T, and the cache grows with it; every token before is remembered exactly.
+
+    Args:
+      width, heads: D, and H that divides it.
+      kv_heads: heads of keys and values, dividing H; None is H.
+      convolution: width of short convolutions of q, k and v; 0 for none.
+      theta: base of the rotary positions.
+
+    Returns:
+      A `Mixer`; its cache holds `length` keys and values.
+
+    Raises:
+      ValueError: sizes below 1, or that do not divide each other.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762.
+
+    Differences from the paper or its code: rotary positions, no biases, no dropout, as decoders have it now.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> mixer = softmax_attention(8, 2)
+      >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 5, 8))).shape
+      (1, 5, 8)
+    """
+
+    def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
+        positions = jnp.arange(q.shape[-2])
+        return attend(rotary(q, positions, theta), rotary(k, positions, theta), v)
+
+    def start(params: PyTree, batch_size: int, length: int, dtype: Any) -> KeyValues:
+        return empty_key_values(width, heads, kv_heads, batch_size, length, dtype)
+
+    def recur(
+        params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array
+    ) -> tuple[Array, KeyValues]:
+        q, k = rotary(q, position, theta), rotary(k, position, theta)
+        cache = KeyValues(*(store.at[:, :, position].set(new) for store, new in zip(cache, (k, v))))
+        return _attend_cache(q, cache, jnp.arange(cache.k.shape[2]) <= position), cache
+
+    return head_mixer(
+        "softmax_attention",
+        width,
+        heads,
+        init=_nothing,
+        parallel=parallel,
+        start=start,
+        recur=recur,
+        kv_heads=kv_heads,
+        convolution=convolution,
+        norm=None,
+    )
+
+
+def window_attention(
+    width: int,
+    heads: int,
+    *,
+    window: int = 64,
+    kv_heads: int | None = None,
+    convolution: int = 0,
+    theta: float = 10_000.0,
+) -> Mixer:
+    """z_t = sum_{t - window < s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s: softmax attention that forgets.
+
+    Args:
+      width, heads, kv_heads, convolution, theta: see `softmax_attention`.
+      window: tokens that are seen, the token itself among them, at least 1.
+
+    Returns:
+      A `Mixer` with time linear in T; its cache is a ring of `window` keys and values.
+
+    Raises:
+      ValueError: sizes below 1, or that do not divide each other.
+
+    Source: Beltagy et al. 2020, arXiv 2004.05150.
+
+    Differences from the paper or its code: rotary positions; no global tokens.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> mixer = window_attention(8, 2, window=3)
+      >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 5, 8))).shape
+      (1, 5, 8)
+    """
+    check_whole("window_attention", "window", window, 1)
+
+    def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
+        positions = jnp.arange(q.shape[-2])
+        return attend_window(rotary(q, positions, theta), rotary(k, positions, theta), v, window)
+
+    def start(params: PyTree, batch_size: int, length: int, dtype: Any) -> KeyValues:
+        return empty_key_values(width, heads, kv_heads, batch_size, window, dtype)
+
+    def recur(
+        params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array
+    ) -> tuple[Array, KeyValues]:
+        return window_step(cache, position, rotary(q, position, theta), rotary(k, position, theta), v)
+
+    return head_mixer(
+        "window_attention",
+        width,
+        heads,
+        init=_nothing,
+        parallel=parallel,
+        start=start,
+        recur=recur,
+        kv_heads=kv_heads,
+        convolution=convolution,
+        norm=None,
+    )
+
+
+def _nothing(key: Key) -> dict[str, Any]:
+    return {}

@@ -1,0 +1,249 @@
+"""The contract of sequence layers, and what they share: projections into heads, short convolutions, norms, chunks.
+
+Legend for shapes: `B` rows, `T` tokens, `D` width of the model, `H` heads, `d` width of a head, `C` tokens of a chunk,
+`N` chunks. The mathematics of a layer (its core) works on `[..., T, d]`, heads before time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.types import Array, Key, PyTree, check_whole
+
+__all__ = [
+    "HeadCache",
+    "Mixer",
+    "causal_convolution",
+    "causal_mask",
+    "from_chunks",
+    "head_mixer",
+    "layer_norm",
+    "linear",
+    "normalise",
+    "rms_norm",
+    "rotary",
+    "to_chunks",
+]
+
+EPSILON = 1e-6
+
+
+class Mixer(NamedTuple):
+    """A layer that mixes tokens over time, as pure functions in two forms that are equal.
+
+    Attributes:
+      name: of the layer.
+      init: `(key) -> params`.
+      apply: `(params, x [B, T, D]) -> [B, T, D]`, the parallel form, for training; any T.
+      start: `(params, batch_size, length, dtype) -> cache` of an empty sequence, for at most `length` tokens of
+        activations in `dtype`. Only softmax attention's cache grows with `length`.
+      step: `(params, cache, x [B, D]) -> ([B, D], cache)`, the recurrent form: one more token. The cache keeps its
+        tree, shapes and dtypes, so a `scan` of `step` is a whole sequence.
+    """
+
+    name: str
+    init: Callable[[Key], PyTree]
+    apply: Callable[[PyTree, Array], Array]
+    start: Callable[..., PyTree]
+    step: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
+
+
+class HeadCache(NamedTuple):
+    """Attributes:
+    position: `i32[]`, tokens seen.
+    recent: the last inputs of each short convolution, `[B, w - 1, ...]` by name; {} without.
+    state: of the layer's core.
+    """
+
+    position: Array
+    recent: dict[str, Array]
+    state: PyTree
+
+
+def linear(key: Key, n_in: int, n_out: int) -> Array:
+    """A kernel `[n_in, n_out]` from N(0, 1 / n_in)."""
+    return jax.random.normal(key, (n_in, n_out)) / jnp.sqrt(float(n_in))
+
+
+def rms_norm(x: Array, scale: Array) -> Array:
+    """scale * x / sqrt(mean x^2 + 1e-6) over the last axis, computed in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
+    return (wide * scale).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
+    """scale * (x - mean) / sqrt(var + 1e-6) + bias over the last axis, computed in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
+    return (wide * scale + bias).astype(x.dtype)
+
+
+def normalise(x: Array) -> Array:
+    """x / ||x|| over the last axis; 0 stays 0, and so do its gradients."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
+
+
+def rotary(x: Array, positions: Array, theta: float = 10_000.0) -> Array:
+    """Rotary positions: the pair (x_i, x_{i + d/2}) is turned by position * theta^(-2 i / d) radians.
+
+    Args:
+      x: `[..., T, d]`, d even.
+      positions: `i32[T]`, or any shape that broadcasts to `x.shape[:-1]`.
+      theta: the base of wavelengths.
+
+    Source: Su et al. 2021, arXiv 2104.09864; halves instead of neighbours are paired, as in Llama's Hugging Face code.
+    """
+    half = x.shape[-1] // 2
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    angle = positions[..., None].astype(wide) * theta ** (-jnp.arange(half, dtype=wide) / half)
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def causal_convolution(x: Array, kernel: Array) -> Array:
+    """y_t = sum_j kernel_j * x_{t - w + 1 + j}, each channel by itself: `[B, T, D]`, `[w, D]` -> `[B, T, D]`."""
+    width, time = kernel.shape[0], x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+    return sum((padded[:, j : j + time] * kernel[j] for j in range(width)), start=jnp.zeros_like(x))
+
+
+def causal_mask(size: int, *, strict: bool = False) -> Array:
+    """`bool[size, size]`: row t sees column s where s <= t, or s < t."""
+    return jnp.tril(jnp.ones((size, size), bool), -1 if strict else 0)
+
+
+def to_chunks(x: Array, size: int, axis: int = -2) -> Array:
+    """`[..., T, d]` -> `[N, ..., size, d]`, zeros after the end."""
+    axis = axis % x.ndim
+    padding = [(0, -x.shape[axis] % size if i == axis else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, padding)
+    return jnp.moveaxis(x.reshape((*x.shape[:axis], -1, size, *x.shape[axis + 1 :])), axis, 0)
+
+
+def from_chunks(x: Array, time: int) -> Array:
+    """`[N, ..., C, d]` -> `[..., T, d]`: the first `time` tokens."""
+    x = jnp.moveaxis(x, 0, -3)
+    return x.reshape((*x.shape[:-3], -1, x.shape[-1]))[..., :time, :]
+
+
+def head_mixer(
+    name: str,
+    width: int,
+    heads: int,
+    *,
+    init: Callable[[Key], dict[str, Any]],
+    parallel: Callable[[PyTree, Array, Array, Array, Array], Array],
+    start: Callable[[PyTree, int, int, Any], PyTree],
+    recur: Callable[..., tuple[Array, PyTree]],
+    kv_heads: int | None = None,
+    convolution: int = 0,
+    norm: str | None = "rms",
+    gate: Callable[[Array], Array] | None = None,
+) -> Mixer:
+    """A `Mixer` around a core that works on heads.
+
+        q, k, v = x W_q, x W_k, x W_v;   with `convolution`: each silu(causal convolution of it)
+        y = gate(x W_g) * norm(core(q, k, v, x)) W_o
+
+    Args:
+      name, width, heads: of the layer; a head is width / heads wide.
+      init: `(key) -> params` of the core, beside those of the projections.
+      parallel: `(params, q, k, v [B, H, T, d], x [B, T, D]) -> [B, H, T, d]`.
+      start: `(params, batch_size, length, dtype) -> state` of the core.
+      recur: `(params, state, position, q, k, v [B, H, d], x [B, D]) -> ([B, H, d], state)`.
+      kv_heads: heads of keys and values, each serving heads / kv_heads queries; None is `heads`.
+      convolution: w, the width of short convolutions of q, k and v; 0 for none.
+      norm: of what the core gives: "rms", each head by itself; "layer", all heads together; None.
+      gate: an activation, or None for no gate.
+
+    Raises:
+      ValueError: sizes below 1, heads that do not divide the width, or kv_heads that do not divide the heads.
+    """
+    check_whole(name, "width", width, 1)
+    check_whole(name, "heads", heads, 1)
+    check_whole(name, "convolution", convolution, 0)
+    shared = heads if kv_heads is None else kv_heads
+    check_whole(name, "kv_heads", shared, 1)
+    if width % heads:
+        raise ValueError(f"{name}: width is {width}, but it must be a multiple of heads, {heads}")
+    if heads % shared:
+        raise ValueError(f"{name}: kv_heads is {shared}, but it must divide heads, {heads}")
+    d = width // heads
+    sizes = {"query": width, "key": shared * d, "value": shared * d}
+
+    def init_all(key: Key) -> PyTree:
+        keys = jax.random.split(key, 9)
+        params: dict[str, Any] = {n: linear(k, width, size) for (n, size), k in zip(sizes.items(), keys[:3])}
+        params["output"] = linear(keys[3], width, width)
+        if convolution:
+            bound = convolution**-0.5
+            params["convolution"] = {
+                n: jax.random.uniform(k, (convolution, size), minval=-bound, maxval=bound)
+                for (n, size), k in zip(sizes.items(), keys[4:7])
+            }
+        if norm is not None:
+            params["norm"] = {"scale": jnp.ones(width)}
+            if norm == "layer":
+                params["norm"]["bias"] = jnp.zeros(width)
+        if gate is not None:
+            params["gate"] = linear(keys[7], width, width)
+        return params | init(keys[8])
+
+    def split(x: Array) -> Array:
+        """`[B, ..., n d]` -> `[B, n, ..., d]`."""
+        return jnp.moveaxis(x.reshape((*x.shape[:-1], -1, d)), -2, 1)
+
+    def merge(params: PyTree, z: Array, x: Array) -> Array:
+        """`[B, H, ..., d]` and the layer's input -> the layer's output."""
+        z = jnp.moveaxis(z, 1, -2).astype(x.dtype)
+        flat = (*z.shape[:-2], width)
+        if norm == "rms":
+            z = rms_norm(z, params["norm"]["scale"].reshape((heads, d))).reshape(flat)
+        elif norm == "layer":
+            z = layer_norm(z.reshape(flat), **params["norm"])
+        else:
+            z = z.reshape(flat)
+        if gate is not None:
+            z = z * gate(x @ params["gate"].astype(x.dtype))
+        return z @ params["output"].astype(x.dtype)
+
+    def project(params: PyTree, x: Array) -> dict[str, Array]:
+        return {n: x @ params[n].astype(x.dtype) for n in sizes}
+
+    def apply(params: PyTree, x: Array) -> Array:
+        projected = project(params, x)
+        if convolution:
+            kernels = params["convolution"]
+            projected = {
+                n: jax.nn.silu(causal_convolution(p, kernels[n].astype(x.dtype))) for n, p in projected.items()
+            }
+        q, k, v = (split(p) for p in projected.values())
+        return merge(params, parallel(params, q, k, v, x), x)
+
+    def start_all(params: PyTree, batch_size: int, length: int, dtype: Any = jnp.float32) -> HeadCache:
+        recent = {}
+        if convolution:
+            recent = {n: jnp.zeros((batch_size, convolution - 1, size), dtype) for n, size in sizes.items()}
+        return HeadCache(jnp.zeros((), jnp.int32), recent, start(params, batch_size, length, dtype))
+
+    def step(params: PyTree, cache: HeadCache, x: Array) -> tuple[Array, HeadCache]:
+        projected, recent = project(params, x), cache.recent
+        if convolution:
+            windows = {n: jnp.concatenate([recent[n], p[:, None]], axis=1) for n, p in projected.items()}
+            recent = {n: window[:, 1:] for n, window in windows.items()}
+            kernels = params["convolution"]
+            projected = {
+                n: jax.nn.silu(jnp.sum(window * kernels[n].astype(x.dtype), axis=1)) for n, window in windows.items()
+            }
+        q, k, v = (split(p) for p in projected.values())
+        z, state = recur(params, cache.state, cache.position, q, k, v, x)
+        return merge(params, z, x), HeadCache(cache.position + 1, recent, state)
+
+    return Mixer(name, init_all, apply, start_all, step)
