@@ -27,6 +27,7 @@ from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
+from cl_zoo.estimators.tokens import next_token_loss, token_accuracy, token_losses
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
 from cl_zoo.models.adapters import from_linen, from_nnx
@@ -37,8 +38,11 @@ from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.episodes import few_shot, sinusoids, trajectories
 from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, load_omniglot
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
+from cl_zoo.streams.recall import associative_recall, best_dictionary_scores, fresh_dictionaries
 from cl_zoo.streams.regression import slowly_changing_regression, squared_error
 from cl_zoo.streams.sources import LabelledImages, load_digits
+from cl_zoo.streams.text import text_domains
+from cl_zoo.streams.text_sources import python_library, read_text_domains
 from cl_zoo.training.compilation import enable_compilation_cache
 from cl_zoo.training.fit import fit
 from cl_zoo.training.loop import NonFiniteError, Result
@@ -63,6 +67,8 @@ __all__ = [
     "TaskInfo",
     "TrainState",
     "agem",
+    "associative_recall",
+    "best_dictionary_scores",
     "blurry",
     "catalogue",
     "cite",
@@ -80,6 +86,7 @@ __all__ = [
     "few_shot",
     "fisher_merging",
     "fit",
+    "fresh_dictionaries",
     "from_linen",
     "from_nnx",
     "gdumb",
@@ -94,10 +101,13 @@ __all__ = [
     "maml",
     "mas",
     "mlp",
+    "next_token_loss",
     "oml",
     "online_score",
     "packnet",
     "permuted_mnist",
+    "python_library",
+    "read_text_domains",
     "redo",
     "replay",
     "reptile",
@@ -114,6 +124,9 @@ __all__ = [
     "supervised",
     "sweep",
     "synaptic_intelligence",
+    "text_domains",
+    "token_accuracy",
+    "token_losses",
     "trajectories",
     "weight_interpolation",
     "wise_ft",

@@ -24,7 +24,7 @@ Range = tuple[float, float]
 def episode_stream(
     owner: str,
     data: PyTree,
-    draw: Callable[[PyTree, str, Array, Key], tuple[Episode, PyTree]],
+    draw: Callable[[PyTree, str, Array, Key], tuple[PyTree, PyTree]],
     *,
     n_tasks: int,
     n_outputs: int,
@@ -42,7 +42,7 @@ def episode_stream(
     Args:
       owner: who speaks in errors.
       data: what `draw` reads.
-      draw: `(data, split, task, key) -> (Episode, y)`, without the axis of rows; it is vmapped.
+      draw: `(data, split, task, key) -> (x, y)`, x an `Episode` say, without the axis of rows; it is vmapped.
       n_tasks, n_outputs: `T` and `C`; all outputs are open to all rows.
       score, reorder: see `Stream`.
       steps: batches per task.
