@@ -32,6 +32,7 @@ from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
+from cl_zoo.models.decoder import Decoder, decoder
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
@@ -53,6 +54,7 @@ __all__ = [
     "Batch",
     "Component",
     "Context",
+    "Decoder",
     "Entry",
     "Episode",
     "FewShotImages",
@@ -76,6 +78,7 @@ __all__ = [
     "compose",
     "continual_backprop",
     "cross_entropy",
+    "decoder",
     "der",
     "drifting",
     "ema",

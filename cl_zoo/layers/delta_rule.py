@@ -11,7 +11,7 @@ from cl_zoo.layers.linear_attention import widen, zero_matrix
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, normalise, to_chunks
 from cl_zoo.types import Array, Key, PyTree, check_whole
 
-__all__ = ["delta_rule", "delta_rule_chunked", "delta_rule_step", "gated_delta_rule"]
+__all__ = ["delta_rule", "delta_rule_chunked", "delta_rule_step", "gated_delta_rule", "unit_triangular_inverse"]
 
 
 def delta_rule_chunked(
@@ -49,7 +49,7 @@ def delta_rule_chunked(
     scores = between * jnp.einsum("...td,...sd->...ts", q, k)
     system = beta * jnp.where(causal_mask(size, strict=True), between * jnp.einsum("...td,...sd->...ts", k, k), 0)
     right = beta * jnp.concatenate([v, jnp.exp(total) * k], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
+    solved = unit_triangular_inverse(system) @ right
     own, seen = solved[..., :e], solved[..., e:]
     read, write = jnp.exp(total) * q, jnp.exp(total[..., -1:, :] - total) * k
     whole = jnp.exp(total[..., -1:, :])
@@ -63,6 +63,33 @@ def delta_rule_chunked(
     start = jnp.zeros((*q.shape[1:-2], q.shape[-1], e), q.dtype)
     _, z = jax.lax.scan(step, start, (own, seen, read, write, scores, whole))
     return from_chunks(z, time)
+
+
+def unit_triangular_inverse(below: Array) -> Array:
+    """(I + below)^-1 of strictly lower-triangular `[..., C, C]`, by products of matrices alone.
+
+    Blocks on the diagonal double in size: the inverse of [[A, 0], [B, D]] is [[A^-1, 0], [-D^-1 B A^-1, D^-1]]. It is
+    as exact as substitution, which the sum of powers of `below` is not where keys are alike.
+
+    Example:
+      >>> unit_triangular_inverse(jnp.array([[0.0, 0.0], [3.0, 0.0]]))
+      Array([[ 1.,  0.],
+             [-3.,  1.]], dtype=float32)
+    """
+    size = below.shape[-1]
+    whole = 1 << (size - 1).bit_length()
+    below = jnp.pad(below, [(0, 0)] * (below.ndim - 2) + [(0, whole - size)] * 2)
+    inverse = jnp.ones((*below.shape[:-1], 1, 1), below.dtype)  # one block for each row
+    s = 1
+    while s < whole:
+        pairs = below.reshape((*below.shape[:-2], whole // (2 * s), 2, s, whole // (2 * s), 2, s))
+        off = jnp.einsum("...asat->...ast", pairs[..., :, 1, :, :, 0, :])
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -second @ off @ first
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+        s *= 2
+    return inverse[..., 0, :size, :size]
 
 
 def delta_rule_step(

@@ -37,6 +37,7 @@ class Mixer(NamedTuple):
 
     Attributes:
       name: of the layer.
+      width: D.
       init: `(key) -> params`.
       apply: `(params, x [B, T, D]) -> [B, T, D]`, the parallel form, for training; any T.
       start: `(params, batch_size, length, dtype) -> cache` of an empty sequence, for at most `length` tokens of
@@ -46,6 +47,7 @@ class Mixer(NamedTuple):
     """
 
     name: str
+    width: int
     init: Callable[[Key], PyTree]
     apply: Callable[[PyTree, Array], Array]
     start: Callable[..., PyTree]
@@ -246,4 +248,4 @@ def head_mixer(
         z, state = recur(params, cache.state, cache.position, q, k, v, x)
         return merge(params, z, x), HeadCache(cache.position + 1, recent, state)
 
-    return Mixer(name, init_all, apply, start_all, step)
+    return Mixer(name, width, init_all, apply, start_all, step)
