@@ -58,7 +58,7 @@ def decoder(
         weights stay in float32.
 
     Returns:
-      A `Decoder`; parameters `{"embedding": [V, D], "blocks": {"block_0": ..., ...}, "norm": ...}`, those of blocks with
+      A `Decoder`; parameters `{"embedding": [V, D], "blocks": {"block_0": ..., ...}, "norm": ...}`, those of blocks have
       a leading axis layers / P, for P mixers.
 
     Raises:
