@@ -36,6 +36,9 @@ from cl_zoo.models.decoder import Decoder, decoder
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
+from cl_zoo.streams.cifar import load_cifar10, load_cifar10_c
+from cl_zoo.streams.corrupted_images import conditions, corrupted_images
+from cl_zoo.streams.corruptions import CORRUPTIONS, NOISES, corrupt
 from cl_zoo.streams.episodes import few_shot, sinusoids, trajectories
 from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, load_omniglot
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
@@ -51,6 +54,8 @@ from cl_zoo.training.run_stream import run_stream, stream_program, sweep
 from cl_zoo.types import Batch, Component, Context, Episode, Learner, Model, Record, Stream, TaskInfo, TrainState
 
 __all__ = [
+    "CORRUPTIONS",
+    "NOISES",
     "Batch",
     "Component",
     "Context",
@@ -76,7 +81,10 @@ __all__ = [
     "cite",
     "cnn",
     "compose",
+    "conditions",
     "continual_backprop",
+    "corrupt",
+    "corrupted_images",
     "cross_entropy",
     "decoder",
     "der",
@@ -96,6 +104,8 @@ __all__ = [
     "icarl",
     "l2_init",
     "la_maml",
+    "load_cifar10",
+    "load_cifar10_c",
     "load_digits",
     "load_mini_imagenet",
     "load_omniglot",
