@@ -79,6 +79,8 @@ def decoder(
     for field, value in {"vocabulary": vocabulary, "layers": layers, "hidden": hidden}.items():
         check_whole("decoder", field, value, 1)
     widths = {mixer.width for mixer in mixers}
+    if not mixers:
+        raise ValueError("decoder: mixers is empty, but there must be at least one mixer")
     if len(widths) != 1:
         raise ValueError(f"decoder: mixers have the widths {sorted(widths)}, but all must have one")
     if layers % len(mixers):
