@@ -91,20 +91,24 @@ def normalise(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
 
 
-def rotary(x: Array, positions: Array, theta: float = 10_000.0) -> Array:
+def rotary(x: Array, positions: Array, theta: float = 10_000.0, period: int | None = None) -> Array:
     """Rotary positions: the pair (x_i, x_{i + d/2}) is turned by position * theta^(-2 i / d) radians.
 
     Args:
       x: `[..., T, d]`, d even.
       positions: `i32[T]`, or any shape that broadcasts to `x.shape[:-1]`.
       theta: the base of wavelengths.
+      period: positions are taken modulo this; None: as they are. So many sines are computed, and no more.
 
     Source: Su et al. 2021, arXiv 2104.09864; halves instead of neighbours are paired, as in Llama's Hugging Face code.
     """
     half = x.shape[-1] // 2
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    angle = positions[..., None].astype(wide) * theta ** (-jnp.arange(half, dtype=wide) / half)
+    table = positions if period is None else jnp.arange(period)
+    angle = table[..., None].astype(wide) * theta ** (-jnp.arange(half, dtype=wide) / half)
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    if period is not None:
+        cos, sin = cos[positions % period], sin[positions % period]
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 

@@ -92,7 +92,7 @@ def titans_chunked(
         z = read(layers, surprise, movement, inputs, found, q, activation)
         return move(layers, surprise, movement, inputs, found), z
 
-    _, z = jax.lax.scan(step, (list(weights), surprise), (q, k, v, movements))
+    _, z = jax.lax.scan(jax.checkpoint(step), (list(weights), surprise), (q, k, v, movements))
     return from_chunks(z, time)
 
 

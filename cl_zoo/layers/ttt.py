@@ -122,7 +122,8 @@ def ttt_chunked(
         z = read(layers, None, movement, inputs, found, q, activation)
         return move(layers, None, movement, inputs, found)[0], z
 
-    _, z = jax.lax.scan(step, list(weights), (q, k, v, rates))
+    # Computing a mini-batch again in the backward pass is faster than keeping all of it, and leaves the weights alone.
+    _, z = jax.lax.scan(jax.checkpoint(step), list(weights), (q, k, v, rates))
     return from_chunks(loss.answer(z, q), time)
 
 
@@ -231,8 +232,7 @@ def _ttt(
 
     def turned(q: Array, k: Array, v: Array, positions: Array) -> tuple[Array, Array, Array]:
         q, k, v = widen(q, k, v)
-        place = positions % mini_batch
-        return rotary(q, place, theta), rotary(k, place, theta), v
+        return rotary(q, positions, theta, mini_batch), rotary(k, positions, theta, mini_batch), v
 
     def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
         weights, row_rate, token_rate, loss = pieces(params, x)

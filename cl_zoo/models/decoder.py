@@ -58,8 +58,8 @@ def decoder(
         weights stay in float32.
 
     Returns:
-      A `Decoder`; parameters `{"embedding": [V, D], "blocks": {"block_0": ..., ...}, "norm": ...}`, those of blocks have
-      a leading axis layers / P, for P mixers.
+      A `Decoder` with parameters "embedding" `[V, D]`, "blocks", "norm", and "head" if untied. There is one entry of
+      "blocks" for each of P mixers, whose leaves have a leading axis layers / P.
 
     Raises:
       ValueError: sizes below 1, mixers of different widths, layers that are no multiple of their number; at the first

@@ -2,15 +2,15 @@
 
     python -m experiments.speed.sequence_layers          10 minutes on 2 cores, with nothing else running; one figure
 
-- "length": time per token of the parallel form, forward, from 1k to 16k tokens of one row. Linear time means one number.
+- "length": time per token of the parallel form, forward, from 1k to 16k tokens of one row. Linear time is one number.
 - "dual": TTT-Linear in its dual form, against a scan over tokens with weights written out (primal) and against chunked
   linear attention, which has fewer products and no chain from chunk to chunk: the cores alone, and whole layers with
   their projections; forward, and with the gradient of all parameters.
 - "decoding": time of one step of the recurrent form at positions 1k and 16k.
 
-Floors: operations counted by hand (a multiply-add is two) at the rate of a product of 1024 x 1024 matrices, and bytes of
-inputs, outputs and parameters at the bandwidth of adding two arrays, both measured here. All that is compared is timed in
-turn, round after round; medians of rounds.
+Floors: operations counted by hand (a multiply-add is two) at the rate of a product of 1024 x 1024 matrices, and bytes
+of inputs, outputs and parameters at the bandwidth of adding to an array, both measured here. All that is compared is
+timed in turn, round after round; medians of rounds.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ def dual(config: Config) -> dict[str, float]:
     for name, seconds in found.items():
         print(f"{name:44s}{1e3 * seconds:9.1f} ms")
     for part in ("core", "layer", "layer with gradient"):
-        ratio = found[f"TTT-Linear, dual{' core' if part == 'core' else ', ' + part}"] / found[f"linear attention, {part}"]
+        ratio = (
+            found[f"TTT-Linear, dual{' core' if part == 'core' else ', ' + part}"] / found[f"linear attention, {part}"]
+        )
         print(f"TTT-Linear, dual / linear attention, {part}: {ratio:.2f}")
     print(f"primal / dual, cores: {found['TTT-Linear, primal core'] / found['TTT-Linear, dual core']:.1f}")
     return found
@@ -240,7 +242,9 @@ def main(config: Config) -> None:
         found["microseconds_per_step"] = decoding(config)
     if config.record:
         device = jax.default_backend()
-        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("directory", "record")}
+        settings = {
+            key: value for key, value in dataclasses.asdict(config).items() if key not in ("directory", "record")
+        }
         path = Path(__file__).parent / "results" / f"sequence_layers_{device}.json"
         write_json(path, {"environment": environment(), "settings": settings, **found})
 
