@@ -134,7 +134,7 @@ def titans(
     depth: int = 2,
     chunk: int = 16,
     expansion: int = 2,
-    base_rate: Array | float = 0.1,
+    base_rate: Array | float = 0.02,
     momentum: bool = True,
     decay: bool = True,
     convolution: int = 0,
@@ -144,7 +144,7 @@ def titans(
         s_t = eta_t s_{t-1} - theta_t grad ||M(k_t) - v_t||^2;   M_t = (1 - alpha_t) M_{t-1} + s_t;   z_t = M_t(q_t)
         theta_t = base_rate sigmoid(x_t w + a),   eta_t = sigmoid(x_t w' + a'),   alpha_t = sigmoid(x_t w'' + a'')
 
-    s is the surprise, past and momentary; queries and keys are scaled to length 1. Gradients are taken at the memory
+    s is the surprise, past and momentary; queries and keys are scaled to length 1, values by 1 / sqrt(d). Gradients are taken at the memory
     from the start of a chunk. The memory that a sequence begins with is learned.
 
     Args:
@@ -152,8 +152,8 @@ def titans(
       depth: of the memory: 1, a matrix, or 2, with SiLU between.
       chunk: C, at least 1.
       expansion: hidden units of two layers, in widths of a head.
-      base_rate: the highest theta, at least 0 (0: the memory is never written); may be traced. The loss has no 1/2, so
-        a matrix that reads one key a chunk is stable below 1.
+      base_rate: the highest theta, at least 0 (0: the memory is never written); may be traced. A chunk's gradients add
+        up, and momentum adds to them: like tokens are stable while 2 C base_rate / (1 - eta) is below 2 or so.
       momentum, decay: False leaves out eta, and alpha.
       convolution: width of short convolutions of q, k and v; 0 for none.
 
@@ -167,7 +167,8 @@ def titans(
     Source: Behrouz et al. 2025, arXiv 2501.00663.
 
     Differences from the paper or its code: no code is published. Each head has a memory of its own; rates are one
-    number a head; no persistent tokens, no gate; heads' outputs are RMS-normalised. At the start alpha is about 0.02.
+    number a head; values are scaled, as a memory of two layers diverges on long ones; no persistent tokens, no gate;
+    heads' outputs are RMS-normalised. At the start alpha is about 0.02.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -212,7 +213,7 @@ def titans(
 
     def unit(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         q, k, v = widen(q, k, v)
-        return normalise(q), normalise(k), v
+        return normalise(q), normalise(k), v / v.shape[-1] ** 0.5
 
     def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
         return titans_chunked(*unit(q, k, v), memory(params, x.shape[0]), *rates(params, x), chunk=chunk)
