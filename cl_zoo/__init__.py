@@ -30,6 +30,14 @@ from cl_zoo.compose import compose
 from cl_zoo.estimators.tokens import next_token_loss, token_accuracy, token_losses
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
+from cl_zoo.layers.attention import softmax_attention, window_attention
+from cl_zoo.layers.catalogue import LayerEntry, layers
+from cl_zoo.layers.delta_rule import delta_rule, gated_delta_rule
+from cl_zoo.layers.lact import lact
+from cl_zoo.layers.linear_attention import gated_linear_attention, linear_attention
+from cl_zoo.layers.mixer import Mixer
+from cl_zoo.layers.titans import titans
+from cl_zoo.layers.ttt import ttt_linear, ttt_mlp
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.meta import episodic, with_learning_rates
@@ -57,7 +65,9 @@ __all__ = [
     "Episode",
     "FewShotImages",
     "LabelledImages",
+    "LayerEntry",
     "Learner",
+    "Mixer",
     "Mixing",
     "Model",
     "NonFiniteError",
@@ -76,6 +86,7 @@ __all__ = [
     "compose",
     "continual_backprop",
     "cross_entropy",
+    "delta_rule",
     "der",
     "drifting",
     "ema",
@@ -89,10 +100,15 @@ __all__ = [
     "fresh_dictionaries",
     "from_linen",
     "from_nnx",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "gdumb",
     "icarl",
     "l2_init",
     "la_maml",
+    "lact",
+    "layers",
+    "linear_attention",
     "load_digits",
     "load_mini_imagenet",
     "load_omniglot",
@@ -118,6 +134,7 @@ __all__ = [
     "sinusoids",
     "slda",
     "slowly_changing_regression",
+    "softmax_attention",
     "split_mnist",
     "squared_error",
     "stream_program",
@@ -125,10 +142,14 @@ __all__ = [
     "sweep",
     "synaptic_intelligence",
     "text_domains",
+    "titans",
     "token_accuracy",
     "token_losses",
     "trajectories",
+    "ttt_linear",
+    "ttt_mlp",
     "weight_interpolation",
+    "window_attention",
     "wise_ft",
     "with_learning_rates",
 ]
