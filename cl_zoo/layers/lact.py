@@ -9,7 +9,17 @@ import jax.numpy as jnp
 
 from cl_zoo.layers.attention import KeyValues, attend_window, empty_key_values, window_step
 from cl_zoo.layers.linear_attention import widen
-from cl_zoo.layers.mixer import Mixer, from_chunks, head_mixer, linear, normalise, rms_norm, rotary, to_chunks
+from cl_zoo.layers.mixer import (
+    Mixer,
+    from_chunks,
+    head_mixer,
+    head_width,
+    linear,
+    normalise,
+    rms_norm,
+    rotary,
+    to_chunks,
+)
 from cl_zoo.types import Array, Key, PyTree, check_whole
 
 __all__ = ["LactCache", "SwiGlu", "lact", "lact_chunked", "newton_schulz"]
@@ -201,7 +211,7 @@ def lact(
     if not base_rate > 0:
         raise ValueError(f"lact: base_rate is {base_rate!r}, but it must be above 0, as softplus gives it")
     seen = chunk if window is None else window
-    d = width // heads
+    d = head_width("lact", width, heads)
     h = expansion * d
 
     def init(key: Key) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cl_zoo.layers.fast_weights import FastLayer, Movement, forward, gradients, move, read, scaled, token_gradient
 from cl_zoo.layers.linear_attention import widen
-from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, normalise, to_chunks
+from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, linear, normalise, to_chunks
 from cl_zoo.types import Array, Key, PyTree, check_whole
 
 __all__ = ["TitansCache", "titans", "titans_chunked", "titans_start", "titans_step"]
@@ -178,7 +178,7 @@ def titans(
     check_whole("titans", "depth", depth, 1, 2)
     check_whole("titans", "chunk", chunk, 1)
     check_whole("titans", "expansion", expansion, 1)
-    d = width // heads
+    d = head_width("titans", width, heads)
     sizes = (d, d) if depth == 1 else (d, expansion * d, d)
     gates = {"rate": 0.0, **({"momentum": 0.0} if momentum else {}), **({"decay": -4.0} if decay else {})}
 
