@@ -30,6 +30,14 @@ from cl_zoo.compose import compose
 from cl_zoo.estimators.tokens import next_token_loss, token_accuracy, token_losses
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
+from cl_zoo.layers.attention import softmax_attention, window_attention
+from cl_zoo.layers.catalogue import LayerEntry, sequence_layers
+from cl_zoo.layers.delta_rule import delta_rule, gated_delta_rule
+from cl_zoo.layers.lact import lact
+from cl_zoo.layers.linear_attention import gated_linear_attention, linear_attention
+from cl_zoo.layers.mixer import Mixer
+from cl_zoo.layers.titans import titans
+from cl_zoo.layers.ttt import ttt_linear, ttt_mlp
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.decoder import Decoder, decoder
@@ -64,7 +72,9 @@ __all__ = [
     "Episode",
     "FewShotImages",
     "LabelledImages",
+    "LayerEntry",
     "Learner",
+    "Mixer",
     "Mixing",
     "Model",
     "NonFiniteError",
@@ -87,6 +97,7 @@ __all__ = [
     "corrupted_images",
     "cross_entropy",
     "decoder",
+    "delta_rule",
     "der",
     "drifting",
     "ema",
@@ -100,10 +111,14 @@ __all__ = [
     "fresh_dictionaries",
     "from_linen",
     "from_nnx",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "gdumb",
     "icarl",
     "l2_init",
     "la_maml",
+    "lact",
+    "linear_attention",
     "load_cifar10",
     "load_cifar10_c",
     "load_digits",
@@ -127,10 +142,12 @@ __all__ = [
     "reset_optimiser",
     "rotated_mnist",
     "run_stream",
+    "sequence_layers",
     "shrink_and_perturb",
     "sinusoids",
     "slda",
     "slowly_changing_regression",
+    "softmax_attention",
     "split_mnist",
     "squared_error",
     "stream_program",
@@ -138,10 +155,14 @@ __all__ = [
     "sweep",
     "synaptic_intelligence",
     "text_domains",
+    "titans",
     "token_accuracy",
     "token_losses",
     "trajectories",
+    "ttt_linear",
+    "ttt_mlp",
     "weight_interpolation",
+    "window_attention",
     "wise_ft",
     "with_learning_rates",
 ]

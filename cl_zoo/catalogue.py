@@ -32,6 +32,7 @@ from cl_zoo.algorithms.supervised import supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
+from cl_zoo.layers.catalogue import sequence_layers
 from cl_zoo.models.meta import with_learning_rates
 from cl_zoo.types import Component, Model
 
@@ -674,10 +675,10 @@ def catalogue() -> dict[str, Entry]:
 
 
 def cite(*names: str) -> str:
-    """BibTeX of the papers behind the named algorithms.
+    """BibTeX of the papers behind the named algorithms and layers.
 
     Args:
-      *names: keys of `catalogue()`.
+      *names: keys of `catalogue()` or `sequence_layers()`.
 
     Raises:
       ValueError: an unknown name; lists the known ones.
@@ -686,11 +687,11 @@ def cite(*names: str) -> str:
       >>> print(cite("lwf").splitlines()[0])
       @inproceedings{li2016learning,
     """
-    known = catalogue()
+    known = {name: entry.bibtex for entries in (catalogue(), sequence_layers()) for name, entry in entries.items()}
     for name in names:
         if name not in known:
-            raise ValueError(f"cite: no algorithm is named {name!r}; there are {', '.join(known)}")
-    return "\n\n".join(dict.fromkeys(known[name].bibtex for name in names))
+            raise ValueError(f"cite: no algorithm or layer is named {name!r}; there are {', '.join(known)}")
+    return "\n\n".join(dict.fromkeys(known[name] for name in names))
 
 
 def markdown_table() -> str:

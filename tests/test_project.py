@@ -3,19 +3,24 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cl_zoo.catalogue import catalogue, markdown_table
+from cl_zoo.layers import catalogue as layer_catalogue
 from experiments import ledger
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_shows_the_catalogue() -> None:
-    shown = re.search(r"<!-- catalogue.*?-->\n(.*?)\n<!-- end", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown and shown.group(1) == markdown_table()
+@pytest.mark.parametrize(
+    ("marker", "table"), [("catalogue", markdown_table), ("layers", layer_catalogue.markdown_table)]
+)
+def test_readme_shows_the_catalogues(marker: str, table: Callable[[], str]) -> None:
+    shown = re.search(rf"<!-- {marker}.*?-->\n(.*?)\n<!-- end", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown and shown.group(1) == table()
 
 
 def test_readme_code_runs() -> None:

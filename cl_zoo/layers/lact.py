@@ -9,7 +9,17 @@ import jax.numpy as jnp
 
 from cl_zoo.layers.attention import KeyValues, attend_window, empty_key_values, window_step
 from cl_zoo.layers.linear_attention import widen
-from cl_zoo.layers.mixer import Mixer, from_chunks, head_mixer, linear, normalise, rms_norm, rotary, to_chunks
+from cl_zoo.layers.mixer import (
+    Mixer,
+    from_chunks,
+    head_mixer,
+    head_width,
+    linear,
+    normalise,
+    rms_norm,
+    rotary,
+    to_chunks,
+)
 from cl_zoo.types import Array, Key, PyTree, check_whole
 
 __all__ = ["LactCache", "SwiGlu", "lact", "lact_chunked", "newton_schulz"]
@@ -58,7 +68,7 @@ def newton_schulz(matrix: Array, steps: int = 5) -> Array:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
-    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
+    x = x / (_norm(x, (-2, -1)) + 1e-7)
     for _ in range(steps):
         square = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * square + c * square @ square) @ x
@@ -77,9 +87,14 @@ def _gradient(weights: SwiGlu, k: Array, v: Array, rates: Array) -> SwiGlu:
     return SwiGlu(outer(k, pull(back * up)[0], 0), outer(k, back * active, 1), outer(active * up, -v, 2))
 
 
+def _norm(x: Array, axis: int | tuple[int, int]) -> Array:
+    """||x||; at 0 it is 1e-15, and has a gradient of 0, where that of a root is infinite."""
+    return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=axis, keepdims=True), 1e-30))
+
+
 def _norms(weights: SwiGlu) -> SwiGlu:
     """Of the weights of every output unit."""
-    return jax.tree.map(lambda w: jnp.linalg.norm(w, axis=-2, keepdims=True), weights)
+    return jax.tree.map(lambda w: _norm(w, -2), weights)
 
 
 def _write(
@@ -91,7 +106,7 @@ def _write(
     if muon:
         gradient = jax.tree.map(newton_schulz, gradient)
     moved = jax.tree.map(jnp.subtract, weights, gradient)
-    return jax.tree.map(lambda w, now, norm: w / (now + 1e-5) * norm, moved, _norms(moved), norms), momentum
+    return jax.tree.map(lambda w, now, norm: w / now * norm, moved, _norms(moved), norms), momentum
 
 
 def lact_chunked(
@@ -196,7 +211,7 @@ def lact(
     if not base_rate > 0:
         raise ValueError(f"lact: base_rate is {base_rate!r}, but it must be above 0, as softplus gives it")
     seen = chunk if window is None else window
-    d = width // heads
+    d = head_width("lact", width, heads)
     h = expansion * d
 
     def init(key: Key) -> dict[str, Any]:

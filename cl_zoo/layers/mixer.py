@@ -21,6 +21,7 @@ __all__ = [
     "causal_mask",
     "from_chunks",
     "head_mixer",
+    "head_width",
     "layer_norm",
     "linear",
     "normalise",
@@ -100,8 +101,13 @@ def rotary(x: Array, positions: Array, theta: float = 10_000.0, period: int | No
       theta: the base of wavelengths.
       period: positions are taken modulo this; None: as they are. So many sines are computed, and no more.
 
+    Raises:
+      ValueError: an odd d.
+
     Source: Su et al. 2021, arXiv 2104.09864; halves instead of neighbours are paired, as in Llama's Hugging Face code.
     """
+    if x.shape[-1] % 2:
+        raise ValueError(f"rotary: a head is {x.shape[-1]} wide, but it must be even, as pairs are turned")
     half = x.shape[-1] // 2
     wide = jnp.promote_types(x.dtype, jnp.float32)
     table = positions if period is None else jnp.arange(period)
@@ -139,6 +145,19 @@ def from_chunks(x: Array, time: int) -> Array:
     return x.reshape((*x.shape[:-3], -1, x.shape[-1]))[..., :time, :]
 
 
+def head_width(name: str, width: int, heads: int) -> int:
+    """d = D / H.
+
+    Raises:
+      ValueError: sizes below 1, heads that do not divide the width.
+    """
+    check_whole(name, "width", width, 1)
+    check_whole(name, "heads", heads, 1)
+    if width % heads:
+        raise ValueError(f"{name}: width is {width}, but it must be a multiple of heads, {heads}")
+    return width // heads
+
+
 def head_mixer(
     name: str,
     width: int,
@@ -172,16 +191,12 @@ def head_mixer(
     Raises:
       ValueError: sizes below 1, heads that do not divide the width, or kv_heads that do not divide the heads.
     """
-    check_whole(name, "width", width, 1)
-    check_whole(name, "heads", heads, 1)
+    d = head_width(name, width, heads)
     check_whole(name, "convolution", convolution, 0)
     shared = heads if kv_heads is None else kv_heads
     check_whole(name, "kv_heads", shared, 1)
-    if width % heads:
-        raise ValueError(f"{name}: width is {width}, but it must be a multiple of heads, {heads}")
     if heads % shared:
         raise ValueError(f"{name}: kv_heads is {shared}, but it must divide heads, {heads}")
-    d = width // heads
     sizes = {"query": width, "key": shared * d, "value": shared * d}
 
     def init_all(key: Key) -> PyTree:

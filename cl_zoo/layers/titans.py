@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cl_zoo.layers.fast_weights import FastLayer, Movement, forward, gradients, move, read, scaled, token_gradient
 from cl_zoo.layers.linear_attention import widen
-from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, normalise, to_chunks
+from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, linear, normalise, to_chunks
 from cl_zoo.types import Array, Key, PyTree, check_whole
 
 __all__ = ["TitansCache", "titans", "titans_chunked", "titans_start", "titans_step"]
@@ -144,8 +144,8 @@ def titans(
         s_t = eta_t s_{t-1} - theta_t grad ||M(k_t) - v_t||^2;   M_t = (1 - alpha_t) M_{t-1} + s_t;   z_t = M_t(q_t)
         theta_t = base_rate sigmoid(x_t w + a),   eta_t = sigmoid(x_t w' + a'),   alpha_t = sigmoid(x_t w'' + a'')
 
-    s is the surprise, past and momentary; queries and keys are scaled to length 1, values by 1 / sqrt(d). Gradients are taken at the memory
-    from the start of a chunk. The memory that a sequence begins with is learned.
+    s is the surprise, past and momentary; queries and keys are scaled to length 1, values by 1 / sqrt(d). Gradients
+    are taken at the memory from the start of a chunk. The memory that a sequence begins with is learned.
 
     Args:
       width, heads: D, and H that divides it.
@@ -179,7 +179,7 @@ def titans(
     check_whole("titans", "depth", depth, 1, 2)
     check_whole("titans", "chunk", chunk, 1)
     check_whole("titans", "expansion", expansion, 1)
-    d = width // heads
+    d = head_width("titans", width, heads)
     sizes = (d, d) if depth == 1 else (d, expansion * d, d)
     gates = {"rate": 0.0, **({"momentum": 0.0} if momentum else {}), **({"decay": -4.0} if decay else {})}
 

@@ -21,6 +21,7 @@ from cl_zoo.layers.mixer import (
     causal_mask,
     from_chunks,
     head_mixer,
+    head_width,
     layer_norm,
     linear,
     rotary,
@@ -315,11 +316,12 @@ def ttt_linear(
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 10, 8))).shape
       (1, 10, 8)
     """
+    d = head_width("ttt_linear", width, heads)
     return _ttt(
         "ttt_linear",
         width,
         heads,
-        sizes=(width // heads, width // heads),
+        sizes=(d, d),
         mini_batch=mini_batch,
         base_rate=base_rate,
         average=average,
@@ -369,7 +371,7 @@ def ttt_mlp(
       (1, 10, 8)
     """
     check_whole("ttt_mlp", "expansion", expansion, 1)
-    d = width // heads
+    d = head_width("ttt_mlp", width, heads)
     return _ttt(
         "ttt_mlp",
         width,

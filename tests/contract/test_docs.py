@@ -4,37 +4,44 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
 import cl_zoo
-from cl_zoo import catalogue, cite
+from cl_zoo import catalogue, cite, sequence_layers
 
+ENTRIES = dict(catalogue()) | dict(sequence_layers())
 MODULES = [module.name for module in pkgutil.walk_packages(cl_zoo.__path__, "cl_zoo.")]
 
 
-@pytest.mark.parametrize("name", list(catalogue()))
+@pytest.mark.parametrize("name", list(ENTRIES))
 def test_docstring_is_whole(name: str) -> None:
-    entry = catalogue()[name]
+    entry = ENTRIES[name]
     text = inspect.getdoc(entry.factory) or ""
     for section in ("Args:", "Returns:", "Raises:", "Source:", "Differences from the paper or its code:", "Example:"):
         assert section in text, f"{name}: no {section!r}"
+    described = set(re.findall(r"\w+", " ".join(re.findall(r"^  ((?:\w+, )*\w+):", text, re.MULTILINE))))
     for argument in inspect.signature(entry.factory).parameters:
-        assert f"{argument}:" in text, f"{name}: {argument} is not described"
+        assert argument in described, f"{name}: {argument} is not described"
     assert "=" in text.split("Args:")[0], f"{name}: no equation"
 
 
-@pytest.mark.parametrize("name", list(catalogue()))
+@pytest.mark.parametrize("name", list(ENTRIES))
 def test_paper_can_be_cited(name: str) -> None:
-    entry = catalogue()[name]
+    entry = ENTRIES[name]
     assert entry.bibtex.startswith("@") and "title=" in entry.bibtex and "year=" in entry.bibtex
     assert entry.bibtex in cite(name)
     assert entry.url.startswith("https://")
-    assert set(entry.numbers) <= set(entry.arguments)
+
+
+@pytest.mark.parametrize("name", list(catalogue()))
+def test_numbers_are_arguments(name: str) -> None:
+    assert set(catalogue()[name].numbers) <= set(catalogue()[name].arguments)
 
 
 def test_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="no algorithm is named 'ewcc'; there are supervised, ewc"):
+    with pytest.raises(ValueError, match="no algorithm or layer is named 'ewcc'; there are supervised, ewc"):
         cite("ewcc")
 
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "models": {"types", "layers"},
     "compose": {"types", "estimators", "buffers"},
     "algorithms": {"types", "shuffle", "estimators", "buffers", "compose"},
-    "catalogue": {"types", "algorithms", "models"},
+    "catalogue": {"types", "algorithms", "models", "layers"},
     "streams": {"types", "shuffle", "estimators", "buffers", "models", "compose", "algorithms", "catalogue"},
     "evaluation": {"types", "estimators", "buffers", "models", "compose", "algorithms", "catalogue", "streams"},
     "training": {"types", "evaluation", "streams", "compose", "algorithms", "catalogue", "models"},
