@@ -23,16 +23,21 @@ from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
+from cl_zoo.algorithms.tent import tent
+from cl_zoo.algorithms.ttt import crop_and_flip, ttt
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
+from cl_zoo.evaluation.adaptation import evaluate_adapting
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
+from cl_zoo.models.resnet import resnet26, resnet_tail
+from cl_zoo.models.rotation import with_rotation_head
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.episodes import few_shot, sinusoids, trajectories
 from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, load_omniglot
@@ -69,6 +74,7 @@ __all__ = [
     "cnn",
     "compose",
     "continual_backprop",
+    "crop_and_flip",
     "cross_entropy",
     "der",
     "drifting",
@@ -76,6 +82,7 @@ __all__ = [
     "enable_compilation_cache",
     "episodic",
     "evaluate",
+    "evaluate_adapting",
     "ewc",
     "few_shot",
     "fisher_merging",
@@ -102,6 +109,8 @@ __all__ = [
     "replay",
     "reptile",
     "reset_optimiser",
+    "resnet26",
+    "resnet_tail",
     "rotated_mnist",
     "run_stream",
     "shrink_and_perturb",
@@ -114,8 +123,11 @@ __all__ = [
     "supervised",
     "sweep",
     "synaptic_intelligence",
+    "tent",
     "trajectories",
+    "ttt",
     "weight_interpolation",
     "wise_ft",
     "with_learning_rates",
+    "with_rotation_head",
 ]
