@@ -33,10 +33,11 @@ class Cnn(nnx.Module):
         height, width, depth = shape
         self.shape = shape
         for i, features in enumerate(channels):
-            setattr(self, f"conv_{i}", nnx.Conv(depth, features, (3, 3), rngs=rngs))
+            # A bias before batch normalisation does nothing.
+            setattr(self, f"conv_{i}", nnx.Conv(depth, features, (3, 3), use_bias=norm != "batch", rngs=rngs))
             height, width, depth = height // 2, width // 2, features
         self.layers = len(channels)
-        self.hidden = nnx.Linear(height * width * depth, hidden, rngs=rngs)
+        self.hidden = nnx.Linear(height * width * depth, hidden, use_bias=norm != "batch", rngs=rngs)
         self.output = nnx.Linear(hidden, outputs, rngs=rngs)
         self.normed = norm is not None
         if norm is not None:
@@ -86,7 +87,8 @@ def cnn(
 
     Returns:
       A `Model`; parameters `{"conv_0": {"kernel": [3, 3, in, out], "bias": [out]}, ..., "hidden": ..., "output": ...}`,
-      and with a norm `"norm_0": {"scale": [out], "bias": [out]}` for each convolution and `hidden`. With several groups
+      and with a norm `"norm_0": {"scale": [out], "bias": [out]}` for each convolution and `hidden`, which have no
+      bias of their own before "batch". With several groups
       it names no units: those of different groups cannot change places.
 
     Raises:
@@ -118,7 +120,7 @@ def cnn(
     units = tuple(
         (
             ((here, "kernel"), 3 if here.startswith("conv") else 1, "out"),
-            ((here, "bias"), 0, "out"),
+            *(((here, "bias"), 0, "out") for _ in range(norm != "batch")),
             *(((f"norm_{i}", leaf), 0, "out") for leaf in ("scale", "bias") if norm),
             ((after, "kernel"), 2 if after.startswith("conv") else 0, "in"),
         )

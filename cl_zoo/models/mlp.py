@@ -39,6 +39,8 @@ class Mlp(nnx.Module):
                 )
             elif initialiser == "truncated_normal":
                 options["kernel_init"] = nnx.initializers.truncated_normal(0.01)
+            # A bias before batch normalisation does nothing: its gradient is rounding, which Adam would make steps of.
+            options["use_bias"] = name == "output" or norm != "batch"
             setattr(self, name, nnx.Linear(n_in, n_out, rngs=rngs, **options))
         self.names = tuple(names)
         self.normed = norm is not None
@@ -83,7 +85,7 @@ def mlp(
 
     Returns:
       A `Model`; parameters `{"hidden_0": {"kernel": [in, out], "bias": [out]}, ..., "output": ...}`, and with a norm
-      `"norm_0": {"scale": [out], "bias": [out]}` for each hidden layer.
+      `"norm_0": {"scale": [out], "bias": [out]}` for each hidden layer, which has no bias of its own before "batch".
 
     Raises:
       ValueError: sizes below 1, an unknown initialiser or norm.
@@ -107,7 +109,7 @@ def mlp(
     units = tuple(
         (
             ((here, "kernel"), 1, "out"),
-            ((here, "bias"), 0, "out"),
+            *(((here, "bias"), 0, "out") for _ in range(norm != "batch")),
             *(((f"norm_{i}", leaf), 0, "out") for leaf in ("scale", "bias") if norm),
             ((after, "kernel"), 0, "in"),
         )
