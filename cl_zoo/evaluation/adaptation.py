@@ -21,6 +21,7 @@ def evaluate_adapting(
     rows: int = 1,
     limit: int | None = None,
     together: int = 1,
+    by_row: bool = False,
 ) -> tuple[Array, TrainState]:
     """The mean score on every task of a stream, each test batch answered by `learner.adapt`. `evaluate` is without.
 
@@ -34,9 +35,10 @@ def evaluate_adapting(
       rows: of a test batch, in the stream's order.
       limit: rows of each task; None takes all.
       together: with reset="batch", test batches that are computed at once; more memory, less time.
+      by_row: give the score of every row, in the stream's order, and not their mean.
 
     Returns:
-      `f32[T]`; the state at the end with reset="never", else the given one.
+      `f32[T]`, or by row `f32[T, N]`, 0 for padding; the state at the end with reset="never", else the given one.
 
     Raises:
       ValueError: another reset, rows, limit or together below 1, together without reset="batch".
@@ -72,15 +74,19 @@ def evaluate_adapting(
         state, outputs = learner.adapt(state, batch)
         return state, stream.score(outputs, batch)
 
+    def summary(scores: Array, batches: Batch, n: int) -> Array:
+        return (scores * (batches.weight > 0)).ravel()[:n] if by_row else weighted_mean(scores, batches.weight)
+
     def on_task(start: TrainState, task: Array) -> tuple[TrainState, Array]:
-        batches = jax.tree.map(regrouped, stream.evaluation(data, task, split))
+        given = stream.evaluation(data, task, split)
+        n, batches = given.weight.ravel()[:limit].size, jax.tree.map(regrouped, given)
         if reset == "batch":
             scores = jax.lax.map(
                 lambda batch: one(start, batch)[1], batches, batch_size=together if together > 1 else None
             )
-            return start, weighted_mean(scores, batches.weight)
+            return start, summary(scores, batches, n)
         after, scores = jax.lax.scan(one, start, batches)
-        return after if reset == "never" else start, weighted_mean(scores, batches.weight)
+        return after if reset == "never" else start, summary(scores, batches, n)
 
     state, scores = jax.lax.scan(on_task, state, jnp.arange(stream.n_tasks, dtype=jnp.int32))
     return scores, state

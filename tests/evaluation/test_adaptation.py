@@ -103,6 +103,11 @@ def test_together_changes_nothing(made: Any) -> None:
     stream = soft(stream)
     one, together = (run(stream, learner, state, together=n)[0] for n in (1, 7))
     np.testing.assert_allclose(one, together, rtol=1e-5)
+    rows, _ = run(stream, learner, state, rows=8, by_row=True)
+    weight = np.stack([stream.evaluation(stream.data, task, "test").weight.ravel() for task in range(3)])
+    assert rows.shape == weight.shape
+    means, _ = run(stream, learner, state, rows=8)
+    np.testing.assert_allclose((rows * weight).sum(1) / weight.sum(1), means, rtol=1e-5)
 
 
 def test_without_adaptation_it_is_evaluate(made: Any) -> None:
