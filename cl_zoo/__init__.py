@@ -39,6 +39,9 @@ from cl_zoo.models.mlp import mlp
 from cl_zoo.models.resnet import resnet26, resnet_tail
 from cl_zoo.models.rotation import with_rotation_head
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
+from cl_zoo.streams.cifar import load_cifar10, load_cifar10_c
+from cl_zoo.streams.corrupted_images import conditions, corrupted_images
+from cl_zoo.streams.corruptions import CORRUPTIONS, NOISES, corrupt
 from cl_zoo.streams.episodes import few_shot, sinusoids, trajectories
 from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, load_omniglot
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
@@ -51,6 +54,8 @@ from cl_zoo.training.run_stream import run_stream, stream_program, sweep
 from cl_zoo.types import Batch, Component, Context, Episode, Learner, Model, Record, Stream, TaskInfo, TrainState
 
 __all__ = [
+    "CORRUPTIONS",
+    "NOISES",
     "Batch",
     "Component",
     "Context",
@@ -73,7 +78,10 @@ __all__ = [
     "cite",
     "cnn",
     "compose",
+    "conditions",
     "continual_backprop",
+    "corrupt",
+    "corrupted_images",
     "crop_and_flip",
     "cross_entropy",
     "der",
@@ -93,6 +101,8 @@ __all__ = [
     "icarl",
     "l2_init",
     "la_maml",
+    "load_cifar10",
+    "load_cifar10_c",
     "load_digits",
     "load_mini_imagenet",
     "load_omniglot",

@@ -21,13 +21,14 @@ steps and forgets them, "ttt online" one step an image and keeps them within a c
 
 Conditions are the 15 corruptions of CIFAR-10-C at 5 severities, 600 test images each, and two more kinds of noise.
 Standard "ttt" is slow: it answers every third image of the 15 noise conditions (5 noises at severities 1, 3 and 5), and
-so do all methods in the setting "noise, equal rows". Learning rates at test time are chosen on corrupted images that were
-held out of training, by the first seed, among those in `PROTOCOLS`, the papers' first.
+so do all methods in the setting "noise, equal rows". Learning rates at test time are chosen on corrupted images that
+were held out of training, by the first seed, among those in `PROTOCOLS`, the papers' first.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -47,7 +48,7 @@ from cl_zoo import (
     LabelledImages,
     Learner,
     Model,
-    Stream,
+    TaskInfo,
     TrainState,
     cnn,
     compose,
@@ -66,6 +67,7 @@ from cl_zoo.streams.cifar import load_cifar10
 from cl_zoo.streams.corrupted_images import conditions, corrupted_images
 from cl_zoo.streams.corruptions import CORRUPTIONS, NOISES
 from cl_zoo.training.run_directory import write_json
+from cl_zoo.types import Array, Key
 from experiments.common import RESULTS, load_images, record, settle_run, shown_command
 
 
@@ -157,16 +159,6 @@ class Config:
     """Write the result file that the ledger is made from."""
 
 
-class Grid(NamedTuple):
-    """Attributes:
-    stream: of one task for every condition.
-    conditions: its (corruption, severity) pairs.
-    """
-
-    stream: Stream
-    conditions: tuple[tuple[str, int], ...]
-
-
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
     if config.seeds < 1:
@@ -176,42 +168,274 @@ def main(config: Config) -> None:
     enable_compilation_cache()
     protocol = PROTOCOLS["smoke" if config.protocol == "smoke" else config.dataset]
     directory = Path(config.directory)
-    images = _images(config)
+    images = load(config)
     settle_run(directory, {"dataset": config.dataset, "protocol": json.loads(json.dumps(protocol._asdict()))}, images)
-    kept = len(images.train_labels) - protocol.held_out
-    options = {"rows": protocol.rows, "data_dir": config.corrupted_dir, "images": images}
-    grid = make_grid(CORRUPTIONS, protocol.severities, protocol.test_batch, **options)
     noises = [name for name in NOISES if config.corrupted_dir is None or name in CORRUPTIONS]
-    more = [name for name in noises if name not in CORRUPTIONS]
-    more_noise = make_grid(more, protocol.noise_severities, protocol.test_batch, **options) if more else None
-    equal = make_grid(noises, protocol.noise_severities, protocol.test_batch, **options)
-    equal = equal._replace(stream=thinned(equal.stream, protocol.every))
+    asked = [(CORRUPTIONS, protocol.severities)]
+    if others := [name for name in noises if name not in CORRUPTIONS]:
+        asked.append((others, protocol.noise_severities))
+    options = {"data_dir": config.corrupted_dir, "batch_size": protocol.test_batch, "rows": protocol.rows}
+    everything = Conditions(images, asked, **options)
+    some = Conditions(images, [(noises, protocol.noise_severities)], every=protocol.every, **options)
 
-    folder = directory / "cells"
-    rates: dict[str, float] = {}
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in config.methods}
+    rates: dict[str, float] = {}
     with tqdm(total=config.seeds * len(config.methods), unit="run") as bar:
         for seed in range(config.seeds):
-            train = _Nets(config, protocol, images, kept, seed)
+            nets = functools.cache(functools.partial(trained, config, protocol, images, seed))
             if seed == 0:
-                rates = choose_rates(folder / "rates.json", protocol, images, kept, train, config.methods)
+                rates = chosen_rates(config, protocol, images, nets, directory)
             for method in config.methods:
                 bar.set_description(method)
-                path = folder / f"{method}-{seed}.json".replace(" ", "_")
+                path = directory / "cells" / f"{method}-{seed}.json".replace(" ", "_")
                 if not path.exists():
+                    state = nets(NETS.get(method, "joint"))
                     begun = time.perf_counter()
-                    net, state = train(NETS.get(method, "joint"))
-                    answers = answering(method, net, protocol, rates.get(method, 0.0))
-                    errors = {
-                        name: error_rows(answers, each, state, method, protocol).mean(1).tolist()
-                        for name, each in (("grid", grid), ("more noise", more_noise), ("equal", equal))
-                        if each is not None and (method != "ttt" or name == "equal")
+                    asked_of = some if method == "ttt" else everything
+                    rows = asked_of.errors(config, protocol, method, rates.get(method, 0.0), state)
+                    # Over all rows of a condition, and over those that every method answers.
+                    errors: dict[str, tuple[float | None, float]] = {
+                        name: (None, float(each.mean()))
+                        if method == "ttt"
+                        else (float(each.mean()), float(each[:: protocol.every].mean()))
+                        for name, each in rows.items()
                     }
-                    if method != "ttt":  # online, all images of a condition come before its last
-                        errors["equal"] = _equal_rows(answers, grid, more_noise, equal, state, method, protocol)
                     write_json(path, {"errors": errors, "seconds": time.perf_counter() - begun})
                 found[method].append(json.loads(path.read_text()))
                 bar.update()
-    cells = summary(found, config)
-    print(shown(cells, config.seeds))
-    print(f"figure: {figure(found, grid, equal, directory)}")
+    settings = summary(found, config, some.names)
+    print(f"\n{table(settings)}\n\nlearning rates at test time: {rates}")
+    print(f"figure: {figure(found, everything.names, directory)}")
+    name = "corrupted_digits" if config.dataset == "mnist" else "corrupted_cifar10"
+    path = RESULTS / f"{name}.json" if config.record else directory / "results.json"
+    notes = {key: _interval(cell["scores"]) for key, cell in settings.items()}
+    for (setting, method), note in notes.items():
+        if method in rates:
+            notes[setting, method] = f"{note}; rate {rates[method]:g}"
+    missing = [key for key in PUBLISHED if key not in settings]
+    benchmark = "corrupted MNIST, error" if config.dataset == "mnist" else "CIFAR-10-C, error"
+    command = shown_command("experiments.corrupted_digits", sys.argv[1:])
+    more = {"lower_is_better": True, "not_attempted": missing}
+    record(name, benchmark, command, settings, PUBLISHED, notes, path, **more)
+    print(f"results: {path}")
+
+
+def load(config: Config) -> LabelledImages:
+    """The images, or one line that says what is wrong with their files."""
+    if config.dataset == "mnist":
+        return load_images(config.data_dir, config.source)
+    try:
+        return load_cifar10(config.data_dir, "tfds" if config.source == "tfds" else None)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+class Conditions:
+    """Test images under corruptions, made once.
+
+    Args:
+      images: of which the test images are corrupted.
+      asked: pairs of corruptions and severities.
+      every: keep one row in so many.
+      options: of `corrupted_images`.
+    """
+
+    def __init__(self, images: LabelledImages, asked: list[tuple[Any, Any]], *, every: int = 1, **options: Any):
+        self.every, self.streams, self.names = every, [], []
+        for corruptions, severities in asked:
+            self.names += [f"{name}/{severity}" for name, severity in conditions(corruptions, severities)]
+            self.streams.append(corrupted_images(images, corruptions=corruptions, severities=severities,
+                                                 evaluation_batch=options["rows"], **options))  # fmt: skip
+
+    def errors(
+        self, config: Config, protocol: Protocol, method: str, rate: float, state: TrainState
+    ) -> dict[str, np.ndarray]:
+        """Whether each row of each condition is answered wrongly, in percent."""
+        found = []
+        for stream in self.streams:
+            answers = learner(config, protocol, method, stream.tasks, rate)
+            thinned = stream._replace(evaluation=lambda *asked, stream=stream: jax.tree.map(
+                lambda leaf: leaf[:, :: self.every], stream.evaluation(*asked)))  # fmt: skip
+            online = method in ("ttt online", "tent", "norm")
+            rows = 1 if method.startswith("ttt") else protocol.test_batch
+            program = jax.jit(lambda data, state, answers=answers, thinned=thinned, online=online, rows=rows:
+                evaluate_adapting(answers, thinned, data, state, reset="task" if online else "batch", rows=rows,
+                                  by_row=True)[0])  # fmt: skip
+            found.append(100 * (1 - np.asarray(program(stream.data, state))))
+        return dict(zip(self.names, np.concatenate(found), strict=True))
+
+
+def model(config: Config, kind: str) -> Model:
+    """The network of a kind: "baseline" and "batch" have one head, "joint" has two."""
+    norm = "batch" if kind == "batch" else "group"
+    if config.dataset == "cifar10":
+        scaled = lambda x: x.astype(jnp.float32) / 127.5 - 1  # noqa: E731
+        net, tail = resnet26((32, 32, 3), 10, norm=norm, preprocess=scaled), resnet_tail(4, norm=norm)
+        return with_rotation_head(net, tail, "group_3") if kind == "joint" else net
+    options: dict[str, Any] = {"hidden": 32, "norm": norm, "groups": 2, "patches": True}
+    net, head = cnn((28, 28), 10, channels=(8, 16), **options), cnn((14, 14, 8), 4, channels=(16,), **options)
+    return with_rotation_head(net, head, "conv_1") if kind == "joint" else net
+
+
+def learner(
+    config: Config, protocol: Protocol, method: str, tasks: TaskInfo | None, rate: float = 0.0, size: int = 1
+) -> Learner:
+    """What learns, or what answers: the components of a method in testing, of its net ("joint", ...) in training."""
+    kind = NETS.get(method, "joint")
+    steps = protocol.epochs * (size // protocol.batch)  # of training; the rate's schedule is not used in testing
+    schedule = optax.piecewise_constant_schedule(protocol.learning_rate, {steps // 2: 0.1, 5 * steps // 6: 0.1})
+    optimiser = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
+    components = [supervised()]
+    if kind == "joint":
+        augment = crop_and_flip(protocol.pad, protocol.flip)
+        n = {"ttt": protocol.steps, "ttt online": 1}.get(method, 0)
+        components.append(ttt(rate, steps=n, views=protocol.views, augment=augment))
+    if method in ("batch", "norm", "tent"):
+        components.append(tent(rate))
+    return compose(model(config, kind), optimiser, *components, tasks=tasks)
+
+
+def trained(config: Config, protocol: Protocol, images: LabelledImages, seed: int, kind: str) -> TrainState:
+    """A net after training on all images but the last ones, which are held out."""
+    kept = len(images.train_labels) - protocol.held_out
+    teacher = learner(config, protocol, kind, None, size=kept)
+    augment = crop_and_flip(protocol.pad, protocol.flip)
+
+    def batch(x: Array, y: Array, key: Key) -> Batch:
+        return Batch(augment(x, key), y, None, jnp.ones(y.shape[0]))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def epoch(state: TrainState, x: Array, y: Array, key: Key) -> TrainState:
+        order = jax.random.permutation(key, kept)[: kept // protocol.batch * protocol.batch]
+
+        def step(state: TrainState, index: Array) -> tuple[TrainState, None]:
+            return teacher.update(state, batch(x[index], y[index], jax.random.fold_in(key, state.step)))[0], None
+
+        return jax.lax.scan(step, state, order.reshape((-1, protocol.batch)))[0]
+
+    x, y = jnp.asarray(images.train_images[:kept]), jnp.asarray(images.train_labels[:kept], jnp.int32)
+    keys = jax.random.split(jax.random.key(seed), protocol.epochs + 1)
+    state = jax.jit(teacher.init)(keys[0], batch(x[:1], y[:1], keys[0]))
+    for key in keys[1:]:
+        state = epoch(state, x, y, key)
+    return state
+
+
+def chosen_rates(
+    config: Config, protocol: Protocol, images: LabelledImages, nets: Callable[[str], TrainState], directory: Path
+) -> dict[str, float]:
+    """Of each method that has several, the one of least mean error over all corruptions at the strongest severity of
+    images held out of training."""
+    path = directory / "cells" / "rates.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    held_out = LabelledImages(
+        images.train_images[:0],
+        images.train_labels[:0],
+        *(each[len(each) - protocol.held_out :] for each in images[:2]),
+    )
+    for method in [method for method in config.methods if method in protocol.rates]:
+        rates = protocol.rates[method]
+        if method in kept or len(rates) == 1:
+            kept.setdefault(method, {"chosen": rates[0]})
+            continue
+        rows = protocol.search_rows[method]
+        test = Conditions(held_out, [(CORRUPTIONS, protocol.severities[-1:])], rows=rows,
+                          batch_size=min(protocol.test_batch, rows))  # fmt: skip
+        state = nets(NETS.get(method, "joint"))
+        errors = [np.mean(list(test.errors(config, protocol, method, rate, state).values())) for rate in rates]
+        kept[method] = {
+            "chosen": rates[int(np.argmin(errors))],
+            "tried": dict(zip(map(str, rates), errors, strict=True)),
+        }
+        write_json(path, kept)
+    return {method: each["chosen"] for method, each in kept.items()}
+
+
+def summary(
+    found: dict[str, list[dict[str, Any]]], config: Config, noisy: list[str]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Scores of the ledger's rows, `[S]` each, by setting and method."""
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(setting: str, method: str, names: list[str], which: int) -> None:
+        runs = found[method]
+        scores = [np.mean([run["errors"][name][which] for name in names]) for run in runs]
+        cells[setting, method] = {"scores": np.array(scores), "seconds": [run["seconds"] for run in runs]}
+
+    whole = [method for method in found if method != "ttt"]
+    if config.dataset == "cifar10":
+        for name in CORRUPTIONS:
+            for method in found:
+                if f"{name}/5" in found[method][0]["errors"]:
+                    add(f"CIFAR-10-C, severity 5, {name}", method, [f"{name}/5"], 1)
+        for method in whole:
+            add("CIFAR-10-C, severity 5, mean of 15", method, [f"{name}/5" for name in CORRUPTIONS], 0)
+        return cells
+    for method in found:
+        add("noise, equal rows", method, noisy, 1)
+    for family, members in {**FAMILIES, "all 15": slice(None)}.items():
+        for method in whole:
+            names = [name for name in found[method][0]["errors"] if name.split("/")[0] in CORRUPTIONS[members]]
+            add(family, method, names, 0)
+    return cells
+
+
+def _interval(scores: np.ndarray) -> str:
+    s = statistics(scores)
+    return f"95 % interval ± {T_975.get(s.n, 1.96) * s.sem:.2f}" if s.n > 1 else ""
+
+
+def table(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Error in percent: mean and half of its 95 % interval over seeds."""
+    settings, methods = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    lines = [f"{'error (%)':<36s}" + "".join(f"{method:>16s}" for method in methods)]
+    for setting in settings:
+        row = f"{setting:<36s}"
+        for method in methods:
+            if (setting, method) not in cells:
+                row += f"{'':>16s}"
+                continue
+            s = statistics(cells[setting, method]["scores"])
+            row += f"{s.mean:>9.2f} ± {T_975.get(s.n, 1.96) * s.sem:4.2f}" if s.n > 1 else f"{s.mean:>9.2f}       "
+        lines.append(row)
+    return "\n".join(lines)
+
+
+def figure(found: dict[str, list[dict[str, Any]]], names: list[str], directory: Path) -> Path:
+    """Mean error by corruption and severity, a panel for each method; what it did not answer is left white."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    corruptions = list(dict.fromkeys(name.split("/")[0] for name in names))
+    severities = sorted({int(name.split("/")[1]) for name in names})
+    drawn, axes = plt.subplots(
+        1, len(found), figsize=(2.2 + 1.7 * len(found), 5.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    image = None
+    for panel, (method, runs) in zip(axes[0], found.items(), strict=True):
+        errors = np.full((len(corruptions), len(severities)), np.nan)
+        for name in runs[0]["errors"].items():
+            corruption, severity = name.split("/")
+            values = [next(v for v in run["errors"][name] if v is not None) for run in runs]
+            errors[corruptions.index(corruption), severities.index(int(severity))] = np.mean(values)
+        image = panel.imshow(errors, vmin=0, vmax=60, cmap="viridis_r", aspect="auto")
+        panel.set_title(method, fontsize=9)
+        panel.set_xticks(range(len(severities)), severities)
+        panel.set_yticks(range(len(corruptions)), [name.replace("_", " ") for name in corruptions], fontsize=8)
+        for (row, column), value in np.ndenumerate(errors):
+            if np.isfinite(value):
+                colour = "white" if value > 35 else "black"
+                panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
+    axes[0, 0].set_ylabel("corruption")
+    drawn.supxlabel("severity", fontsize=9)
+    drawn.colorbar(image, ax=axes, label="error (%)", extend="max")
+    path = directory / "errors.png"
+    drawn.savefig(path, dpi=150)
+    plt.close(drawn)
+    return path
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -71,7 +71,13 @@ _SEVERITIES: dict[str, tuple] = {
     "brightness": (0.05, 0.10, 0.15, 0.20, 0.30),  # added to the HSV value
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor
     # strength and sigma of the displacements, shift of three points; shares of the image's side
-    "elastic_transform": ((0.0, 0.0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+    "elastic_transform": (
+        (0.0, 0.0, 0.08),
+        (0.05, 0.2, 0.07),
+        (0.08, 0.06, 0.06),
+        (0.1, 0.04, 0.05),
+        (0.1, 0.03, 0.03),
+    ),
     "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),  # share of the resolution kept
     "jpeg_compression": (80, 65, 58, 50, 40),  # quality
 }
@@ -104,8 +110,8 @@ def corrupt(images: Array, name: str, severity: int, key: Key) -> Array:
       - Grey images: luma alone is coded in JPEG; brightness adds to the grey value, which is the HSV value of a grey
         pixel, and snow whitens by it; frost has no tint. All else treats channels alike.
       - Frost: drawn, as crystals with bright edges and feathers over a cloud. The original crops photographs of ice.
-      - Glass blur: each pixel takes the value of a neighbour up and left of it, or keeps its own. The code means to swap
-        the two, but on colour images its swap copies; so it does here on grey ones too.
+      - Glass blur: each pixel takes the value of a neighbour up and left of it, or keeps its own. The code means to
+        swap the two, but on colour images its swap copies; so it does here, on grey ones too.
       - Results are rounded. The original cuts decimals off, which darkens by half a grey level, and rounds inside glass
         blur, motion blur and snow too.
       - Other sizes than 32 x 32: shifts of `elastic_transform` and the resolution of `pixelate` grow with the image;
@@ -123,8 +129,8 @@ def corrupt(images: Array, name: str, severity: int, key: Key) -> Array:
         raise ValueError(f"{owner}: images are {images.dtype}, but they must be uint8, from 0 to 255")
     if not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))):
         raise ValueError(
-            f"{owner}: images have shape {images.shape}, but it must be [N, height, width], or [N, height, width, C] with"
-            " C 1 or 3"
+            f"{owner}: images have shape {images.shape}, but it must be [N, height, width], or [N, height, width, C]"
+            " with C 1 or 3"
         )
     n = images.shape[0]
     if key.ndim > 0 and key.shape != (n,):
@@ -235,8 +241,9 @@ def _ice(key: Key, height: int, width: int) -> Array:
 
 def _fog(image: Array, constants: tuple[float, float], key: Key) -> Array:
     weight, decay = constants
+    height, width = image.shape[:2]
     brightest = jnp.max(image)
-    cloud = plasma(key, *image.shape[:2], decay)[..., None]
+    cloud = plasma(key, height, width, decay)[..., None]
     return (image + weight * cloud) * brightest / (brightest + weight)
 
 

@@ -1,4 +1,4 @@
-"""What image corruptions are made of: resampling as matrices, blurs, a plasma, JPEG. One image `f32[H, W, C]` at a time.
+"""What image corruptions are made of: resampling, blurs, a plasma, JPEG; one image `f32[H, W, C]` at a time.
 
 A separable linear filter is a pair of matrices, made in NumPy, since they depend on shapes alone: `filtered` applies
 them.
@@ -33,7 +33,7 @@ def filtered(image: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
 
 
 def gaussian_matrix(size: int, sigma: float, truncate: float, mode: str) -> np.ndarray:
-    """`[size, size]`, a Gaussian blur along an axis, cut off at `truncate` sigma, the border padded as `np.pad` does."""
+    """`[size, size]`, a Gaussian blur along an axis, cut off at `truncate` sigma, borders padded as by `np.pad`."""
     radius = int(truncate * sigma + 0.5)
     if radius == 0:
         return np.eye(size)
