@@ -185,7 +185,7 @@ def record(
     not_attempted: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of `score` in
-    percent. Where lower is better, scores are errors. Cells of `published` that are not attempted are rows without ours.
+    percent. Where lower is better, scores are errors. Published cells that are not attempted get rows without ours.
     """
     rows = []
     for (setting, method), cell in found.items():

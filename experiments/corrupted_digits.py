@@ -15,9 +15,9 @@ training step of 32 views (online) or ten (standard). "baseline", "joint" and "t
 the rotation head branches off after the first convolution, a second convolution and 32 hidden units of its own.
 "source", "norm" and "tent" share one with batch normalisation. All learn with crops of 2 pixels and without flips, as a
 mirrored 2 is no 2. Quarter turns are a fair task for digits, though not one that can be learnt perfectly: half a turn
-leaves 0, 1 and 8 as they are, and makes a 6 a 9. A test image gets `views` crops, each turned at random; "ttt" takes ten
-steps and forgets them, "ttt online" one step an image and keeps them within a condition; "tent" learns from batches of
-100 within a condition, "norm" answers by their statistics alone, "source" by those of training.
+leaves 0, 1 and 8 as they are, and makes a 6 a 9. In each step a test image gives 32 crops, each turned at random; "ttt"
+takes ten steps and forgets them, "ttt online" one step an image and keeps them within a condition; "tent" learns from
+batches of 100 within a condition, "norm" answers by their statistics alone, "source" by those of training.
 
 Conditions are the 15 corruptions of CIFAR-10-C at 5 severities, 600 test images each, and two more kinds of noise.
 Standard "ttt" is slow: it answers every third image of the 15 noise conditions (5 noises at severities 1, 3 and 5), and
@@ -116,7 +116,10 @@ PROTOCOLS = {
                               rates=_RATES | {"ttt": (1e-3,), "ttt online": (1e-3,)}),
 }  # fmt: skip
 METHODS = ("baseline", "joint", "ttt", "ttt online", "source", "norm", "tent")
-NETS = {"baseline": "baseline", "source": "batch", "norm": "batch", "tent": "batch"}  # all else: "joint"
+# Which net answers in a method; nets are called as methods are that only answer.
+NETS = dict.fromkeys(("joint", "ttt", "ttt online"), "joint") | dict.fromkeys(("source", "norm", "tent"), "batch") | {
+    net: net for net in ("baseline", "batch")
+}  # fmt: skip
 FAMILIES = {"noise": slice(0, 3), "blur": slice(3, 7), "weather": slice(7, 11), "digital": slice(11, 15)}
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -170,6 +173,7 @@ def main(config: Config) -> None:
     directory = Path(config.directory)
     images = load(config)
     settle_run(directory, {"dataset": config.dataset, "protocol": json.loads(json.dumps(protocol._asdict()))}, images)
+    (directory / "cells").mkdir(exist_ok=True)
     noises = [name for name in NOISES if config.corrupted_dir is None or name in CORRUPTIONS]
     asked = [(CORRUPTIONS, protocol.severities)]
     if others := [name for name in noises if name not in CORRUPTIONS]:
@@ -189,7 +193,7 @@ def main(config: Config) -> None:
                 bar.set_description(method)
                 path = directory / "cells" / f"{method}-{seed}.json".replace(" ", "_")
                 if not path.exists():
-                    state = nets(NETS.get(method, "joint"))
+                    state = nets(NETS[method])
                     begun = time.perf_counter()
                     asked_of = some if method == "ttt" else everything
                     rows = asked_of.errors(config, protocol, method, rates.get(method, 0.0), state)
@@ -281,7 +285,7 @@ def learner(
     config: Config, protocol: Protocol, method: str, tasks: TaskInfo | None, rate: float = 0.0, size: int = 1
 ) -> Learner:
     """What learns, or what answers: the components of a method in testing, of its net ("joint", ...) in training."""
-    kind = NETS.get(method, "joint")
+    kind = NETS[method]
     steps = protocol.epochs * (size // protocol.batch)  # of training; the rate's schedule is not used in testing
     schedule = optax.piecewise_constant_schedule(protocol.learning_rate, {steps // 2: 0.1, 5 * steps // 6: 0.1})
     optimiser = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
@@ -339,10 +343,10 @@ def chosen_rates(
             kept.setdefault(method, {"chosen": rates[0]})
             continue
         rows = protocol.search_rows[method]
-        test = Conditions(held_out, [(CORRUPTIONS, protocol.severities[-1:])], rows=rows,
+        test = Conditions(held_out, [(CORRUPTIONS, protocol.severities[-1:])], rows=rows, progress=False,
                           batch_size=min(protocol.test_batch, rows))  # fmt: skip
-        state = nets(NETS.get(method, "joint"))
-        errors = [np.mean(list(test.errors(config, protocol, method, rate, state).values())) for rate in rates]
+        state = nets(NETS[method])
+        errors = [float(np.mean(list(test.errors(config, protocol, method, rate, state).values()))) for rate in rates]
         kept[method] = {
             "chosen": rates[int(np.argmin(errors))],
             "tried": dict(zip(map(str, rates), errors, strict=True)),
@@ -416,7 +420,7 @@ def figure(found: dict[str, list[dict[str, Any]]], names: list[str], directory: 
     image = None
     for panel, (method, runs) in zip(axes[0], found.items(), strict=True):
         errors = np.full((len(corruptions), len(severities)), np.nan)
-        for name in runs[0]["errors"].items():
+        for name in runs[0]["errors"]:
             corruption, severity = name.split("/")
             values = [next(v for v in run["errors"][name] if v is not None) for run in runs]
             errors[corruptions.index(corruption), severities.index(int(severity))] = np.mean(values)

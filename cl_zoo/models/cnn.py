@@ -90,8 +90,8 @@ def cnn(
       norm: of each hidden pre-activation, before the ReLU: "batch", with running statistics in `model_state`; "group";
         or None.
       groups: of channels, for norm="group".
-      patches: convolve by a matrix product over patches: the same up to rounding, and on a CPU several times faster inside
-        a `scan`, whose gradients of convolutions XLA compiles badly there.
+      patches: convolve by a matrix product over patches: the same up to rounding, and on a CPU several times faster
+        inside a `scan`, where XLA compiles the gradients of convolutions badly.
       preprocess: of x; by default uint8 images become floats in [0, 1] and floats stay.
 
     Returns:

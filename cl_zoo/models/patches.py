@@ -15,8 +15,8 @@ def convolve(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
     """A convolution `[B, H, W, in]`, `[h, w, in, out]` of stride 1 that keeps height and width, as one matrix product
     over patches. To be given to `nnx.Conv` as `conv_general_dilated`.
 
-    Same numbers up to rounding. Inside a `scan`, XLA's backend for CPUs makes gradients of a small convolution ten times
-    slower than outside, and this as fast; on accelerators it only takes more memory.
+    Same numbers up to rounding. Inside a `scan`, XLA's backend for CPUs makes gradients of a small convolution ten
+    times slower than outside, and this as fast; on accelerators it only takes more memory.
 
     Example:
       >>> x = jnp.arange(4.0).reshape((1, 2, 2, 1))
