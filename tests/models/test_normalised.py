@@ -103,6 +103,19 @@ def test_rows_of_weight_zero_take_no_part_in_statistics(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(train(X, 0 * weight)))
 
 
+def test_convolution_by_patches_is_the_same():
+    x = np.random.default_rng(0).integers(0, 256, (3, 7, 6, 2)).astype(np.uint8)
+    plain, by_patches = (cnn((7, 6, 2), 3, channels=(4, 3), hidden=5, patches=patches) for patches in (False, True))
+    params, state = start(plain, x)
+    same_bytes(jax.jit(plain.init)(KEY, x), jax.jit(by_patches.init)(KEY, x))
+
+    def found(model):
+        loss = lambda p: jnp.sum(model.apply(p, state, x)[0] ** 2)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params), jax.jit(lambda p: model.apply(p, state, x)[2])(params)
+
+    close(found(by_patches), found(plain), 1e-4, 1e-4)
+
+
 def test_residual_network():
     model = resnet26((8, 8, 3), 5, depth=8)
     params, state = jax.jit(model.init)(KEY, COLOUR)
