@@ -48,6 +48,7 @@ from cl_zoo import (
     LabelledImages,
     Learner,
     Model,
+    Stream,
     TaskInfo,
     TrainState,
     cnn,
@@ -180,7 +181,7 @@ def main(config: Config) -> None:
         asked.append((others, protocol.noise_severities))
     options = {"data_dir": config.corrupted_dir, "batch_size": protocol.test_batch, "rows": protocol.rows}
     everything = Conditions(images, asked, **options)
-    some = Conditions(images, [(noises, protocol.noise_severities)], every=protocol.every, **options)
+    noisy = [f"{name}/{severity}" for name in noises for severity in protocol.noise_severities]
 
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in config.methods}
     rates: dict[str, float] = {}
@@ -195,8 +196,8 @@ def main(config: Config) -> None:
                 if not path.exists():
                     state = nets(NETS[method])
                     begun = time.perf_counter()
-                    asked_of = some if method == "ttt" else everything
-                    rows = asked_of.errors(config, protocol, method, rates.get(method, 0.0), state)
+                    part = {"only": noisy, "every": protocol.every} if method == "ttt" else {}
+                    rows = everything.errors(config, protocol, method, rates.get(method, 0.0), state, **part)
                     # Over all rows of a condition, and over those that every method answers.
                     errors: dict[str, tuple[float | None, float]] = {
                         name: (None, float(each.mean()))
@@ -207,7 +208,7 @@ def main(config: Config) -> None:
                     write_json(path, {"errors": errors, "seconds": time.perf_counter() - begun})
                 found[method].append(json.loads(path.read_text()))
                 bar.update()
-    settings = summary(found, config, some.names)
+    settings = summary(found, config, noisy)
     print(f"\n{table(settings)}\n\nlearning rates at test time: {rates}")
     print(f"figure: {figure(found, everything.names, directory)}")
     name = "corrupted_digits" if config.dataset == "mnist" else "corrupted_cifar10"
@@ -235,38 +236,62 @@ def load(config: Config) -> LabelledImages:
 
 
 class Conditions:
-    """Test images under corruptions, made once.
+    """Images under corruptions, made once.
 
     Args:
       images: of which the test images are corrupted.
       asked: pairs of corruptions and severities.
-      every: keep one row in so many.
       options: of `corrupted_images`.
     """
 
-    def __init__(self, images: LabelledImages, asked: list[tuple[Any, Any]], *, every: int = 1, **options: Any):
-        self.every, self.streams, self.names = every, [], []
-        for corruptions, severities in asked:
-            self.names += [f"{name}/{severity}" for name, severity in conditions(corruptions, severities)]
-            self.streams.append(corrupted_images(images, corruptions=corruptions, severities=severities,
-                                                 evaluation_batch=options["rows"], **options))  # fmt: skip
+    def __init__(self, images: LabelledImages, asked: list[tuple[Any, Any]], **options: Any):
+        self.streams = {
+            tuple(f"{name}/{severity}" for name, severity in conditions(corruptions, severities)): corrupted_images(
+                images,
+                corruptions=corruptions,
+                severities=severities,
+                evaluation_batch=options["rows"],
+                **options,
+            )
+            for corruptions, severities in asked
+        }
+        self.names = [name for names in self.streams for name in names]
 
     def errors(
-        self, config: Config, protocol: Protocol, method: str, rate: float, state: TrainState
+        self,
+        config: Config,
+        protocol: Protocol,
+        method: str,
+        rate: float,
+        state: TrainState,
+        *,
+        only: list[str] | None = None,
+        every: int = 1,
     ) -> dict[str, np.ndarray]:
-        """Whether each row of each condition is answered wrongly, in percent."""
-        found = []
-        for stream in self.streams:
+        """Whether each row of each condition (of those named by `only`) is answered wrongly, in percent; of the rows
+        one in `every`."""
+        reset = "task" if method in ("ttt online", "tent", "norm") else "batch"
+        rows = 1 if method.startswith("ttt") else protocol.test_batch
+        found: dict[str, np.ndarray] = {}
+        for names, stream in self.streams.items():
+            places = [i for i, name in enumerate(names) if only is None or name in only]
+            if not places:
+                continue
+            part = some_of(stream, places, every)
             answers = learner(config, protocol, method, stream.tasks, rate)
-            thinned = stream._replace(evaluation=lambda *asked, stream=stream: jax.tree.map(
-                lambda leaf: leaf[:, :: self.every], stream.evaluation(*asked)))  # fmt: skip
-            online = method in ("ttt online", "tent", "norm")
-            rows = 1 if method.startswith("ttt") else protocol.test_batch
-            program = jax.jit(lambda data, state, answers=answers, thinned=thinned, online=online, rows=rows:
-                evaluate_adapting(answers, thinned, data, state, reset="task" if online else "batch", rows=rows,
-                                  by_row=True)[0])  # fmt: skip
-            found.append(100 * (1 - np.asarray(program(stream.data, state))))
-        return dict(zip(self.names, np.concatenate(found), strict=True))
+            program = functools.partial(evaluate_adapting, answers, part, reset=reset, rows=rows, by_row=True)
+            scores, _ = jax.jit(program)(part.data, state)
+            found |= zip((names[i] for i in places), 100 * (1 - np.asarray(scores)), strict=True)
+        return found
+
+
+def some_of(stream: Stream, places: list[int], every: int) -> Stream:
+    """The stream with these of its tasks alone, and of their rows one in `every`."""
+
+    def evaluation(data: Any, task: Array, split: str) -> Batch:
+        return jax.tree.map(lambda leaf: leaf[:, ::every], stream.evaluation(data, jnp.asarray(places)[task], split))
+
+    return stream._replace(n_tasks=len(places), evaluation=evaluation)
 
 
 def model(config: Config, kind: str) -> Model:
@@ -337,20 +362,21 @@ def chosen_rates(
         images.train_labels[:0],
         *(each[len(each) - protocol.held_out :] for each in images[:2]),
     )
-    for method in [method for method in config.methods if method in protocol.rates]:
-        rates = protocol.rates[method]
-        if method in kept or len(rates) == 1:
-            kept.setdefault(method, {"chosen": rates[0]})
-            continue
-        rows = protocol.search_rows[method]
-        test = Conditions(held_out, [(CORRUPTIONS, protocol.severities[-1:])], rows=rows, progress=False,
-                          batch_size=min(protocol.test_batch, rows))  # fmt: skip
-        state = nets(NETS[method])
-        errors = [float(np.mean(list(test.errors(config, protocol, method, rate, state).values()))) for rate in rates]
-        kept[method] = {
-            "chosen": rates[int(np.argmin(errors))],
-            "tried": dict(zip(map(str, rates), errors, strict=True)),
-        }
+    searched = [method for method in config.methods if len(protocol.rates.get(method, ())) > 1]
+    kept |= {method: {"chosen": rates[0]} for method, rates in protocol.rates.items() if method not in searched}
+    if set(searched) <= set(kept):
+        return {method: each["chosen"] for method, each in kept.items()}
+    rows = min(protocol.rows, len(held_out.test_labels))
+    strongest = [(CORRUPTIONS, protocol.severities[-1:])]
+    test = Conditions(held_out, strongest, rows=rows, batch_size=protocol.test_batch, progress=False)
+    for method in [method for method in searched if method not in kept]:
+        state, every = nets(NETS[method]), rows // protocol.search_rows[method]
+        errors = [
+            float(np.mean(list(test.errors(config, protocol, method, rate, state, every=every).values())))
+            for rate in protocol.rates[method]
+        ]
+        tried = dict(zip(map(str, protocol.rates[method]), errors, strict=True))
+        kept[method] = {"chosen": protocol.rates[method][int(np.argmin(errors))], "tried": tried}
         write_json(path, kept)
     return {method: each["chosen"] for method, each in kept.items()}
 
