@@ -279,7 +279,10 @@ class Conditions:
                 continue
             part = some_of(stream, places, every)
             answers = learner(config, protocol, method, stream.tasks, rate)
-            program = functools.partial(evaluate_adapting, answers, part, reset=reset, rows=rows, by_row=True)
+            together = 50 if method == "ttt" and jax.default_backend() != "cpu" else 1
+            program = functools.partial(
+                evaluate_adapting, answers, part, reset=reset, rows=rows, together=together, by_row=True
+            )
             scores, _ = jax.jit(program)(part.data, state)
             found |= zip((names[i] for i in places), 100 * (1 - np.asarray(scores)), strict=True)
         return found
