@@ -23,11 +23,14 @@ from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
+from cl_zoo.algorithms.tent import tent
+from cl_zoo.algorithms.ttt import crop_and_flip, ttt
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
 from cl_zoo.estimators.tokens import next_token_loss, token_accuracy, token_losses
+from cl_zoo.evaluation.adaptation import evaluate_adapting
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
 from cl_zoo.layers.attention import softmax_attention, window_attention
@@ -43,6 +46,8 @@ from cl_zoo.models.cnn import cnn
 from cl_zoo.models.decoder import Decoder, decoder
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
+from cl_zoo.models.resnet import resnet26, resnet_tail
+from cl_zoo.models.rotation import with_rotation_head
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.cifar import load_cifar10, load_cifar10_c
 from cl_zoo.streams.corrupted_images import conditions, corrupted_images
@@ -95,6 +100,7 @@ __all__ = [
     "continual_backprop",
     "corrupt",
     "corrupted_images",
+    "crop_and_flip",
     "cross_entropy",
     "decoder",
     "delta_rule",
@@ -104,6 +110,7 @@ __all__ = [
     "enable_compilation_cache",
     "episodic",
     "evaluate",
+    "evaluate_adapting",
     "ewc",
     "few_shot",
     "fisher_merging",
@@ -140,6 +147,8 @@ __all__ = [
     "replay",
     "reptile",
     "reset_optimiser",
+    "resnet26",
+    "resnet_tail",
     "rotated_mnist",
     "run_stream",
     "sequence_layers",
@@ -154,15 +163,18 @@ __all__ = [
     "supervised",
     "sweep",
     "synaptic_intelligence",
+    "tent",
     "text_domains",
     "titans",
     "token_accuracy",
     "token_losses",
     "trajectories",
+    "ttt",
     "ttt_linear",
     "ttt_mlp",
     "weight_interpolation",
     "window_attention",
     "wise_ft",
     "with_learning_rates",
+    "with_rotation_head",
 ]

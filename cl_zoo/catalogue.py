@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import optax
@@ -30,10 +31,14 @@ from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import supervised
 from cl_zoo.algorithms.synaptic_intelligence import synaptic_intelligence
+from cl_zoo.algorithms.tent import tent
+from cl_zoo.algorithms.ttt import ttt
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.layers.catalogue import sequence_layers
 from cl_zoo.models.meta import with_learning_rates
+from cl_zoo.models.mlp import mlp
+from cl_zoo.models.rotation import with_rotation_head
 from cl_zoo.types import Component, Model
 
 __all__ = ["Entry", "Null", "catalogue", "cite"]
@@ -72,6 +77,7 @@ class Entry(NamedTuple):
       own_loss: whether it stands in the place of `supervised`, not beside it.
       trains: whether the network's parameters move.
       wrap: what it needs around the network.
+      net: makes the network, where not any will do; an `mlp` with options.
     """
 
     name: str
@@ -88,6 +94,7 @@ class Entry(NamedTuple):
     own_loss: bool = False
     trains: bool = True
     wrap: Callable[[Model], Model] | None = None
+    net: Callable[..., Model] = mlp
 
     @property
     def needs(self) -> frozenset[str]:
@@ -102,6 +109,10 @@ _INNER = optax.sgd(0.5)
 
 def _rates(model: Model) -> Model:
     return with_learning_rates(model, 0.5)
+
+
+def _rotations(model: Model) -> Model:
+    return with_rotation_head(model, mlp((5,), 4, hidden=()), reads="output")
 
 
 _VAN_DE_VEN = """@article{vandeven2022three,
@@ -240,6 +251,16 @@ _GUPTA = """@inproceedings{gupta2020look,
   title={Look-ahead meta learning for continual learning},
   author={Gupta, Gunshi and Yadav, Karmesh and Paull, Liam},
   booktitle={Advances in Neural Information Processing Systems}, year={2020}
+}"""
+_SUN = """@inproceedings{sun2020test,
+  title={Test-time training with self-supervision for generalization under distribution shifts},
+  author={Sun, Yu and Wang, Xiaolong and Liu, Zhuang and Miller, John and Efros, Alexei A. and Hardt, Moritz},
+  booktitle={International Conference on Machine Learning}, year={2020}
+}"""
+_WANG_TENT = """@inproceedings{wang2021tent,
+  title={Tent: Fully test-time adaptation by entropy minimization},
+  author={Wang, Dequan and Shelhamer, Evan and Liu, Shaoteng and Olshausen, Bruno and Darrell, Trevor},
+  booktitle={International Conference on Learning Representations}, year={2021}
 }"""
 
 _ENTRIES = (
@@ -660,6 +681,34 @@ _ENTRIES = (
         _ZENKE,
         Null({}, True, "an optimiser without state"),
         "",
+    ),
+    Entry(
+        "ttt",
+        "nothing; before it answers, the trunk learns from the test image which way up it is",
+        ttt,
+        {"learning_rate": 0.1, "joint": 1.0, "steps": 2, "views": 4},
+        ("learning_rate", "joint"),
+        _ALL,
+        "Sun et al. 2020, Test-time training with self-supervision for generalization under distribution shifts",
+        "https://arxiv.org/abs/1909.13231",
+        _SUN,
+        Null({"joint": 0.0, "learning_rate": 0.0}, False, "rotation loss of weight 0, test-time steps of size 0"),
+        "ttt",
+        wrap=_rotations,
+    ),
+    Entry(
+        "tent",
+        "nothing; scales and biases of normalisation layers learn to be sure of the test batch",
+        tent,
+        {"learning_rate": 0.1},
+        ("learning_rate",),
+        _ALL,
+        "Wang et al. 2021, Tent: Fully test-time adaptation by entropy minimization",
+        "https://arxiv.org/abs/2006.10726",
+        _WANG_TENT,
+        Null({"learning_rate": 0.0}, False, "in training at any setting; with rate 0 nothing moves at test time"),
+        "tent",
+        net=partial(mlp, norm="batch"),
     ),
 )
 

@@ -102,7 +102,8 @@ class Model(NamedTuple):
         -> (outputs, model_state, taps)`. `taps[name]` is `(input, pre-activation)` of a dense or convolution
         layer whose parameters lie under the path `name` ("/" between levels) as `kernel` and `bias`;
         `perturb[name]` is added to that pre-activation, so the gradient to it is the layer's cotangent. A layer with
-        taps is used once in a pass; one that is shared or tied has none.
+        taps is used once in a pass; one that is shared or tied has none. A block of layers may have a tap of its own,
+        `(input, output)`, and no kernel.
       units: the wiring of hidden units, one tuple of `(path, axis, role)` per group of units, `path` a tuple of
         keys into `params`, `role` "out" where the axis makes the units and "in" where it reads them. An axis that
         is k times as long as its group is k blocks of it (a flattened feature map, channels last).

@@ -182,9 +182,11 @@ def record(
     path: Path,
     score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
     lower_is_better: bool = False,
+    not_attempted: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of `score` in
-    percent. Where lower is better, scores are errors."""
+    percent. Where lower is better, scores are errors. Published cells that are not attempted get rows without ours.
+    """
     rows = []
     for (setting, method), cell in found.items():
         s = statistics(cell["scores"] if "scores" in cell else 100 * score(cell))
@@ -198,5 +200,9 @@ def record(
                 "note": notes.get((setting, method), ""),
             }
         )
+    rows += [
+        {"algorithm": method, "setting": setting, "ours": None, "published": published[setting, method]}
+        for setting, method in not_attempted
+    ]
     result = {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows}
     write_json(path, {**result, "lower_is_better": True} if lower_is_better else result)

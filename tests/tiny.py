@@ -40,10 +40,14 @@ def tiny_stream(images: LabelledImages, scenario: str = "task", **options: Any) 
 
 
 def tiny_learner(
-    stream: Stream, *components: Component, optimiser: Any = None, wrap: Callable[[Model], Model] = episodic
+    stream: Stream,
+    *components: Component,
+    optimiser: Any = None,
+    wrap: Callable[[Model], Model] = episodic,
+    net: Callable[..., Model] = mlp,
 ) -> Learner:
     """An MLP 16-5-C."""
-    model = mlp((4, 4), stream.tasks.active.shape[-1], hidden=(5,))
+    model = net((4, 4), stream.tasks.active.shape[-1], hidden=(5,))
     return compose(wrap(model), optimiser or optax.adam(1e-2), *components, tasks=stream.tasks)
 
 
@@ -68,7 +72,7 @@ def entry_learner(stream: Stream, entry: Entry, optimiser: Any = None, **changes
     def wrapped(model: Model) -> Model:
         return episodic(wrap(model)) if wrap else episodic(model)
 
-    return tiny_learner(stream, *entry_components(entry, **changes), optimiser=optimiser, wrap=wrapped)
+    return tiny_learner(stream, *entry_components(entry, **changes), optimiser=optimiser, wrap=wrapped, net=entry.net)
 
 
 def close(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:

@@ -10,7 +10,7 @@ import optax
 
 from cl_zoo.types import Array, PyTree
 
-__all__ = ["inner_loop", "per_parameter_rates"]
+__all__ = ["inner_loop", "movable", "per_parameter_rates"]
 
 
 def inner_loop(
@@ -53,6 +53,33 @@ def inner_loop(
       >>> [round(float(jax.grad(after)(jnp.array(1.0), order)), 4) for order in (2, 1)]
       [0.81, 1.0]
     """
+    start, whole = movable(params, only)
+
+    def step(carry: tuple[list[Array], PyTree], i: Array) -> tuple[tuple[list[Array], PyTree], PyTree]:
+        phi, opt_state = carry
+        gradient = jax.grad(lambda p: loss(whole(p), i))(phi)
+        if order == 1:
+            gradient = jax.lax.stop_gradient(gradient)
+        updates, opt_state = optimiser.update(gradient, opt_state, phi)
+        phi = optax.apply_updates(phi, updates)
+        return (phi, opt_state), None if each is None else each(whole(phi), i)
+
+    carry = (start, optimiser.init(start))
+    (phi, _), seen = jax.lax.scan(jax.checkpoint(step) if rematerialise else step, carry, jnp.arange(steps))
+    return whole(phi), seen
+
+
+def movable(params: PyTree, only: Sequence[str] = ()) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
+    """The leaves of `params` that `only` names, all without names; and what puts such leaves in their places.
+
+    Raises:
+      ValueError: a name that is not in `params`.
+
+    Example:
+      >>> moving, whole = movable({"a": {"kernel": 1, "bias": 2}, "b": 3}, ("a/bias",))
+      >>> moving, whole([7])
+      ([2], {'a': {'bias': 7, 'kernel': 1}, 'b': 3})
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     for name in only:
@@ -65,19 +92,7 @@ def inner_loop(
         rest = iter(moving)
         return jax.tree.unflatten(structure, [next(rest) if m else f for m, f in zip(moves, fixed, strict=True)])
 
-    def step(carry: tuple[list[Array], PyTree], i: Array) -> tuple[tuple[list[Array], PyTree], PyTree]:
-        phi, opt_state = carry
-        gradient = jax.grad(lambda p: loss(whole(p), i))(phi)
-        if order == 1:
-            gradient = jax.lax.stop_gradient(gradient)
-        updates, opt_state = optimiser.update(gradient, opt_state, phi)
-        phi = optax.apply_updates(phi, updates)
-        return (phi, opt_state), None if each is None else each(whole(phi), i)
-
-    start = [leaf for leaf, m in zip(fixed, moves, strict=True) if m]
-    carry = (start, optimiser.init(start))
-    (phi, _), seen = jax.lax.scan(jax.checkpoint(step) if rematerialise else step, carry, jnp.arange(steps))
-    return whole(phi), seen
+    return [leaf for leaf, m in zip(fixed, moves, strict=True) if m], whole
 
 
 def _under(leaf: str, name: str) -> bool:

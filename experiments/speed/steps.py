@@ -20,7 +20,7 @@ import jax
 import optax
 import tyro
 
-from cl_zoo import Learner, catalogue, compose, load_digits, mlp, split_mnist, supervised
+from cl_zoo import Learner, catalogue, compose, load_digits, mlp, split_mnist, supervised, with_rotation_head
 from cl_zoo.catalogue import Entry
 from cl_zoo.evaluation.cost import state_bytes
 from cl_zoo.training.loop import begin, finish, start, train_steps
@@ -53,8 +53,11 @@ def learner_of(entry: Entry, config: Config, stream: Any) -> Learner:
     chosen = {name: sizes.get(name, value) for name, value in entry.arguments.items()} | USUAL.get(entry.name, {})
     component = entry.factory(**chosen)
     components = [component] if entry.own_loss else [supervised(), component]
-    model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)
-    model = entry.wrap(model) if entry.wrap else model
+    model = entry.net((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)
+    if entry.name == "ttt":  # the catalogue's head is made for the tests' net
+        model = with_rotation_head(model, mlp(config.hidden[-1:], 4, hidden=()), "output")
+    elif entry.wrap:
+        model = entry.wrap(model)
     return compose(model, optax.adam(1e-3), *components, tasks=stream.tasks)
 
 

@@ -116,13 +116,13 @@ def copy(tree: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def naive(tiny_images: Any) -> Callable[[str, bool], Any]:
-    """What the naive learner makes of the same run in a scenario, under Adam or under SGD."""
+def naive(tiny_images: Any) -> Callable[..., Any]:
+    """What the naive learner makes of the same run in a scenario, under Adam or under SGD, with the entry's network."""
 
     @functools.cache
-    def run(scenario: str, sgd: bool) -> Any:
+    def run(scenario: str, sgd: bool, net: Callable[..., Any]) -> Any:
         stream = tiny_stream(tiny_images, scenario)
-        learner = tiny_learner(stream, naive_component(scenario), optimiser=OPTIMISERS[sgd])
+        learner = tiny_learner(stream, naive_component(scenario), optimiser=OPTIMISERS[sgd], net=net)
         return stream_program(learner, stream)(stream.tasks, stream.data, KEY)
 
     return run
@@ -272,15 +272,46 @@ def network(state: Any) -> Any:
     return state.params.get("params", state.params)
 
 
-def test_null_setting_equals_naive(subject: SimpleNamespace, naive: Callable[[str, bool], Any]) -> None:
+def test_null_setting_equals_naive(subject: SimpleNamespace, naive: Callable[..., Any]) -> None:
     null = subject.entry.null
     if null is None:
         pytest.skip("it has no null setting")
     nulled = entry_learner(subject.stream, subject.entry, OPTIMISERS[null.sgd], **null.arguments)
     result = stream_program(nulled, subject.stream)(subject.stream.tasks, subject.stream.data, KEY)
-    wanted = naive(subject.entry.scenarios[0], null.sgd)
+    wanted = naive(subject.entry.scenarios[0], null.sgd, subject.entry.net)
     close(network(result.state), network(wanted.state), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(result.accuracy, wanted.accuracy, atol=1e-6)
+
+
+def hooks(component: Component) -> list[str]:
+    """Names of those that it has."""
+    return [field for field, hook in component._asdict().items() if callable(hook)]
+
+
+def at_test_time(entry: Entry) -> list[Component]:
+    """Those of an entry's components that learn from test batches, whatever else they do."""
+    return [component for component in entry_components(entry) if component.adapt and component.init]
+
+
+def test_what_learns_at_test_time_moves_then_and_not_by_padding(subject: SimpleNamespace) -> None:
+    """It learns without labels; from rows of weight 0 it learns nothing."""
+    if not at_test_time(subject.entry):
+        pytest.skip("it keeps nothing of test batches")
+    state, rows, adapt = subject.states[2], jnp.arange(BATCH) >= 5, jax.jit(subject.learner.adapt)
+    after, answers = adapt(state, subject.batch)
+    for name in (component.name for component in at_test_time(subject.entry)):
+        pairs = zip(jax.tree.leaves(state.parts[name]), jax.tree.leaves(after.parts[name]), strict=True)
+        assert any(not np.array_equal(a, b) for a, b in pairs)
+    moved = zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True)
+    assert max(np.abs(a - b).max() for a, b in moved) > 1e-4
+    plain = subject.learner.predict(state, subject.batch.x, subject.batch.task)
+    assert answers.shape == plain.shape and np.abs(answers - plain).max() > 1e-4
+    same_bytes(adapt(state, subject.batch._replace(y=0 * subject.batch.y)), (after, answers))
+
+    absent = subject.batch._replace(weight=jnp.where(rows, 0.0, 1.0))
+    found, wanted = (adapt(state, batch) for batch in (spoil(subject.batch, rows), absent))
+    same_bytes((found[0], found[1][:5]), (wanted[0], wanted[1][:5]))
+    same_bytes(adapt(state, spoil(subject.batch, jnp.full(BATCH, True)))[0], state)
 
 
 def test_it_moves_what_it_should(subject: SimpleNamespace) -> None:
@@ -288,7 +319,8 @@ def test_it_moves_what_it_should(subject: SimpleNamespace) -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((last.params, last.parts, last.opt_state)))
     kernels = [network(state)["output"]["kernel"] for state in (first, last)]
     assert np.allclose(*kernels) != subject.entry.trains
-    for name, t in itertools.product(first.parts.keys() - CONSTANT, range(subject.stream.n_tasks)):
+    kept = first.parts.keys() - CONSTANT - {component.name for component in at_test_time(subject.entry)}
+    for name, t in itertools.product(kept, range(subject.stream.n_tasks)):
         before, after = (jax.tree.leaves(state.parts[name]) for state in subject.states[t : t + 2])
         changed = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
         assert any(changed), f"{name} kept nothing of task {t}"
@@ -299,13 +331,19 @@ def test_it_moves_what_it_should(subject: SimpleNamespace) -> None:
             assert max(values[STEPS : 2 * STEPS]) > 0, f"{metric} on the second task"
 
 
-def test_it_is_not_naive(subject: SimpleNamespace, naive: Callable[[str, bool], Any]) -> None:
+def test_it_is_not_naive(subject: SimpleNamespace, naive: Callable[..., Any]) -> None:
     """Beyond its null setting, it changes what is learnt, or what is answered."""
     if subject.entry.name == "supervised":
         pytest.skip("it is the naive learner")
-    wanted = naive(subject.entry.scenarios[0], False).state
-    if any(component.predict for component in entry_components(subject.entry)):
-        batch, other = subject.batch, tiny_learner(subject.stream, naive_component(subject.entry.scenarios[0]))
+    wanted = naive(subject.entry.scenarios[0], False, subject.entry.net).state
+    batch, components = subject.batch, entry_components(subject.entry)
+    added = [component for component in components if component.name != "supervised"]
+    if all(set(hooks(component)) <= {"init", "adapt"} for component in added):
+        answers = subject.learner.adapt(wanted._replace(parts=subject.states[-1].parts), batch)[1]
+        assert np.abs(answers - subject.learner.predict(wanted, batch.x, batch.task)).max() > 1e-4
+        return
+    if any(component.predict for component in components):
+        other = tiny_learner(subject.stream, naive_component(subject.entry.scenarios[0]), net=subject.entry.net)
         answers = [each.predict(state, batch.x, batch.task) for each, state in (
             (subject.learner, subject.states[-1]), (other, wanted))]  # fmt: skip
         assert np.abs(answers[0] - answers[1]).max() > 1e-4

@@ -1,0 +1,92 @@
+"""Scores of a learner that learns from what it is tested on."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.types import Array, Batch, Learner, PyTree, Stream, TrainState, check_choice, check_whole, weighted_mean
+
+__all__ = ["evaluate_adapting"]
+
+
+def evaluate_adapting(
+    learner: Learner,
+    stream: Stream,
+    data: PyTree,
+    state: TrainState,
+    split: str = "test",
+    *,
+    reset: str = "batch",
+    rows: int = 1,
+    limit: int | None = None,
+    together: int = 1,
+    by_row: bool = False,
+) -> tuple[Array, TrainState]:
+    """The mean score on every task of a stream, each test batch answered by `learner.adapt`. `evaluate` is without.
+
+    Args:
+      learner, stream, state: what to score.
+      data: `stream.data`, as an argument of the program that calls this.
+      split: "validation" or "test".
+      reset: what a test batch starts from. "batch": always from `state`, its draws included, so that an answer depends
+        on nothing but its own batch. "task": from what the batch before left, each task from `state`. "never": from
+        what the batch before left, through all tasks in their order.
+      rows: of a test batch, in the stream's order.
+      limit: rows of each task; None takes all.
+      together: with reset="batch", test batches that are computed at once; more memory, less time.
+      by_row: give the score of every row, in the stream's order, and not their mean.
+
+    Returns:
+      `f32[T]`, or by row `f32[T, N]`, 0 for padding; the state at the end with reset="never", else the given one.
+
+    Raises:
+      ValueError: another reset, rows, limit or together below 1, together without reset="batch".
+
+    Example:
+      >>> import jax, optax
+      >>> from cl_zoo import compose, evaluate_adapting, mlp, split_mnist, supervised, tent
+      >>> stream = split_mnist(scenario="domain", steps=1)
+      >>> learner = compose(mlp((28, 28), 2, hidden=(8,), norm="batch"), optax.sgd(0.1), supervised(), tent())
+      >>> state = learner.init(jax.random.key(0), stream.next(stream.data, stream.init(jax.random.key(0)), None)[0])
+      >>> scores, state = evaluate_adapting(learner, stream, stream.data, state, reset="task", rows=50, limit=100)
+      >>> scores.shape
+      (5,)
+    """
+    check_choice("evaluate_adapting", "reset", reset, ("batch", "task", "never"))
+    for field, value in (("rows", rows), ("limit", limit), ("together", together)):
+        if value is not None:
+            check_whole("evaluate_adapting", field, value, 1)
+    if together > 1 and reset != "batch":
+        raise ValueError(
+            f'evaluate_adapting: together is {together}, but with reset="{reset}" every test batch waits for the one'
+            ' before; only with reset="batch" they are independent'
+        )
+
+    def regrouped(leaf: Array) -> Array:
+        """`[E, B, ...]` to test batches `[n, rows, ...]`; what is missing of the last is zeros, also in its weight."""
+        leaf = leaf.reshape((-1, *leaf.shape[2:]))[:limit]
+        missing = -leaf.shape[0] % rows
+        leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
+        return leaf.reshape((-1, rows, *leaf.shape[1:]))
+
+    def one(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
+        state, outputs = learner.adapt(state, batch)
+        return state, stream.score(outputs, batch)
+
+    def summary(scores: Array, batches: Batch, n: int) -> Array:
+        return (scores * (batches.weight > 0)).ravel()[:n] if by_row else weighted_mean(scores, batches.weight)
+
+    def on_task(start: TrainState, task: Array) -> tuple[TrainState, Array]:
+        given = stream.evaluation(data, task, split)
+        n, batches = given.weight.ravel()[:limit].size, jax.tree.map(regrouped, given)
+        if reset == "batch":
+            scores = jax.lax.map(
+                lambda batch: one(start, batch)[1], batches, batch_size=together if together > 1 else None
+            )
+            return start, summary(scores, batches, n)
+        after, scores = jax.lax.scan(one, start, batches)
+        return after if reset == "never" else start, summary(scores, batches, n)
+
+    state, scores = jax.lax.scan(on_task, state, jnp.arange(stream.n_tasks, dtype=jnp.int32))
+    return scores, state

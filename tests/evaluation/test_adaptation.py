@@ -1,0 +1,156 @@
+"""Scores of learners that learn from what they are tested on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cl_zoo import (
+    Component,
+    compose,
+    evaluate,
+    evaluate_adapting,
+    mlp,
+    split_mnist,
+    supervised,
+    ttt,
+    with_rotation_head,
+)
+from tests.tiny import close, same_bytes
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_images: Any) -> tuple[Any, Any, Any]:
+    """A stream, a learner that learns much at test time, and its state."""
+    stream = split_mnist(3, "domain", images=tiny_images, batch_size=8, steps=1, evaluation_batch=25)
+    model = with_rotation_head(mlp((4, 4), 2, hidden=(6,)), mlp((6,), 4, hidden=()), "output")
+    learner = compose(model, optax.sgd(0.1), supervised(), ttt(1.0, steps=1, views=2), tasks=stream.tasks)
+    batch, _ = stream.next(stream.data, stream.init(KEY), None)
+    return stream, learner, learner.init(KEY, batch)
+
+
+def run(stream: Any, learner: Any, state: Any, **options: Any) -> tuple[Any, Any]:
+    program = jax.jit(lambda data, state: evaluate_adapting(learner, stream, data, state, **options))
+    return program(stream.data, state)
+
+
+def soft(stream: Any) -> Any:
+    """Scored by the probability of the label, which shows every change."""
+    return stream._replace(
+        score=lambda outputs, batch: jnp.take_along_axis(jax.nn.softmax(outputs), batch.y[:, None], 1)[:, 0]
+    )
+
+
+def reordered(stream: Any, order: Any, within: str = "rows") -> Any:
+    """The same stream, the rows of each task's evaluation in another order."""
+
+    def evaluation(data: Any, task: Any, split: str) -> Any:
+        batches = stream.evaluation(data, task, split)
+        flat = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:]))[order].reshape(leaf.shape), batches)
+        return flat
+
+    return stream._replace(evaluation=evaluation)
+
+
+@pytest.mark.parametrize("reset", ["batch", "task", "never"])
+def test_it_equals_a_loop(made: Any, reset: str) -> None:
+    stream, learner, start = made
+    stream = soft(stream)
+    found, after = run(stream, learner, start, reset=reset, rows=8)
+    adapt, state, wanted = jax.jit(learner.adapt), start, []
+    for task in range(3):
+        rows = stream.evaluation(stream.data, task, "test")
+        rows = jax.tree.map(lambda leaf: np.asarray(leaf).reshape((-1, *leaf.shape[2:])), rows)
+        rows = jax.tree.map(lambda leaf: np.concatenate([leaf, np.zeros_like(leaf)])[: -(-len(leaf) // 8) * 8], rows)
+        state, scores = state if reset == "never" else start, []
+        for i in range(0, len(rows.weight), 8):
+            batch = jax.tree.map(lambda leaf: leaf[i : i + 8], rows)  # noqa: B023
+            state, outputs = adapt(start if reset == "batch" else state, batch)
+            scores.append(stream.score(outputs, batch))
+        wanted.append(np.concatenate(scores) @ rows.weight / rows.weight.sum())
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    if reset == "never":
+        close(after, state, 1e-4, 1e-6)
+        assert (
+            np.abs(after.params["params"]["hidden_0"]["kernel"] - start.params["params"]["hidden_0"]["kernel"]).max()
+            > 1e-3
+        )
+    else:
+        same_bytes(after, start)
+
+
+def test_episodic_scores_do_not_depend_on_the_order_of_rows(made: Any) -> None:
+    stream, learner, state = made
+    stream = soft(stream)
+    size = int(np.prod(stream.evaluation(stream.data, 0, "test").weight.shape))
+    other = reordered(stream, np.random.default_rng(0).permutation(size))
+    scores = {
+        reset: [run(each, learner, state, reset=reset)[0] for each in (stream, other)] for reset in ("batch", "task")
+    }
+    np.testing.assert_allclose(*scores["batch"], rtol=1e-5)
+    assert np.abs(scores["task"][0] - scores["task"][1]).max() > 1e-3
+
+
+def test_together_changes_nothing(made: Any) -> None:
+    stream, learner, state = made
+    stream = soft(stream)
+    one, together = (run(stream, learner, state, together=n)[0] for n in (1, 7))
+    np.testing.assert_allclose(one, together, rtol=1e-5)
+    rows, _ = run(stream, learner, state, rows=8, by_row=True)
+    weight = np.stack([stream.evaluation(stream.data, task, "test").weight.ravel() for task in range(3)])
+    assert rows.shape == weight.shape
+    means, _ = run(stream, learner, state, rows=8)
+    np.testing.assert_allclose((rows * weight).sum(1) / weight.sum(1), means, rtol=1e-5)
+
+
+def test_without_adaptation_it_is_evaluate(made: Any) -> None:
+    stream, _, state = made
+    learner = compose(with_rotation_head(mlp((4, 4), 2, hidden=(6,)), mlp((6,), 4, hidden=()), "output"),
+                      optax.sgd(0.1), supervised(), ttt(0.0, steps=1, views=1), tasks=stream.tasks)  # fmt: skip
+    wanted = evaluate(learner, stream, stream.data, state)
+    for options in ({}, {"rows": 7, "reset": "never"}, {"split": "test", "rows": 7, "together": 2}):
+        np.testing.assert_allclose(run(stream, learner, state, **options)[0], wanted, rtol=1e-6)
+    limited = run(soft(stream), learner, state, limit=3)[0]
+    rows = soft(stream).evaluation(stream.data, 1, "test")
+    batch = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:]))[:3], rows)
+    expected = soft(stream).score(learner.predict(state, batch.x), batch).mean()
+    np.testing.assert_allclose(limited[1], expected, rtol=1e-5)
+
+
+def test_padding_is_no_test_batch(made: Any) -> None:
+    """Rows of weight 0 after the last change no state."""
+    stream, learner, state = made
+    padded = stream._replace(
+        evaluation=lambda data, task, split: jax.tree.map(
+            lambda leaf: jnp.concatenate([leaf, jnp.zeros_like(leaf)]), stream.evaluation(data, task, split)
+        )
+    )
+    one, other = (run(soft(each), learner, state, reset="never") for each in (stream, padded))
+    close(one, other)
+
+
+def test_impossible_values_are_refused(made: Any) -> None:
+    for options, words in (
+        ({"reset": "always"}, "reset is 'always'"), ({"rows": 0}, "rows is 0"), ({"limit": 0}, "limit is 0"),
+        ({"together": 2, "reset": "task"}, "together is 2"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            run(*made, **options)
+
+
+def test_the_stream_need_not_tell_tasks(made: Any) -> None:
+    stream, _, _ = made
+    component = Component("count", init=lambda *_: jnp.zeros(()), adapt=lambda c, s, part, batch, k: (
+        s, part + jnp.sum(batch.weight), None))  # fmt: skip
+    learner = compose(mlp((4, 4), 2, hidden=(3,)), optax.sgd(0.1), supervised(), component, tasks=stream.tasks)
+    state = learner.init(KEY, stream.next(stream.data, stream.init(KEY), None)[0])
+    _, after = run(stream, learner, state, reset="never", rows=9)
+    wanted = sum(float(stream.evaluation(stream.data, task, "test").weight.sum()) for task in range(3))
+    assert float(after.parts["count"]) == wanted
