@@ -106,7 +106,7 @@ class Protocol(NamedTuple):
 
 _RATES = {"ttt": (1e-3, 1e-2, 5e-2), "ttt online": (1e-3, 1e-2), "tent": (1e-3, 1e-2)}
 _DIGITS = Protocol(2, 128, 0.1, 2, False, (1, 2, 3, 4, 5), (1, 3, 5), 1000, 5, 10, 32, 100, 5000,
-                   {"ttt": 30, "ttt online": 200, "tent": 600}, _RATES)  # fmt: skip
+                   {"ttt": 30, "ttt online": 200, "tent": 1000}, _RATES)  # fmt: skip
 PROTOCOLS = {
     "mnist": _DIGITS,
     # The official settings; its authors publish the rate too, so nothing is searched.
