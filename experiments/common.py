@@ -183,9 +183,11 @@ def record(
     score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
     lower_is_better: bool = False,
     not_attempted: Sequence[tuple[str, str]] = (),
+    remarks: Sequence[str] = (),
 ) -> None:
     """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of `score` in
     percent. Where lower is better, scores are errors. Published cells that are not attempted get rows without ours.
+    Remarks stand below the table.
     """
     rows = []
     for (setting, method), cell in found.items():
@@ -205,4 +207,5 @@ def record(
         for setting, method in not_attempted
     ]
     result = {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows}
-    write_json(path, {**result, "lower_is_better": True} if lower_is_better else result)
+    result |= {"lower_is_better": True} if lower_is_better else {}
+    write_json(path, result | ({"remarks": list(remarks)} if remarks else {}))

@@ -1,0 +1,239 @@
+"""Which sequence layer foretells the next byte best, from the same text with as many parameters?
+
+Command                                                   hardware       time       expected
+python -m experiments.language_mixers --record            2 CPU cores    60 min     see the ledger
+python -m experiments.language_mixers --seeds 3 --tokens 10000000 --batch-size 64 \\
+    --record                                              1 GPU          not run
+
+Decoders of 4 blocks of width 256, rows of 256 bytes of Python's own library without docstrings and comments, a million
+bytes in one pass, tested on the last tenth. All have the parameters of the one with softmax attention, to 0.1 %: the
+SwiGLU networks are a little narrower where a layer brings weights of its own. No layer has short convolutions or gates.
+AdamW (0.9, 0.95, decay 0.1), clipped at norm 1, warmed up over a tenth of the steps and then a cosine down to a tenth.
+The learning rate is the same for all, the best of 1e-3, 2e-3, 4e-3, 8e-3 for softmax attention, linear attention and
+TTT-Linear together by validation: --width 128 --layers 2 --tokens 300000 --split validation.
+
+"batch" is TTT-Linear whose gradients are all taken at the first weights, with rates that do not fall with the place;
+"b=16" takes them at the weights of the last mini-batch. Published for layers of that kind (Sun et al. 2024, 125M
+parameters, perplexity): linear attention 15.91, batch gradient descent with LayerNorm and residual 14.05, b=16 12.35.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm.auto import tqdm
+
+from cl_zoo import (
+    Mixer,
+    compose,
+    decoder,
+    delta_rule,
+    enable_compilation_cache,
+    gated_delta_rule,
+    linear_attention,
+    next_token_loss,
+    python_library,
+    run_stream,
+    softmax_attention,
+    supervised,
+    text_domains,
+    titans,
+    token_losses,
+    ttt_linear,
+    ttt_mlp,
+)
+from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
+from experiments.common import RESULTS, record, shown_command
+
+MIXERS: dict[str, Callable[[int, int, int], Mixer]] = {
+    "softmax attention": lambda width, heads, length: softmax_attention(width, heads),
+    "linear attention": lambda width, heads, length: linear_attention(width, heads),
+    "ttt-linear, batch": lambda width, heads, length: ttt_linear(width, heads, mini_batch=length, average=False),
+    "ttt-linear, b=16": lambda width, heads, length: ttt_linear(width, heads),
+    "gated delta rule": lambda width, heads, length: gated_delta_rule(width, heads),
+    "titans": lambda width, heads, length: titans(width, heads),
+    # Not run unless asked for.
+    "delta rule": lambda width, heads, length: delta_rule(width, heads),
+    "ttt-mlp, b=16": lambda width, heads, length: ttt_mlp(width, heads),
+    "ttt-linear, ascent": lambda width, heads, length: ttt_linear(width, heads, base_rate=-1.0),
+    "ttt-linear, frozen": lambda width, heads, length: ttt_linear(width, heads, base_rate=0.0),
+}
+REMARK = (
+    "Published, in another setting (Sun et al. 2024, arXiv 2407.04620: 125M parameters, Pile, perplexity): linear"
+    " attention 15.91, TTT-Linear by batch gradient descent with LayerNorm and residual 14.05, in mini-batches of 16 12.35."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run. Unknown or impossible values are refused before anything compiles."""
+
+    mixers: tuple[str, ...] = tuple(MIXERS)[:6]
+    seeds: int = 1
+    tokens: int = 1_000_000
+    width: int = 256
+    heads: int = 4
+    layers: int = 4
+    hidden: int = 640
+    """Of the SwiGLU networks, with softmax attention; others have as many parameters in all."""
+    length: int = 256
+    batch_size: int = 16
+    learning_rate: float = 4e-3
+    text_bytes: int = 2_000_000
+    """Of Python's library that is read, at most."""
+    split: Literal["test", "validation"] = "test"
+    directory: str = "runs/language_mixers"
+    """Of the run; what is finished there is not run again."""
+    record: bool = False
+    """Write the result file that the ledger is made from."""
+
+
+def main(config: Config) -> None:
+    """Runs the study, prints its table, draws its figure."""
+    if config.seeds < 1:
+        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
+    if unknown := set(config.mixers) - set(MIXERS):
+        raise SystemExit(f"mixers names {', '.join(sorted(unknown))}, but there are {', '.join(MIXERS)}")
+    enable_compilation_cache()
+    directory = Path(config.directory)
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("mixers", "seeds", "directory", "record")}
+    try:
+        settle_config(directory, kept)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from error
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tqdm(total=len(config.mixers) * config.seeds, unit="run") as bar:
+        for name in config.mixers:
+            bar.set_description(name)
+            found[name] = []
+            for seed in range(config.seeds):
+                path = directory / "cells" / f"{name}-{seed}.json".replace(" ", "_")
+                path.parent.mkdir(exist_ok=True)
+                if not path.exists():
+                    write_json(path, run(config, name, seed))
+                found[name].append(json.loads(path.read_text()))
+                bar.update()
+
+    print(f"\n{'':24s}{'bits per byte':>16s}{'parameters':>12s}{'tokens/s':>10s}")
+    for name, runs in found.items():
+        s = statistics(np.array([each["bits_per_byte"] for each in runs]))
+        spread = f" ± {s.sd:.3f}" if s.n > 1 else ""
+        speed = np.median([each["tokens_per_second"] for each in runs])
+        print(f"{name:24s}{f'{s.mean:.3f}{spread}':>16s}{runs[0]['parameters']:12d}{speed:10.0f}")
+    print(f"figure: {figure(found, directory)}")
+    cells = {
+        ("bits per byte", name): {
+            "scores": np.array([each["bits_per_byte"] for each in runs]),
+            "seconds": [each["seconds"] for each in runs],
+        }
+        for name, runs in found.items()
+    }
+    notes = {("bits per byte", name): f"{runs[0]['parameters'] / 1e6:.2f}M parameters" for name, runs in found.items()}
+    path = RESULTS / "language_mixers.json" if config.record else directory / "results.json"
+    benchmark = f"Python's library, bytes, {config.tokens / 1e6:g}M of them"
+    command = shown_command("experiments.language_mixers", sys.argv[1:])
+    record("language_mixers", benchmark, command, cells, {}, notes, path, lower_is_better=True, remarks=[REMARK])
+    print(f"results: {path}")
+
+
+def make_net(config: Config, name: str) -> Any:
+    """A decoder with as many parameters as that with softmax attention."""
+
+    def build(name: str, hidden: int) -> Any:
+        mixer = MIXERS[name](config.width, config.heads, config.length)
+        return decoder(256, [mixer], layers=config.layers, hidden=hidden)
+
+    def size(net: Any) -> int:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.model.init, jax.random.key(0), tokens)))
+
+    wanted = size(build("softmax attention", config.hidden))
+    extra = size(build(name, config.hidden)) - wanted
+    net = build(name, config.hidden - round(extra / (3 * config.width * config.layers)))
+    return net, size(net)
+
+
+@functools.cache
+def stream_of(config: Config) -> Any:
+    """One domain of code, passed through once."""
+    text = python_library(config.text_bytes)["code"]
+    steps = config.tokens // (config.batch_size * config.length)
+    validation = 0.1 if config.split == "validation" else 0.0
+    sizes = {"length": config.length, "batch_size": config.batch_size, "steps": steps}
+    return text_domains({"code": text}, validation=validation, **sizes)
+
+
+def run(config: Config, name: str, seed: int) -> dict[str, Any]:
+    """One mixer and seed."""
+    stream = stream_of(config)
+    net, parameters = make_net(config, name)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, stream.steps // 10, stream.steps, 0.1 * config.learning_rate
+    )
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95, weight_decay=0.1))
+    learner = compose(net.model, optimiser, supervised(next_token_loss))
+    begun = time.perf_counter()
+    result = run_stream(learner, stream, jax.random.key(seed), split=config.split, evaluate_at="end")
+    seconds = time.perf_counter() - begun
+
+    @jax.jit
+    def by_position(state: Any, data: Any) -> jax.Array:
+        batches = stream.evaluation(data, jnp.int32(0), config.split)
+        losses = jax.lax.map(lambda b: token_losses(learner.predict(state, b.x), b.y), batches)
+        return jnp.einsum("ebl,eb->l", losses, batches.weight) / jnp.sum(batches.weight)
+
+    losses = by_position(result.state, stream.data) / np.log(2)
+    return {
+        "bits_per_byte": -float(result.accuracy[-1, 0]),
+        "by_position": np.asarray(losses).tolist(),
+        "training_loss": np.asarray(result.metrics["loss"][0] / np.log(2)).tolist(),
+        "parameters": parameters,
+        "seconds": seconds,
+        "tokens_per_second": stream.steps * config.batch_size * config.length / seconds,
+    }
+
+
+def figure(found: dict[str, list[dict[str, Any]]], directory: Path) -> Path:
+    """Loss in training, and in tests against the place in the row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    for name, runs in found.items():
+        loss = np.mean([each["training_loss"] for each in runs], axis=0)
+        width = max(len(loss) // 40, 1)
+        smooth = np.convolve(loss, np.ones(width) / width, "valid")
+        left.plot(np.arange(len(smooth)) + width, smooth, label=name, linewidth=1)
+        place = np.mean([each["by_position"] for each in runs], axis=0)
+        edges = np.unique(np.geomspace(1, len(place), 13).astype(int))
+        means = [place[a - 1 : max(b - 1, a)].mean() for a, b in zip(edges, edges[1:])]
+        right.plot(edges[:-1], means, marker="o", markersize=3, label=name, linewidth=1)
+    left.set(xlabel="updates", ylabel="training loss, bits per byte")
+    left.set_ylim(right.get_ylim()[0] * 0.8, 6)
+    right.set(xlabel="place in the row (mean to the next point)", ylabel="test loss, bits per byte", xscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    path = directory / "loss.png"
+    drawn.savefig(path, dpi=150)
+    plt.close(drawn)
+    return path
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
