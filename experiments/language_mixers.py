@@ -73,7 +73,8 @@ MIXERS: dict[str, Callable[[int, int, int], Mixer]] = {
 }
 REMARK = (
     "Published, in another setting (Sun et al. 2024, arXiv 2407.04620: 125M parameters, Pile, perplexity): linear"
-    " attention 15.91, TTT-Linear by batch gradient descent with LayerNorm and residual 14.05, in mini-batches of 16 12.35."
+    " attention 15.91, TTT-Linear by batch gradient descent with LayerNorm and residual 14.05, in mini-batches of 16"
+    " 12.35."
 )
 
 
