@@ -13,13 +13,13 @@ about as good as the baseline. On digits nothing is published; the question is w
 
 The nets are CNNs of two convolutions (8 and 16 channels) and 32 hidden units, small because every test image costs a
 training step of 32 views (online) or ten (standard). "baseline" has group normalisation and learns the digits alone;
-"joint", "ttt" and "ttt online" are one net of the same kind that learns the turns too, by a head that branches off after
-the first convolution and has a second one and 32 hidden units of its own. "source", "norm" and "tent" are one net with
-batch normalisation. All learn with crops of 2 pixels and without flips, as a
-mirrored 2 is no 2. Quarter turns are a fair task for digits, though not one that can be learnt perfectly: half a turn
-leaves 0, 1 and 8 as they are, and makes a 6 a 9. In each step a test image gives 32 crops, each turned at random; "ttt"
-takes ten steps and forgets them, "ttt online" one step an image and keeps them within a condition; "tent" learns from
-batches of 100 within a condition, "norm" answers by their statistics alone, "source" by those of training.
+"joint", "ttt" and "ttt online" are one net of that kind which learns the turns too, by a head that branches off after
+the first convolution and has a second one and 32 hidden units of its own. "source", "norm" and "tent" are one net
+with batch normalisation. All learn with crops of 2 pixels and without flips, as a mirrored 2 is no 2. Quarter turns
+are a fair task for digits, though not one that can be learnt perfectly: half a turn leaves 0, 1 and 8 as they are,
+and makes a 6 a 9. In each step a test image gives 32 crops, each turned at random; "ttt" takes ten steps and forgets
+them, "ttt online" one step an image and keeps them within a condition; "tent" learns from batches of 100 within a
+condition, "norm" answers by their statistics alone, "source" by those of training.
 
 Conditions are the 15 corruptions of CIFAR-10-C at 5 severities, 400 test images each, and two more kinds of noise.
 Standard "ttt" is slow: it answers every other image of the 15 noise conditions (5 noises at severities 1, 3 and 5), and
