@@ -1,7 +1,12 @@
 """The oracles of adaptation at test time: their gradients are those of their losses, and what stays put does."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
+from cl_zoo import Batch, compose, mlp, supervised, tent, ttt, with_rotation_head
+from cl_zoo.compose import _key
 from tests.oracles import adaptation
 from tests.oracles.differences import agree, check_gradients
 
@@ -61,3 +66,60 @@ def test_ttt_steps_move_trunk_and_rotation_head_only() -> None:
         np.testing.assert_array_equal(twice["main"][leaf], params["main"][leaf])
     assert np.abs(adaptation.answers(twice, X) - adaptation.answers(params, X)).max() > 1e-3
     agree(adaptation.answers(adaptation.ttt_steps(params, views, labels, 0.0), X), adaptation.answers(params, X))
+
+
+# What they are for: the algorithms, over several test batches in a row, as online learning has them.
+
+NAMES = ("trunk", "main", "rotation")
+
+
+def test_ttt_equals_its_oracle() -> None:
+    net = mlp((3, 3), 2, hidden=(5,))
+    model = with_rotation_head(net, mlp((5,), 4, hidden=()), "output")
+    learner = compose(model, optax.sgd(0.1), supervised(), ttt(learning_rate=0.5, steps=2, views=6))
+    images = jax.random.randint(jax.random.key(1), (3, 2, 3, 3), 0, 256).astype(jnp.uint8)
+    batches = [Batch(x, jnp.zeros(2, int), None, jnp.array([1.0, weight])) for x, weight in zip(images, (1, 1, 0))]
+    state = learner.init(jax.random.key(0), batches[0])
+    adapt = jax.jit(learner.adapt)
+    where = (("params", "hidden_0"), ("params", "output"), ("rotation_head", "output"))
+    wanted = {name: tree64(state.params[part][layer]) for name, (part, layer) in zip(NAMES, where)}
+    for call, batch in enumerate(batches):
+        state, outputs = adapt(state, batch)
+        key = jax.random.fold_in(_key(state.key, 0, "adapt", "ttt"), call)
+        views, labels = [], []
+        for step in range(2):
+            turns = np.asarray(jax.random.randint(jax.random.split(jax.random.fold_in(key, step))[1], (12,), 0, 4))
+            rows = [i for i in range(12) if batch.weight[i % 2] > 0]  # view after view, each the whole batch
+            views.append([np.rot90(np.asarray(batch.x[i % 2]), turns[i]).ravel() / 255 for i in rows])
+            labels.append(turns[rows])
+        wanted = adaptation.ttt_steps(wanted, [np.array(x) for x in views], labels, 0.5)
+        for name, (part, layer) in zip(NAMES, where):
+            for leaf, value in wanted[name].items():
+                np.testing.assert_allclose(state.params[part][layer][leaf], value, rtol=1e-4, atol=1e-6)
+        seen = np.asarray(batch.x[:1]).reshape((1, -1)) / 255
+        np.testing.assert_allclose(outputs[:1], adaptation.answers(wanted, seen), rtol=1e-4, atol=1e-5)
+
+
+def test_tent_equals_its_oracle() -> None:
+    learner = compose(
+        mlp((4,), 3, hidden=(5,), norm="batch"), optax.sgd(0.1), supervised(), tent(optimiser=optax.sgd(0.7))
+    )
+    inputs = jax.random.normal(jax.random.key(2), (3, 6, 4))
+    weight = jnp.array([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    state = learner.init(jax.random.key(0), Batch(inputs[0], jnp.zeros(6, int), None, weight))
+    adapt = jax.jit(learner.adapt)
+    gain, shift = (np.asarray(state.params["norm_0"][leaf], np.float64) for leaf in ("scale", "bias"))
+    hidden = (np.asarray(state.params["hidden_0"]["kernel"], np.float64), np.zeros(5))
+    output = tuple(np.asarray(state.params["output"][leaf], np.float64) for leaf in ("kernel", "bias"))
+    for x in inputs:
+        state, outputs = adapt(state, Batch(x, jnp.zeros(6, int), None, weight))
+        wanted, gain, shift = adaptation.tent_step(np.asarray(x), np.asarray(weight), hidden, gain, shift, output, 0.7)
+        present = np.asarray(weight) > 0
+        np.testing.assert_allclose(outputs[present], wanted[present], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.params["norm_0"]["scale"], gain, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(state.params["norm_0"]["bias"], shift, rtol=1e-4, atol=1e-6)
+    assert np.abs(gain - 1).max() > 1e-3
+
+
+def tree64(tree: dict) -> dict:
+    return {name: np.asarray(leaf, np.float64) for name, leaf in tree.items()}
