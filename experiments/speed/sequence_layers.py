@@ -100,8 +100,26 @@ def timed(candidates: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], rou
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def by_length(config: Config) -> dict[str, dict[str, float]]:
-    """Microseconds per token of every layer at every length."""
+def operations(config: Config, name: str, time: int) -> float:
+    """Of one token in the parallel form, by hand: products of matrices alone, at the settings of `mixers`."""
+    width, d = config.width, config.width // config.heads
+    core = {
+        "softmax attention": 4 * time * d,  # scores that the mask hides are computed too
+        "window attention": 4 * 2 * 64 * d,
+        "linear attention": 4 * d * d + 4 * 64 * d,
+        "gated linear attention": 4 * d * d + 4 * 16 * d + 4 * 16 * d,
+        "delta rule": 6 * d * d + 10 * 32 * d,
+        "gated delta rule": 6 * d * d + 10 * 32 * d,
+        "TTT-Linear": 6 * d * d + 4 * 16 * d,
+        "TTT-MLP": 56 * d * d + 20 * 16 * d,
+        "Titans": 44 * d * d + 12 * 16 * d,
+        "LaCT": 18 * d * d + 4 * 2 * 256 * d,
+    }
+    return 8 * width * width + config.heads * core[name]
+
+
+def by_length(config: Config, rate: float) -> dict[str, dict[str, float]]:
+    """Microseconds per token of every layer at every length, and their floor by operations at the longest."""
     found: dict[str, dict[str, float]] = {}
     for name, mixer in mixers(config).items():
         params = mixer.init(jax.random.key(0))
@@ -113,9 +131,12 @@ def by_length(config: Config) -> dict[str, dict[str, float]]:
         }
         seconds = timed(calls, config.rounds)
         found[name] = {n: 1e6 * value / int(n) for n, value in seconds.items()}
-        values = list(found[name].values())
+        values, longest = list(found[name].values()), max(map(int, calls))
+        floor = 1e6 * operations(config, name, longest) / rate
         shown = "".join(f"{value:9.2f}" for value in values)
-        print(f"{name:24s}{shown}   longest / shortest {values[-1] / values[0]:.2f}", flush=True)
+        ratio = values[-1] / values[0]
+        print(f"{name:24s}{shown}   longest / shortest {ratio:.2f}; floor {floor:.2f}", flush=True)
+        found[name]["floor"] = floor
     return found
 
 
@@ -159,6 +180,14 @@ def dual(config: Config) -> dict[str, float]:
         "TTT-Linear, primal core": (jax.jit(primal), (q, k, v)),
     }
     x = jax.random.normal(jax.random.key(2), (config.batch_size, config.time, config.width))
+    primal_layer = ttt_linear(config.width, config.heads)
+
+    def token_by_token(params: Any, x: Any) -> Any:
+        cache = primal_layer.start(params, config.batch_size, config.time)
+        _, y = jax.lax.scan(lambda c, each: primal_layer.step(params, c, each)[::-1], cache, jnp.moveaxis(x, 1, 0))
+        return jnp.moveaxis(y, 0, 1)
+
+    calls["TTT-Linear, primal, layer"] = (jax.jit(token_by_token), (primal_layer.init(jax.random.key(3)), x))
     for name, mixer in (
         ("linear attention", linear_attention(config.width, config.heads)),
         ("TTT-Linear, dual", ttt_linear(config.width, config.heads)),
@@ -175,29 +204,38 @@ def dual(config: Config) -> dict[str, float]:
             found[f"TTT-Linear, dual{' core' if part == 'core' else ', ' + part}"] / found[f"linear attention, {part}"]
         )
         print(f"TTT-Linear, dual / linear attention, {part}: {ratio:.2f}")
-    print(f"primal / dual, cores: {found['TTT-Linear, primal core'] / found['TTT-Linear, dual core']:.1f}")
+    for part in (" core", ", layer"):
+        ratio = found[f"TTT-Linear, primal{part}"] / found[f"TTT-Linear, dual{part}"]
+        print(f"TTT-Linear, primal / dual{part}: {ratio:.1f}")
     return found
 
 
-def decoding(config: Config) -> dict[str, dict[str, float]]:
-    """Microseconds of a step, the mean of 256, at each position."""
+def decoding(config: Config, bandwidth: float) -> dict[str, dict[str, float]]:
+    """Microseconds of a step, the mean of 256, at each position; and the bytes of parameters and cache at the bandwidth
+    of memory, which no step of a single row can beat unless they stay in the processor's cache."""
     found: dict[str, dict[str, float]] = {}
     for name, mixer in mixers(config).items():
         params = mixer.init(jax.random.key(0))
         x = jax.random.normal(jax.random.key(1), (256, 1, config.width))
 
+        @jax.jit
         def run(params: Any, cache: Any, x: Any, mixer: Mixer = mixer) -> Any:
             return jax.lax.scan(lambda c, each: mixer.step(params, c, each)[::-1], cache, x)[1]
 
-        run = jax.jit(run)
         calls = {}
         for position in config.positions:
             cache = mixer.start(params, 1, max(config.positions) + 256)
             calls[str(position)] = (run, (params, cache._replace(position=jnp.int32(position)), x))
         found[name] = {n: 1e6 * value / 256 for n, value in timed(calls, config.rounds).items()}
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, cache)))
         values = list(found[name].values())
+        found[name]["floor"] = 1e6 * size / bandwidth
         shown = "".join(f"{value:9.1f}" for value in values)
-        print(f"{name:24s}{shown}   last / first {values[-1] / values[0]:.2f}", flush=True)
+        print(
+            f"{name:24s}{shown}   last / first {values[-1] / values[0]:.2f}; {size / 1e6:.2f} MB, floor"
+            f" {found[name]['floor']:.1f}",
+            flush=True,
+        )
     return found
 
 
@@ -210,7 +248,8 @@ def figure_of(found: dict[str, dict[str, float]], directory: Path) -> Path:
 
     figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for name, values in found.items():
-        axes.plot([int(n) for n in values], list(values.values()), marker="o", markersize=3, label=name)
+        lengths = [n for n in values if n != "floor"]
+        axes.plot([int(n) for n in lengths], [values[n] for n in lengths], marker="o", markersize=3, label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds per token, forward")
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
@@ -224,22 +263,28 @@ def figure_of(found: dict[str, dict[str, float]], directory: Path) -> Path:
 
 def main(config: Config) -> None:
     """Measures, prints, draws the figure."""
-    operations, bandwidth = rates()
-    print(f"products of matrices: {operations / 1e9:.0f} GFLOP/s; adding: {bandwidth / 1e9:.1f} GB/s")
-    found: dict[str, Any] = {"flop_per_second": operations, "bytes_per_second": bandwidth}
+    operations_rate, bandwidth = rates()
+    print(f"products of matrices: {operations_rate / 1e9:.0f} GFLOP/s; adding: {bandwidth / 1e9:.1f} GB/s")
+    found: dict[str, Any] = {"flop_per_second": operations_rate, "bytes_per_second": bandwidth}
     if "dual" in config.parts:
         seconds = dual(config)
-        floors = {name: count / operations for name, count in core_operations(config).items()}
+        # Queries, keys and values are read, and as much is written.
+        moved = 4 * 4 * config.batch_size * config.time * config.width / bandwidth
+        floors = {name: count / operations_rate for name, count in core_operations(config).items()}
         for name, floor in floors.items():
-            print(f"{name}: floor by operations {1e3 * floor:.1f} ms, {floor / seconds[name]:.2f} of the time")
+            print(
+                f"{name}: floor by operations {1e3 * floor:.1f} ms ({floor / seconds[name]:.2f} of the time), by bytes"
+                f" {1e3 * moved:.1f} ms"
+            )
+        floors["bytes of a core"] = moved
         found |= {"dual_seconds": seconds, "dual_floor_seconds": floors}
     if "length" in config.parts:
         print("microseconds per token at " + ", ".join(map(str, config.lengths)))
-        found["microseconds_per_token"] = by_length(config)
+        found["microseconds_per_token"] = by_length(config, operations_rate)
         print(f"figure: {figure_of(found['microseconds_per_token'], config.directory)}")
     if "decoding" in config.parts:
         print("microseconds of a decoding step at positions " + ", ".join(map(str, config.positions)))
-        found["microseconds_per_step"] = decoding(config)
+        found["microseconds_per_step"] = decoding(config, bandwidth)
     if config.record:
         device = jax.default_backend()
         settings = {
