@@ -41,25 +41,27 @@ def linear_attention_chunked(q: Array, k: Array, v: Array, log_decay: Array | No
     time = q.shape[-2]
     size = min(chunk if log_decay is None else _GATED_CHUNK, max(time, 1))
     q, k, v = (to_chunks(a, size) for a in (q, k, v))
-    whole = None
-    read, write, inner_q, inner_k = q, k, q, k
-    if log_decay is not None:
-        total = jnp.cumsum(to_chunks(jnp.maximum(log_decay, LOWEST_LOG_DECAY), size), axis=-2)
-        middle, end = total[..., size // 2, None, :], total[..., -1, None, :]
-        read, write = q * jnp.exp(total), k * jnp.exp(end - total)
-        inner_q, inner_k = q * jnp.exp(total - middle), k * jnp.exp(middle - total)
-        whole = jnp.exp(end[..., 0, :, None])
-    scores = jnp.where(causal_mask(size), jnp.einsum("...td,...sd->...ts", inner_q, inner_k), 0)
-    added = jnp.einsum("...td,...te->...de", write, v)
+    start = jnp.zeros((*q.shape[1:-2], q.shape[-1], v.shape[-1]), q.dtype)
+    if log_decay is None:
+        added = jnp.einsum("...td,...te->...de", k, v)
+        _, before = jax.lax.scan(lambda state, new: (state + new, state), start, added)
+        return from_chunks(_within(q, k) @ v + q @ before, time)
+    total = jnp.cumsum(to_chunks(jnp.maximum(log_decay, LOWEST_LOG_DECAY), size), axis=-2)
+    middle, end = total[..., size // 2, None, :], total[..., -1, None, :]
+    scores = _within(q * jnp.exp(total - middle), k * jnp.exp(middle - total))
+    read, write, whole = q * jnp.exp(total), k * jnp.exp(end - total), jnp.exp(end[..., 0, :, None])
 
-    def hand_on(state: Array, chunk: tuple[Array, Array | None]) -> tuple[Array, Array]:
-        new, decay = chunk
-        return (state if decay is None else decay * state) + new, state
+    # With chunks so short, keeping the matrix of each takes more time than a chain of small products.
+    def step(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        scores, v, read, write, whole = chunk
+        return whole * state + jnp.swapaxes(write, -1, -2) @ v, scores @ v + read @ state
 
-    _, before = jax.lax.scan(hand_on, jnp.zeros_like(added[0]), (added, whole))
-    return from_chunks(
-        jnp.einsum("...ts,...se->...te", scores, v) + jnp.einsum("...td,...de->...te", read, before), time
-    )
+    return from_chunks(jax.lax.scan(step, start, (scores, v, read, write, whole))[1], time)
+
+
+def _within(q: Array, k: Array) -> Array:
+    """q_t . k_s for s <= t, 0 elsewhere: of every chunk."""
+    return jnp.where(causal_mask(q.shape[-2]), q @ jnp.swapaxes(k, -1, -2), 0)
 
 
 def linear_attention_step(
