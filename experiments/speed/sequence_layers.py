@@ -2,8 +2,8 @@
 
     python -m experiments.speed.sequence_layers          10 minutes on 2 cores, with nothing else running; one figure
 
-- "length": time per token of the parallel form, forward, from 1k to 16k tokens of one row, in stacks of layers that have
-  as many tokens in all. Linear time is one number.
+- "length": time per token of the parallel form, forward, from 1k to 16k tokens of one row, in stacks of layers with
+  equal numbers of tokens in all. Linear time is one number.
 - "dual": TTT-Linear in its dual form, against a scan over tokens with weights written out (primal) and against chunked
   linear attention, which has fewer products and no chain from chunk to chunk: the cores alone, and whole layers with
   their projections; forward, and with the gradient of all parameters.
