@@ -33,7 +33,8 @@ from cl_zoo.training.run_directory import read_metrics
 from tests.conftest import forget_programs
 from tests.tiny import close, same_bytes
 
-KEY = jax.random.key(4)
+# Placed as what is read from a checkpoint is, so that a resumed run finds the programs of the first one compiled.
+KEY = jax.device_put(jax.random.key(4), jax.devices()[0])
 STEPS, ROWS = 6, 4
 
 
@@ -113,15 +114,9 @@ def test_components_act_on_a_decoder_as_on_any_model(subject: SimpleNamespace) -
     kept = np.asarray(memory.rows[0])[: 2 * STEPS * ROWS]
     assert (kept > 0).all() and {bytes([b]) for b in np.unique(kept)} <= {bytes([b]) for b in b"abcdefUVWXYZ "}
     assert {row.tobytes().decode("latin1").replace(" ", "").islower() for row in kept.astype(np.uint8)} == {True, False}
-    assert int(state.parts["weight_interpolation"].finished) == 2
-
-
-def test_interpolation_moves_a_decoder_towards_the_old_one(stream: Stream) -> None:
-    """With alpha = 1 the second domain leaves nothing."""
-    still = language_learner(weight_interpolation(1.0, alignment=None))
-    accuracy = run_stream(still, stream, KEY).accuracy
-    assert accuracy[1, 0] > accuracy[0, 0] + 0.1
-    np.testing.assert_allclose(accuracy[2], accuracy[1], atol=1e-5)
+    averaged = state.parts["weight_interpolation"]
+    assert int(averaged.finished) == 2 and float(averaged.distance) > 0.1
+    same_bytes(averaged.params, state.params)  # the next task's old model
 
 
 @pytest.mark.parametrize("alignment", ["activations", "weights"])
