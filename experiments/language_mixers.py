@@ -1,7 +1,7 @@
 """Which sequence layer foretells the next byte best, from the same text with as many parameters?
 
 Command                                                   hardware       time       expected
-python -m experiments.language_mixers --record            2 CPU cores    60 min     see the ledger
+python -m experiments.language_mixers --record            2 CPU cores    60 min     see the ledger (titans: not yet)
 python -m experiments.language_mixers --seeds 3 --tokens 10000000 --batch-size 64 \\
     --record                                              1 GPU          not run
 
