@@ -4,10 +4,12 @@ Command                                                   hardware       time   
 python -m experiments.recall --record                     1 CPU core     TIME       see the ledger
 
 Decoders of 2 blocks of width 64, every layer with short convolutions of width 4, learn from rows of 4 n tokens: n keys
-with their values, then n questions among as many tokens of noise. Keys, values and noise come from 128 tokens. AdamW
+with their values, then n questions among as many tokens of noise. Keys, values and noise come from 128 tokens. First
+there are few pairs; when a net has learned from those rows, and been tested on such, it goes on with more pairs. (From
+the start, none of these nets learns anything from rows of 32 pairs in as many updates.) Each stage has its own AdamW
 (0.9, 0.95, decay 0.1), clipped at norm 1, warmed up over a tenth of the steps and then a cosine down to a tenth; rates,
-steps and rows are the same for all. The score is the share of questions that are answered. Only the memory is to limit
-it: each head of a layer other than softmax attention holds d x d numbers, however long the row.
+steps and rows are the same for all. The score is the share of questions that are answered. Each head of a layer other
+than softmax attention remembers a row in d x d numbers, however long it is.
 """
 
 from __future__ import annotations
@@ -67,9 +69,10 @@ class Config:
 
     mixers: tuple[str, ...] = tuple(MIXERS)
     pairs: tuple[int, ...] = (4, 8, 16, 32)
-    """Keys and values of a row, which has four times as many tokens."""
+    """Keys and values of a row, which has four times as many tokens; one stage after the other."""
     seeds: int = 1
-    steps: int = 1000
+    steps: int = 400
+    """Of each stage."""
     batch_size: int = 16
     vocabulary: int = 128
     width: int = 64
@@ -77,7 +80,7 @@ class Config:
     layers: int = 2
     hidden: int = 128
     """Of the SwiGLU networks."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     mini_batch: int = 16
     """Of TTT-Linear."""
     directory: str = "runs/recall"
@@ -98,84 +101,92 @@ def main(config: Config) -> None:
         )
     enable_compilation_cache()
     directory = Path(config.directory)
-    may_change = ("mixers", "pairs", "seeds", "directory", "record")
+    may_change = ("mixers", "seeds", "directory", "record")
     try:
         settle_config(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in may_change})
     except ConfigError as error:
         raise SystemExit(str(error)) from error
     (directory / "cells").mkdir(exist_ok=True)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    with tqdm(total=len(config.mixers) * len(config.pairs) * config.seeds, unit="run") as bar:
-        for pairs in config.pairs:
-            for name in config.mixers:
-                bar.set_description(f"{pairs} pairs, {name}")
-                runs = []
-                for seed in range(config.seeds):
-                    path = directory / "cells" / f"{name}-{pairs}-{seed}.json".replace(" ", "_")
-                    if not path.exists():
-                        write_json(path, run(config, name, pairs, seed))
-                    runs.append(json.loads(path.read_text()))
-                    bar.update()
-                kinds = {kind: [each[kind] for each in runs] for kind in runs[0]}
-                found[f"{pairs} pairs", name] = {**kinds, "scores": 100 * np.array(kinds["accuracy"])}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tqdm(total=len(config.mixers) * config.seeds, unit="run") as bar:
+        for name in config.mixers:
+            bar.set_description(name)
+            runs[name] = []
+            for seed in range(config.seeds):
+                path = directory / "cells" / f"{name}-{seed}.json".replace(" ", "_")
+                if not path.exists():
+                    write_json(path, run(config, name, seed))
+                runs[name].append(json.loads(path.read_text()))
+                bar.update()
 
-    print(table(found, lambda cell: cell["scores"] / 100, "of questions after training"))
-    print(f"figure: {figure(found, config, directory)}")
-    notes = {cell: f"{kinds['parameters'][0] / 1e3:.0f}k parameters" for cell, kinds in found.items()}
+    found = {
+        (f"{pairs} pairs", name): {
+            "scores": 100 * np.array([each["accuracy"][i] for each in runs[name]]),
+            "seconds": [each["seconds"][i] for each in runs[name]],
+        }
+        for i, pairs in enumerate(config.pairs)
+        for name in config.mixers
+    }
+    print(table(found, lambda cell: cell["scores"] / 100, "after each stage"))
+    print(f"figure: {figure(runs, config, directory)}")
     path = RESULTS / "recall.json" if config.record else directory / "results.json"
     benchmark = f"Associative recall, {config.heads} heads of width {config.width // config.heads}, accuracy"
     command = shown_command("experiments.recall", sys.argv[1:])
-    record("recall", benchmark, command, found, {}, notes, path, remarks=REMARKS)
+    record("recall", benchmark, command, found, {}, {}, path, remarks=REMARKS)
     print(f"results: {path}")
 
 
-def run(config: Config, name: str, pairs: int, seed: int) -> dict[str, Any]:
-    """One mixer, number of pairs and seed."""
-    stream = associative_recall(
-        steps=config.steps,
-        length=4 * pairs,
-        pairs=pairs,
-        vocabulary=config.vocabulary,
-        batch_size=config.batch_size,
-    )
+def run(config: Config, name: str, seed: int) -> dict[str, Any]:
+    """One mixer and seed: accuracy, losses of training and seconds of each stage."""
     options = {"mini_batch": config.mini_batch} if name == "ttt-linear" else {}
     mixer = MIXERS[name](config.width, config.heads, convolution=4, **options)
-    net = decoder(config.vocabulary, [mixer], layers=config.layers, hidden=config.hidden)
-    learner = compose(net.model, warmed_up_adamw(config.learning_rate, config.steps), supervised(next_token_loss))
-    begun = time.perf_counter()
-    result = run_stream(learner, stream, jax.random.key(seed), evaluate_at="end")
-    return {
-        "accuracy": float(result.accuracy[-1, 0]),
-        "training_loss": np.asarray(result.metrics["loss"][0]).tolist(),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),
-        "seconds": time.perf_counter() - begun,
-    }
+    model = decoder(config.vocabulary, [mixer], layers=config.layers, hidden=config.hidden).model
+    stages: dict[str, list[Any]] = {"accuracy": [], "training_loss": [], "seconds": []}
+    for pairs in config.pairs:
+        stream = associative_recall(
+            steps=config.steps,
+            length=4 * pairs,
+            pairs=pairs,
+            vocabulary=config.vocabulary,
+            batch_size=config.batch_size,
+        )
+        learner = compose(model, warmed_up_adamw(config.learning_rate, config.steps), supervised(next_token_loss))
+        begun = time.perf_counter()
+        result = run_stream(learner, stream, jax.random.key(seed), evaluate_at="end")
+        stages["accuracy"].append(float(result.accuracy[-1, 0]))
+        stages["training_loss"].append(np.asarray(result.metrics["loss"][0]).tolist())
+        stages["seconds"].append(time.perf_counter() - begun)
+        # The next stage begins where this one ends.
+        learned = jax.tree.map(np.asarray, result.state.params)
+        model = model._replace(init=lambda key, x, learned=learned: (jax.tree.map(jax.numpy.asarray, learned), {}))
+    return stages
 
 
-def figure(found: dict[tuple[str, str], dict[str, Any]], config: Config, directory: Path) -> Path:
-    """Accuracy against pairs, and the loss of training with the most of them."""
+def figure(runs: dict[str, list[dict[str, Any]]], config: Config, directory: Path) -> Path:
+    """Accuracy against pairs, and the loss of training."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    pairs = sorted(config.pairs)
-    for i, name in enumerate(config.mixers):
-        look = {"label": name, "linewidth": 1.2, "linestyle": ("-", "--", ":")[i % 3]}
-        scores = [np.mean(found[f"{n} pairs", name]["scores"]) for n in pairs]
-        left.plot(pairs, scores, marker="o", markersize=3, **look)
-        loss = np.mean(found[f"{pairs[-1]} pairs", name]["training_loss"], axis=0) / np.log(2)
-        width = max(len(loss) // 40, 1)
-        smooth = np.convolve(loss, np.ones(width) / width, "valid")
-        right.plot(np.arange(len(smooth)) + width, smooth, **look)
+    for i, (name, seeds) in enumerate(runs.items()):
+        look = {"label": name, "linewidth": 1.2, "linestyle": ("-", "--", ":")[i % 3], "color": f"C{i}"}
+        scores = 100 * np.mean([each["accuracy"] for each in seeds], axis=0)
+        left.plot(config.pairs, scores, marker="o", markersize=3, **look)
+        width = max(config.steps // 20, 1)
+        for stage, losses in enumerate(np.mean([each["training_loss"] for each in seeds], axis=0) / np.log(2)):
+            smooth = np.convolve(losses, np.ones(width) / width, "valid")
+            right.plot(stage * config.steps + np.arange(len(smooth)) + width, smooth, **look)
     d = config.width // config.heads
     left.axvline(d, color="grey", linewidth=0.8)
     left.annotate(f" d = {d}", (d, 2), color="grey", fontsize=8)
     left.set(xlabel="pairs in the row", ylabel="accuracy, %", ylim=(0, 103), xscale="log")
-    left.set_xticks(pairs, [str(n) for n in pairs])
+    left.set_xticks(config.pairs, [str(n) for n in config.pairs])
     left.minorticks_off()
-    right.set(xlabel="updates", ylabel=f"training loss, {pairs[-1]} pairs, bits per question", ylim=(0, None))
+    right.set(xlabel="updates", ylabel="training loss, bits per question", ylim=(0, None))
+    for stage, pairs in enumerate(config.pairs):
+        right.annotate(f"{pairs} pairs", (stage * config.steps, right.get_ylim()[1]), fontsize=8, va="bottom")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(fontsize=7, loc="lower left")

@@ -14,16 +14,18 @@ def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyte
     monkeypatch.setattr(recall, "enable_compilation_cache", lambda: None)
     mixers = ("linear attention", "ttt-linear")
     sizes = {"vocabulary": 12, "width": 8, "heads": 2, "layers": 1, "hidden": 8, "mini_batch": 4}
-    config = recall.Config(mixers=mixers, pairs=(2,), steps=3, batch_size=4, directory=str(tmp_path), **sizes)
+    config = recall.Config(mixers=mixers, pairs=(2, 3), steps=3, batch_size=4, directory=str(tmp_path), **sizes)
     recall.main(config)
     shown = capsys.readouterr().out
     assert "2 pairs" in shown and (tmp_path / "accuracy.png").exists()
     result = json.loads((tmp_path / "results.json").read_text())
-    assert [(row["setting"], row["algorithm"]) for row in result["rows"]] == [("2 pairs", name) for name in mixers]
+    assert [(row["setting"], row["algorithm"]) for row in result["rows"]] == [
+        (f"{pairs} pairs", name) for pairs in (2, 3) for name in mixers
+    ]
     assert "lower_is_better" not in result
-    kept = json.loads((tmp_path / "cells" / "ttt-linear-2-0.json").read_text())
-    assert len(kept["training_loss"]) == 3 and np.isfinite(kept["training_loss"]).all()
-    assert result["rows"][1]["ours"]["mean"] == pytest.approx(100 * kept["accuracy"])
+    kept = json.loads((tmp_path / "cells" / "ttt-linear-0.json").read_text())
+    assert np.shape(kept["training_loss"]) == (2, 3) and np.isfinite(kept["training_loss"]).all()
+    assert result["rows"][3]["ours"]["mean"] == pytest.approx(100 * kept["accuracy"][1])
 
     monkeypatch.setattr(recall, "run", lambda *_: pytest.fail("a finished part was run again"))
     recall.main(config)
