@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tqdm.auto import tqdm
 
 from cl_zoo import LabelledImages, Learner, Stream, load_digits, sweep
@@ -35,6 +36,14 @@ class Cell(NamedTuple):
     method: str
     make: Callable[[Any], Learner]
     stream: Stream
+
+
+def warmed_up_adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.95, decay 0.1) of clipped gradients, its rate warmed up over a tenth of the steps, then a cosine
+    down to a tenth of it.
+    """
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps, 0.1 * learning_rate)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95, weight_decay=0.1))
 
 
 def load_images(data_dir: str | None, source: str | None) -> LabelledImages:

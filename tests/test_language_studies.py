@@ -1,0 +1,73 @@
+"""Studies of sequence layers run end to end, in small, and do not run again what they have finished."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import fast_weights, recall
+
+
+def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "enable_compilation_cache", lambda: None)
+    mixers = ("linear attention", "ttt-linear")
+    sizes = {"vocabulary": 12, "width": 8, "heads": 2, "layers": 1, "hidden": 8, "mini_batch": 4}
+    config = recall.Config(mixers=mixers, pairs=(2, 3), steps=3, batch_size=4, directory=str(tmp_path), **sizes)
+    recall.main(config)
+    shown = capsys.readouterr().out
+    assert "2 pairs" in shown and (tmp_path / "accuracy.png").exists()
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["setting"], row["algorithm"]) for row in result["rows"]] == [
+        (f"{pairs} pairs", name) for pairs in (2, 3) for name in mixers
+    ]
+    assert "lower_is_better" not in result
+    kept = json.loads((tmp_path / "cells" / "ttt-linear-0.json").read_text())
+    assert np.shape(kept["training_loss"]) == (2, 3) and np.isfinite(kept["training_loss"]).all()
+    assert result["rows"][3]["ours"]["mean"] == pytest.approx(100 * kept["accuracy"][1])
+
+    monkeypatch.setattr(recall, "run", lambda *_: pytest.fail("a finished part was run again"))
+    recall.main(config)
+    assert capsys.readouterr().out == shown
+    with pytest.raises(SystemExit, match="steps was 3, now it is 4"):
+        recall.main(dataclasses.replace(config, steps=4))
+    with pytest.raises(SystemExit, match="mixers names nothing, but there are softmax attention"):
+        recall.main(dataclasses.replace(config, mixers=("nothing",)))
+    with pytest.raises(SystemExit, match="pairs names 6, but it must be in 1 to 5"):
+        recall.main(dataclasses.replace(config, pairs=(2, 6)))
+
+
+def test_fast_weights(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_weights, "enable_compilation_cache", lambda: None)
+    sizes = {"length": 16, "words": 3, "values": 4, "width": 8, "heads": 2, "layers": 1, "hidden": 8, "mini_batch": 4}
+    config = fast_weights.Config(mixers=("ttt-linear",), steps=60, batch_size=8, directory=str(tmp_path), **sizes)
+    fast_weights.main(config)
+    shown = capsys.readouterr().out
+    assert "bits above the best" in shown and (tmp_path / "document.png").exists()
+    result = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["setting"], row["algorithm"]): row["ours"]["mean"] for row in result["rows"]}
+    names = ("ttt-linear", "ttt-linear, frozen")
+    assert list(rows) == [(f"{kind} words", name) for kind in ("known", "new") for name in names]
+    assert result["lower_is_better"] and "times its norm" in result["remarks"][1]
+    kept = json.loads((tmp_path / "cells" / "ttt-linear-0.json").read_text())
+    gone = np.array(kept["movement"])
+    assert gone.shape == (1, 2, 16) and (gone[..., 3:] > 0).all()
+    assert (gone[..., :3] == 0).all() and (np.diff(gone)[..., 3:6] == 0).all()  # they move once a mini-batch
+    assert rows["known words", "ttt-linear"] == kept["known"] < kept["frozen"]["known"]
+
+    still = [kept | {"movement": (0 * gone).tolist()}]
+    with pytest.raises(SystemExit, match="did not move in all heads"):
+        fast_weights.check_that_weights_matter(still)
+    with pytest.raises(SystemExit, match="do not help"):
+        fast_weights.check_that_weights_matter([kept | {"frozen": kept}])
+
+    monkeypatch.setattr(fast_weights, "run", lambda *_: pytest.fail("a finished part was run again"))
+    fast_weights.main(config)
+    assert capsys.readouterr().out == shown
+    with pytest.raises(SystemExit, match="words was 3, now it is 5"):
+        fast_weights.main(dataclasses.replace(config, words=5))
+
+
+def test_seen_before() -> None:
+    assert fast_weights.seen_before(np.array([[2, 1, 2, 0, 1]])).tolist() == [[False, False, True, False, True]]
