@@ -1,7 +1,7 @@
 """Which sequence layer answers from what the row itself has told, as it is told more? Multi-query associative recall.
 
 Command                                                   hardware       time       expected
-python -m experiments.recall --record                     1 CPU core     TIME       see the ledger
+python -m experiments.recall --record                     1 CPU core                not recorded yet
 
 Decoders of 2 blocks of width 64, every layer with short convolutions of width 4, learn from rows of 4 n tokens: n keys
 with their values, then n questions among as many tokens of noise. Keys, values and noise come from 128 tokens. First
