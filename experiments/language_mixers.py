@@ -10,7 +10,7 @@ bytes in one pass, tested on the last tenth. All have the parameters of the one 
 SwiGLU networks are a little narrower where a layer brings weights of its own. No layer has short convolutions or gates.
 AdamW (0.9, 0.95, decay 0.1), clipped at norm 1, warmed up over a tenth of the steps and then a cosine down to a tenth.
 The learning rate is the same for all, the best of 1e-3, 2e-3, 4e-3, 8e-3 for softmax attention, linear attention and
-TTT-Linear together by validation: --width 128 --layers 2 --tokens 300000 --split validation.
+TTT-Linear together by validation (TTT-Linear without 8e-3): --width 128 --layers 2 --tokens 300000 --split validation.
 
 "batch" is TTT-Linear whose gradients are all taken at the first weights, with rates that do not fall with the place;
 "b=16" takes them at the weights of the last mini-batch. Published for layers of that kind (Sun et al. 2024, 125M
