@@ -2,8 +2,8 @@
 
     python -m experiments.speed.sequence_layers          10 minutes on 2 cores, with nothing else running; one figure
 
-- "length": time per token of the parallel form, forward, from 1k to 16k tokens of one row, in stacks of layers with
-  equal numbers of tokens in all. Linear time is one number.
+- "length": time per token of the parallel form, forward, from 1k to 16k tokens a row, batches of as many rows as make
+  16k tokens. Linear time is one number.
 - "dual": TTT-Linear in its dual form, against a scan over tokens with weights written out (primal) and against chunked
   linear attention, which has fewer products and no chain from chunk to chunk: the cores alone, and whole layers with
   their projections; forward, and with the gradient of all parameters.
@@ -124,16 +124,11 @@ def by_length(config: Config, rate: float) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, mixer in mixers(config).items():
         params = mixer.init(jax.random.key(0))
-        total = 2 * max(config.lengths)
-
-        @jax.jit
-        def stack(params: Any, x: Any, mixer: Mixer = mixer, total: int = total) -> Any:
-            """As many layers as make equal numbers of tokens, in one program: memory is asked for once, as in use."""
-            n = total // x.shape[1]
-            return jax.lax.fori_loop(0, n, lambda _, h: x + 0.1 * mixer.apply(params, h), x)
-
+        # Equal numbers of tokens at once, so that all lengths find as much of their work in the processor's cache.
+        total = max(config.lengths)
+        apply = jax.jit(mixer.apply)
         calls = {
-            str(n): (stack, (params, jax.random.normal(jax.random.key(1), (1, n, config.width))))
+            str(n): (apply, (params, jax.random.normal(jax.random.key(1), (total // n, n, config.width))))
             for n in config.lengths
             if mixer.name != "softmax_attention" or n <= 8192  # its scores of 16k tokens take 4 GB
         }
