@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from cl_zoo.types import Array, PyTree
 
-__all__ = ["FastLayer", "Movement", "forward", "gradients", "move", "read", "token_gradient"]
+__all__ = ["FastLayer", "Movement", "dense", "forward", "gradients", "move", "read", "token_gradient"]
 
 Activation = Callable[[Array], Array]
 
@@ -55,20 +55,31 @@ class Movement(NamedTuple):
     momentum_decay: Array | None = None
 
 
-def forward(layers: Sequence[FastLayer], x: Array, activation: Activation) -> tuple[list[Array], list[Array]]:
-    """Inputs and outputs of every layer, for tokens `[..., C, n]`; the last output is the network's."""
-    inputs: list[Array] = []
-    outputs: list[Array] = []
-    for i, layer in enumerate(layers):
-        x = activation(outputs[-1]) if i else x
-        z = x @ layer.kernel
-        inputs.append(x)
-        outputs.append(z if layer.bias is None else z + layer.bias[..., None, :])
+def dense(layer: FastLayer, *tokens: Array) -> list[Array]:
+    """One layer's outputs for each of some sets of tokens `[..., C, n]`, by one product of matrices."""
+    z = jnp.concatenate(tokens, axis=-2) @ layer.kernel
+    z = z if layer.bias is None else z + layer.bias[..., None, :]
+    return jnp.split(z, len(tokens), axis=-2)
+
+
+def forward(
+    layers: Sequence[FastLayer], x: Array, activation: Activation, first: Array | None = None
+) -> tuple[list[Array], list[Array]]:
+    """Inputs and outputs of every layer, for tokens `[..., C, n]`; the last output is the network's. `first` is the
+    first layer's output, where it is known."""
+    inputs, outputs = [x], dense(layers[0], x) if first is None else [first]
+    for layer in layers[1:]:
+        inputs.append(activation(outputs[-1]))
+        outputs += dense(layer, inputs[-1])
     return inputs, outputs
 
 
 def gradients(
-    layers: Sequence[FastLayer], x: Array, loss_gradient: Callable[[Array], Array], activation: Activation
+    layers: Sequence[FastLayer],
+    x: Array,
+    loss_gradient: Callable[[Array], Array],
+    activation: Activation,
+    first: Array | None = None,
 ) -> tuple[list[Array], list[Array]]:
     """Every layer's input, and the gradient of each token's loss to every layer's output, all at one set of weights.
 
@@ -77,8 +88,9 @@ def gradients(
       x: `[..., C, n]`.
       loss_gradient: the network's output -> gradient of each token's loss to it.
       activation: between layers.
+      first: the first layer's outputs for x, where they are known.
     """
-    inputs, outputs = forward(layers, x, activation)
+    inputs, outputs = forward(layers, x, activation, first)
     found = [loss_gradient(outputs[-1])]
     for layer, z in zip(layers[:0:-1], outputs[-2::-1]):
         _, pull = jax.vjp(activation, z)
@@ -94,19 +106,18 @@ def read(
     found: list[Array],
     q: Array,
     activation: Activation,
+    first: Array,
 ) -> Array:
-    """The answers to queries `[..., C, n]`, each by the weights of its own place in the chunk."""
+    """The answers to queries `[..., C, n]`, each by the weights of its own place in the chunk; `first` is what the
+    first layer gives for them at the chunk's start."""
     y = q
     for i, (layer, x, g) in enumerate(zip(layers, inputs, found, strict=True)):
         y = activation(y) if i else y
-        z = y @ layer.kernel
-        z = z if layer.bias is None else z + layer.bias[..., None, :]
+        (z,) = dense(layer, y) if i else (first,)
         if movement.keep is not None:
             z = movement.keep[..., None] * z
         if surprise is not None and movement.carry is not None:
-            carried = y @ surprise[i].kernel
-            bias = surprise[i].bias
-            carried = carried if bias is None else carried + bias[..., None, :]
+            (carried,) = dense(surprise[i], y)
             z = z + movement.carry[..., None] * carried
         products = y @ jnp.swapaxes(x, -1, -2)
         y = z - (movement.read * (products if layer.bias is None else products + 1)) @ g

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.layers.fast_weights import FastLayer, Movement, forward, gradients, move, read, scaled, token_gradient
+from cl_zoo.layers.fast_weights import (
+    FastLayer,
+    Movement,
+    dense,
+    forward,
+    gradients,
+    move,
+    read,
+    scaled,
+    token_gradient,
+)
 from cl_zoo.layers.linear_attention import widen
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, linear, normalise, to_chunks
 from cl_zoo.types import Array, Key, PyTree, check_whole
@@ -88,8 +98,9 @@ def titans_chunked(
     def step(carry: tuple[Any, Any], chunk: tuple[Any, ...]) -> tuple[tuple[Any, Any], Array]:
         layers, surprise = carry
         q, k, v, movement = chunk
-        inputs, found = gradients(layers, k, lambda z: 2 * (z - v), activation)
-        z = read(layers, surprise, movement, inputs, found, q, activation)
+        of_keys, of_queries = dense(layers[0], k, q)
+        inputs, found = gradients(layers, k, lambda z: 2 * (z - v), activation, of_keys)
+        z = read(layers, surprise, movement, inputs, found, q, activation, of_queries)
         return move(layers, surprise, movement, inputs, found), z
 
     _, z = jax.lax.scan(jax.checkpoint(step), (list(weights), surprise), (q, k, v, movements))

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.layers.fast_weights import FastLayer, Movement, gradients, move, read, scaled, token_gradient
+from cl_zoo.layers.fast_weights import (
+    FastLayer,
+    Movement,
+    dense,
+    forward,
+    gradients,
+    move,
+    read,
+    scaled,
+    token_gradient,
+)
 from cl_zoo.layers.linear_attention import widen
 from cl_zoo.layers.mixer import (
     EPSILON,
@@ -118,9 +128,10 @@ def ttt_chunked(
 
     def step(layers: list[FastLayer], chunk: tuple[Array, ...]) -> tuple[list[FastLayer], Array]:
         q, k, v, rate = chunk
-        inputs, found = gradients(layers, k, lambda z: loss.gradient(z, k, v), activation)
+        of_keys, of_queries = dense(layers[0], k, q)
+        inputs, found = gradients(layers, k, lambda z: loss.gradient(z, k, v), activation, of_keys)
         movement = Movement(mask * rate[..., None, :])
-        z = read(layers, None, movement, inputs, found, q, activation)
+        z = read(layers, None, movement, inputs, found, q, activation, of_queries)
         return move(layers, None, movement, inputs, found)[0], z
 
     # Computing a mini-batch again in the backward pass is faster than keeping all of it, and leaves the weights alone.
@@ -162,10 +173,7 @@ def ttt_step(
     found = token_gradient(cache.weights, k, lambda z: loss.gradient(z, k_row, v_row), activation)
     gradient = jax.tree.map(jnp.add, cache.gradient, scaled(token_rate, found))
     now = jax.tree.map(lambda w, g: w - row_rate[place] * g, cache.weights, gradient)
-    y = q[..., None, :]
-    for i, layer in enumerate(now):
-        y = activation(y) if i else y
-        y = y @ layer.kernel + (0 if layer.bias is None else layer.bias[..., None, :])
+    y = forward(now, q[..., None, :], activation)[1][-1]
     last = place == row_rate.shape[0] - 1
     weights = jax.tree.map(lambda new, old: jnp.where(last, new, old), now, cache.weights)
     gradient = jax.tree.map(lambda g: jnp.where(last, 0, g), gradient)
