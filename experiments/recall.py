@@ -6,10 +6,11 @@ python -m experiments.recall --record                     1 CPU core            
 Decoders of 2 blocks of width 32 with 2 heads, every layer with short convolutions of width 4, learn from rows of 4 n
 tokens: n keys with their values, then n questions among as many tokens of noise. Keys, values and noise come from 128
 tokens. First there are few pairs; when a net has learned from those rows, and been tested on such, it goes on with more
-pairs. (From the start, none of these nets learns anything from rows of 32 pairs in as many updates.) Each stage has its
-own AdamW (0.9, 0.95, decay 0.1), clipped at norm 1, warmed up over a tenth of the steps and then a cosine down to a
-tenth; rates, steps and rows are the same for all. The score is the share of questions that are answered. Each head of a
-layer other than softmax attention remembers a row in d x d numbers, however long it is.
+pairs. The first stage is the longest: until a net finds out how to recall at all it learns little, and from rows of 32
+pairs none of these finds out in 600 updates. Each stage has its own AdamW (0.9, 0.95, decay 0.1), clipped at norm 1,
+warmed up over a tenth of the steps and then a cosine down to a tenth; rates, steps and rows are the same for all. The
+score is the share of questions that are answered. Each head of a layer other than softmax attention remembers a row in
+d x d numbers, however long it is.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ class Config:
     pairs: tuple[int, ...] = (4, 8, 16, 32)
     """Keys and values of a row, which has four times as many tokens; one stage after the other."""
     seeds: int = 1
+    first_steps: int = 2000
+    """Of the first stage, in which a net finds out how to recall at all."""
     steps: int = 600
-    """Of each stage."""
+    """Of each later stage."""
     batch_size: int = 16
     vocabulary: int = 128
     width: int = 32
@@ -142,15 +145,16 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
     mixer = MIXERS[name](config.width, config.heads, convolution=4, **options)
     model = decoder(config.vocabulary, [mixer], layers=config.layers, hidden=config.hidden).model
     stages: dict[str, list[Any]] = {"accuracy": [], "training_loss": [], "seconds": []}
-    for pairs in config.pairs:
+    for stage, pairs in enumerate(config.pairs):
+        steps = config.steps if stage else config.first_steps
         stream = associative_recall(
-            steps=config.steps,
+            steps=steps,
             length=4 * pairs,
             pairs=pairs,
             vocabulary=config.vocabulary,
             batch_size=config.batch_size,
         )
-        learner = compose(model, warmed_up_adamw(config.learning_rate, config.steps), supervised(next_token_loss))
+        learner = compose(model, warmed_up_adamw(config.learning_rate, steps), supervised(next_token_loss))
         begun = time.perf_counter()
         result = run_stream(learner, stream, jax.random.key(seed), evaluate_at="end")
         stages["accuracy"].append(float(result.accuracy[-1, 0]))
@@ -170,14 +174,16 @@ def figure(runs: dict[str, list[dict[str, Any]]], config: Config, directory: Pat
     import matplotlib.pyplot as plt
 
     drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    begins = [0, *(config.first_steps + i * config.steps for i in range(len(config.pairs) - 1))]
     for i, (name, seeds) in enumerate(runs.items()):
         look = {"label": name, "linewidth": 1.2, "linestyle": ("-", "--", ":")[i % 3], "color": f"C{i}"}
         scores = 100 * np.mean([each["accuracy"] for each in seeds], axis=0)
         left.plot(config.pairs, scores, marker="o", markersize=3, **look)
         width = max(config.steps // 20, 1)
-        for stage, losses in enumerate(np.mean([each["training_loss"] for each in seeds], axis=0) / np.log(2)):
+        for stage, begin in enumerate(begins):
+            losses = np.mean([each["training_loss"][stage] for each in seeds], axis=0) / np.log(2)
             smooth = np.convolve(losses, np.ones(width) / width, "valid")
-            right.plot(stage * config.steps + np.arange(len(smooth)) + width, smooth, **look)
+            right.plot(begin + np.arange(len(smooth)) + width, smooth, **look)
     d = config.width // config.heads
     left.axvline(d, color="grey", linewidth=0.8)
     left.annotate(f" d = {d}", (d, 2), color="grey", fontsize=8)
@@ -185,11 +191,11 @@ def figure(runs: dict[str, list[dict[str, Any]]], config: Config, directory: Pat
     left.set_xticks(config.pairs, [str(n) for n in config.pairs])
     left.minorticks_off()
     right.set(xlabel="updates", ylabel="training loss, bits per question", ylim=(0, None))
-    for stage, pairs in enumerate(config.pairs):
-        right.annotate(f"{pairs} pairs", (stage * config.steps, right.get_ylim()[1]), fontsize=8, va="bottom")
+    for begin, pairs in zip(begins, config.pairs):
+        right.annotate(f"{pairs} pairs", (begin, right.get_ylim()[1]), fontsize=8, va="bottom")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.legend(fontsize=7, loc="lower left")
+    left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     path = directory / "accuracy.png"
     drawn.savefig(path, dpi=150)
     plt.close(drawn)

@@ -14,7 +14,9 @@ def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyte
     monkeypatch.setattr(recall, "enable_compilation_cache", lambda: None)
     mixers = ("linear attention", "ttt-linear")
     sizes = {"vocabulary": 12, "width": 8, "heads": 2, "layers": 1, "hidden": 8, "mini_batch": 4}
-    config = recall.Config(mixers=mixers, pairs=(2, 3), steps=3, batch_size=4, directory=str(tmp_path), **sizes)
+    config = recall.Config(
+        mixers=mixers, pairs=(2, 3), first_steps=3, steps=3, batch_size=4, directory=str(tmp_path), **sizes
+    )
     recall.main(config)
     shown = capsys.readouterr().out
     assert "2 pairs" in shown and (tmp_path / "accuracy.png").exists()
