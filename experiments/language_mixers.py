@@ -64,9 +64,9 @@ MIXERS: dict[str, Callable[[int, int, int], Mixer]] = {
     "ttt-linear, batch": lambda width, heads, length: ttt_linear(width, heads, mini_batch=length, average=False),
     "ttt-linear, b=16": lambda width, heads, length: ttt_linear(width, heads),
     "gated delta rule": lambda width, heads, length: gated_delta_rule(width, heads),
-    "titans": lambda width, heads, length: titans(width, heads),
-    # Not run unless asked for.
     "delta rule": lambda width, heads, length: delta_rule(width, heads),
+    # Not run unless asked for.
+    "titans": lambda width, heads, length: titans(width, heads),
     "ttt-mlp, b=16": lambda width, heads, length: ttt_mlp(width, heads),
     "ttt-linear, ascent": lambda width, heads, length: ttt_linear(width, heads, base_rate=-1.0),
     "ttt-linear, frozen": lambda width, heads, length: ttt_linear(width, heads, base_rate=0.0),
