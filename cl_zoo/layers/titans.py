@@ -165,7 +165,8 @@ def titans(
       expansion: hidden units of two layers, in widths of a head.
       base_rate: the highest theta, at least 0 (0: the memory is never written); may be traced. A chunk's gradients add
         up, and momentum adds to them: with one layer, like tokens are stable while 2 C base_rate / (1 - eta) is below
-        2; with two, the loss is about three times as steep at the start, and 0.02 diverged in training.
+        2. With two the loss is steeper, and nothing bounds it: at a learning rate of 4e-3, a language model of four
+        such layers diverged with 0.02 and with 0.005.
       momentum, decay: False leaves out eta, and alpha.
       convolution: width of short convolutions of q, k and v; 0 for none.
 
