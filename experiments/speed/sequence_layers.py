@@ -130,7 +130,7 @@ def by_length(config: Config, rate: float) -> dict[str, dict[str, float]]:
         calls = {
             str(n): (apply, (params, jax.random.normal(jax.random.key(1), (total // n, n, config.width))))
             for n in config.lengths
-            if mixer.name != "softmax_attention" or n <= 4096  # its scores of 16k tokens, 4 rows of 4k, already take 1 GB
+            if mixer.name != "softmax_attention" or n <= 4096  # its scores take 1 GB there
         }
         seconds = timed(calls, config.rounds)
         found[name] = {n: 1e6 * value / total for n, value in seconds.items()}
