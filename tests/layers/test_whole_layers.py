@@ -72,7 +72,7 @@ def titans(p: Any, q: Any, k: Any, v: Any, x: Any, h: int) -> np.ndarray:
     alpha, eta, theta = (oracle.sigmoid(affine(p["gates"][n], x)[:, h]) for n in ("decay", "momentum", "rate"))
     weights = [leaf[h] for leaf in p["weights"].values()]
     activation = (oracle.silu, oracle.silu_slope)
-    return oracle.titans(unit(q), unit(k), v / D**0.5, weights, alpha, eta, 0.02 * theta, C, activation)
+    return oracle.titans(unit(q), unit(k), v / D**0.5, weights, alpha, eta, 0.005 * theta, C, activation)
 
 
 def lact(p: Any, q: Any, k: Any, v: Any, x: Any, h: int) -> np.ndarray:

@@ -85,7 +85,7 @@ def test_permuted_units_leave_the_function_unchanged(name):
         return outputs, [z for layer, (_, z) in taps.items() if layer.endswith("output")]
 
     close(answers(*moved), answers(params, state), 1e-4, 1e-5)
-    statistics_left = np.allclose(answers(moved[0], state)[0], answers(params, state)[0])
+    statistics_left = np.allclose(answers(moved[0], state)[0], answers(params, state)[0], 1e-4, 1e-5)
     assert model.units and statistics_left != bool(jax.tree.leaves(state))
 
 
