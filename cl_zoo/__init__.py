@@ -38,16 +38,19 @@ from cl_zoo.layers.catalogue import LayerEntry, sequence_layers
 from cl_zoo.layers.delta_rule import delta_rule, gated_delta_rule
 from cl_zoo.layers.lact import lact
 from cl_zoo.layers.linear_attention import gated_linear_attention, linear_attention
-from cl_zoo.layers.mixer import Mixer
+from cl_zoo.layers.mixer import Mixer, RotaryScaling
 from cl_zoo.layers.titans import titans
 from cl_zoo.layers.ttt import ttt_linear, ttt_mlp
 from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
-from cl_zoo.models.decoder import Decoder, decoder
+from cl_zoo.models.decoder import Decoder, decoder, unstacked
+from cl_zoo.models.generate import Generated, generate
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
+from cl_zoo.models.pretrained import DecoderConfig, Pretrained, config_of, load_pretrained, save_pretrained
 from cl_zoo.models.resnet import resnet26, resnet_tail
 from cl_zoo.models.rotation import with_rotation_head
+from cl_zoo.models.tokenization import TextTokenizer, left_padded, load_tokenizer
 from cl_zoo.streams.blurry import Mixing, blurry, drifting
 from cl_zoo.streams.cifar import load_cifar10, load_cifar10_c
 from cl_zoo.streams.corrupted_images import conditions, corrupted_images
@@ -73,9 +76,11 @@ __all__ = [
     "Component",
     "Context",
     "Decoder",
+    "DecoderConfig",
     "Entry",
     "Episode",
     "FewShotImages",
+    "Generated",
     "LabelledImages",
     "LayerEntry",
     "Learner",
@@ -83,10 +88,13 @@ __all__ = [
     "Mixing",
     "Model",
     "NonFiniteError",
+    "Pretrained",
     "Record",
     "Result",
+    "RotaryScaling",
     "Stream",
     "TaskInfo",
+    "TextTokenizer",
     "TrainState",
     "agem",
     "associative_recall",
@@ -97,6 +105,7 @@ __all__ = [
     "cnn",
     "compose",
     "conditions",
+    "config_of",
     "continual_backprop",
     "corrupt",
     "corrupted_images",
@@ -121,16 +130,20 @@ __all__ = [
     "gated_delta_rule",
     "gated_linear_attention",
     "gdumb",
+    "generate",
     "icarl",
     "l2_init",
     "la_maml",
     "lact",
+    "left_padded",
     "linear_attention",
     "load_cifar10",
     "load_cifar10_c",
     "load_digits",
     "load_mini_imagenet",
     "load_omniglot",
+    "load_pretrained",
+    "load_tokenizer",
     "look_ahead_sgd",
     "lwf",
     "maml",
@@ -151,6 +164,7 @@ __all__ = [
     "resnet_tail",
     "rotated_mnist",
     "run_stream",
+    "save_pretrained",
     "sequence_layers",
     "shrink_and_perturb",
     "sinusoids",
@@ -172,6 +186,7 @@ __all__ = [
     "ttt",
     "ttt_linear",
     "ttt_mlp",
+    "unstacked",
     "weight_interpolation",
     "window_attention",
     "wise_ft",

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, rotary, to_chunks
+from cl_zoo.layers.mixer import (
+    EPSILON,
+    Mixer,
+    RotaryScaling,
+    causal_mask,
+    from_chunks,
+    head_mixer,
+    head_width,
+    rms_norm,
+    rotary,
+    to_chunks,
+)
 from cl_zoo.types import Array, Key, PyTree, check_whole
 
 __all__ = ["KeyValues", "attend", "attend_window", "softmax_attention", "window_attention"]
@@ -16,10 +28,12 @@ __all__ = ["KeyValues", "attend", "attend_window", "softmax_attention", "window_
 class KeyValues(NamedTuple):
     """Attributes:
     k, v: `[B, G, L, d]`, keys (already turned) and values of G key-value heads; a ring of L tokens for windows.
+    padding: `i32[B]`, places at the beginning of each row that are never seen; None is none.
     """
 
     k: Array
     v: Array
+    padding: Array | None = None
 
 
 def attend(q: Array, k: Array, v: Array, *, scale: float | None = None) -> Array:
@@ -42,7 +56,7 @@ def attend(q: Array, k: Array, v: Array, *, scale: float | None = None) -> Array
 
 
 def _attend_seen(q: Array, k: Array, v: Array, seen: Array, scale: float | None) -> Array:
-    """`[B, H, T, d]` to those of `[B, G, L, d]` that `seen` `bool[T, L]` marks."""
+    """`[B, H, T, d]` to those of `[B, G, L, d]` that `seen` `bool[T, L]` or `bool[B, 1, 1, T, L]` marks."""
     batch, heads, time, d = q.shape
     groups = k.shape[1]
     q = q.reshape((batch, groups, heads // groups, time, d))
@@ -78,21 +92,34 @@ def _attend_cache(q: Array, cache: KeyValues, seen: Array) -> Array:
     return _attend_seen(q[:, :, None], cache.k, cache.v, seen[None], None)[:, :, 0]
 
 
-def empty_key_values(width: int, heads: int, kv_heads: int | None, batch_size: int, length: int, dtype: Any) -> Any:
+def empty_key_values(
+    head_size: int, heads: int, batch_size: int, length: int, dtype: Any, padding: Array | None = None
+) -> KeyValues:
     """Room for `length` tokens."""
-    shape = (batch_size, kv_heads or heads, length, width // heads)
-    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shape = (batch_size, heads, length, head_size)
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), padding)
 
 
 def window_step(cache: KeyValues, position: Array, q: Array, k: Array, v: Array) -> tuple[Array, KeyValues]:
     """One more token (q, k already turned) in a ring of as many places as the window has."""
     size = cache.k.shape[2]
-    cache = KeyValues(*(store.at[:, :, position % size].set(new) for store, new in zip(cache, (k, v))))
+    k, v = (store.at[:, :, position % size].set(new) for store, new in ((cache.k, k), (cache.v, v)))
+    cache = KeyValues(k, v)
     return _attend_cache(q, cache, jnp.arange(size) <= position), cache
 
 
 def softmax_attention(
-    width: int, heads: int, *, kv_heads: int | None = None, convolution: int = 0, theta: float = 10_000.0
+    width: int,
+    heads: int,
+    *,
+    kv_heads: int | None = None,
+    head_size: int | None = None,
+    biases: Sequence[str] = (),
+    qk_norm: bool = False,
+    convolution: int = 0,
+    theta: float = 10_000.0,
+    scaling: RotaryScaling | None = None,
+    epsilon: float = EPSILON,
 ) -> Mixer:
     """z_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s, queries and keys turned by their positions.
 
@@ -101,18 +128,24 @@ def softmax_attention(
     Args:
       width, heads: D, and H that divides it.
       kv_heads: heads of keys and values, dividing H; None is H.
+      head_size: d; None is D / H, and otherwise H need not divide D.
+      biases: which of the projections "query", "key", "value", "output" have one.
+      qk_norm: an RMSNorm of every query and key, before they are turned.
       convolution: width of short convolutions of q, k and v; 0 for none.
       theta: base of the rotary positions.
+      scaling: of the rotary wavelengths.
+      epsilon: of those norms.
 
     Returns:
       A `Mixer`; its cache holds `length` keys and values.
 
     Raises:
-      ValueError: sizes below 1, or that do not divide each other.
+      ValueError: sizes below 1, or that do not divide each other; unknown biases.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762.
+    Source: Vaswani et al. 2017, arXiv 1706.03762; qk_norm: Yang et al. 2025 (Qwen3), arXiv 2505.09388.
 
-    Differences from the paper or its code: rotary positions, no biases, no dropout, as decoders have it now.
+    Differences from the paper or its code: rotary positions, no biases unless asked for, no dropout, as decoders have
+    it now.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -120,30 +153,56 @@ def softmax_attention(
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 5, 8))).shape
       (1, 5, 8)
     """
+    d = head_width("softmax_attention", width, heads) if head_size is None else head_size
+
+    def init(key: Key) -> dict[str, Any]:
+        return {f"{n}_norm": {"scale": jnp.ones(d)} for n in ("query", "key") if qk_norm}
+
+    def turned(params: PyTree, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
+        if qk_norm:
+            q, k = (rms_norm(a, params[f"{n}_norm"]["scale"], epsilon) for n, a in (("query", q), ("key", k)))
+        return rotary(q, positions, theta, scaling=scaling), rotary(k, positions, theta, scaling=scaling)
 
     def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
-        positions = jnp.arange(q.shape[-2])
-        return attend(rotary(q, positions, theta), rotary(k, positions, theta), v)
+        return attend(*turned(params, q, k, jnp.arange(q.shape[-2])), v)
 
-    def start(params: PyTree, batch_size: int, length: int, dtype: Any) -> KeyValues:
-        return empty_key_values(width, heads, kv_heads, batch_size, length, dtype)
+    def start(params: PyTree, batch_size: int, length: int, dtype: Any, padding: Array | None = None) -> KeyValues:
+        return empty_key_values(d, kv_heads or heads, batch_size, length, dtype, padding)
+
+    def extend(
+        params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array
+    ) -> tuple[Array, KeyValues]:
+        places = position + jnp.arange(q.shape[2])
+        skipped = jnp.int32(0) if cache.padding is None else cache.padding[:, None, None]
+        q, k = turned(params, q, k, jnp.maximum(places - skipped, 0))
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), position, axis=2)
+            for store, new in ((cache.k, k), (cache.v, v))
+        )
+        column = jnp.arange(cache.k.shape[2])
+        seen = column <= places[:, None]
+        if cache.padding is not None:
+            seen = seen & (column >= cache.padding[:, None, None, None, None])
+        return _attend_seen(q, k, v, seen, None), KeyValues(k, v, cache.padding)
 
     def recur(
         params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array
     ) -> tuple[Array, KeyValues]:
-        q, k = rotary(q, position, theta), rotary(k, position, theta)
-        cache = KeyValues(*(store.at[:, :, position].set(new) for store, new in zip(cache, (k, v))))
-        return _attend_cache(q, cache, jnp.arange(cache.k.shape[2]) <= position), cache
+        z, cache = extend(params, cache, position, q[:, :, None], k[:, :, None], v[:, :, None], x)
+        return z[:, :, 0], cache
 
     return head_mixer(
         "softmax_attention",
         width,
         heads,
-        init=_nothing,
+        init=init,
         parallel=parallel,
         start=start,
         recur=recur,
+        extend=extend,
         kv_heads=kv_heads,
+        head_size=head_size,
+        biases=biases,
         convolution=convolution,
         norm=None,
     )
@@ -187,7 +246,7 @@ def window_attention(
         return attend_window(rotary(q, positions, theta), rotary(k, positions, theta), v, window)
 
     def start(params: PyTree, batch_size: int, length: int, dtype: Any) -> KeyValues:
-        return empty_key_values(width, heads, kv_heads, batch_size, window, dtype)
+        return empty_key_values(width // heads, kv_heads or heads, batch_size, window, dtype)
 
     def recur(
         params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array

@@ -264,7 +264,7 @@ def lact(
     def start(params: PyTree, batch_size: int, length: int, dtype: Any) -> LactCache:
         weights = fast(params, batch_size)
         nothing = jax.tree.map(jnp.zeros_like, weights)
-        window = empty_key_values(width, heads, None, batch_size, seen, dtype)
+        window = empty_key_values(width // heads, heads, batch_size, seen, dtype)
         decay = jnp.zeros((batch_size, heads), weights.gate.dtype)
         return LactCache(weights, nothing, nothing if momentum else None, decay, window)
 

@@ -6,7 +6,7 @@ Legend for shapes: `B` rows, `T` tokens, `D` width of the model, `H` heads, `d` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from cl_zoo.types import Array, Key, PyTree, check_whole
 __all__ = [
     "HeadCache",
     "Mixer",
+    "RotaryScaling",
     "causal_convolution",
     "causal_mask",
     "from_chunks",
@@ -41,10 +42,13 @@ class Mixer(NamedTuple):
       width: D.
       init: `(key) -> params`.
       apply: `(params, x [B, T, D]) -> [B, T, D]`, the parallel form, for training; any T.
-      start: `(params, batch_size, length, dtype) -> cache` of an empty sequence, for at most `length` tokens of
-        activations in `dtype`. Only softmax attention's cache grows with `length`.
+      start: `(params, batch_size, length, dtype, padding=None) -> cache` of an empty sequence, for at most `length`
+        tokens of activations in `dtype`. Only softmax attention's cache grows with `length`. `padding` `i32[B]` tokens
+        at the beginning of each row are to be as if they were not there: layers without `extend` refuse it.
       step: `(params, cache, x [B, D]) -> ([B, D], cache)`, the recurrent form: one more token. The cache keeps its
         tree, shapes and dtypes, so a `scan` of `step` is a whole sequence.
+      extend: `(params, cache, x [B, T, D]) -> ([B, T, D], cache)`: T more tokens at once, equal to T steps; None where
+        there is no such form.
     """
 
     name: str
@@ -53,6 +57,23 @@ class Mixer(NamedTuple):
     apply: Callable[[PyTree, Array], Array]
     start: Callable[..., PyTree]
     step: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
+    extend: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]] | None = None
+
+
+class RotaryScaling(NamedTuple):
+    """How rotary wavelengths are stretched for longer rows than a model was first trained on.
+
+    All are `factor` times as long ("linear"); or, with `original_length`, those longer than
+    original_length / low_frequency are, those shorter than original_length / high_frequency stay, and between the two
+    the frequencies are mixed, linearly in original_length / wavelength ("llama3").
+
+    Source: Chen et al. 2023, arXiv 2306.15595; Dubey et al. 2024 (Llama 3.1's code), arXiv 2407.21783.
+    """
+
+    factor: float
+    original_length: int | None = None
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
 
 
 class HeadCache(NamedTuple):
@@ -72,10 +93,10 @@ def linear(key: Key, n_in: int, n_out: int) -> Array:
     return jax.random.normal(key, (n_in, n_out)) / jnp.sqrt(float(n_in))
 
 
-def rms_norm(x: Array, scale: Array) -> Array:
-    """scale * x / sqrt(mean x^2 + 1e-6) over the last axis, computed in float32 at least."""
+def rms_norm(x: Array, scale: Array, epsilon: float = EPSILON) -> Array:
+    """scale * x / sqrt(mean x^2 + epsilon) over the last axis, computed in float32 at least."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     return (wide * scale).astype(x.dtype)
 
 
@@ -92,7 +113,13 @@ def normalise(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
 
 
-def rotary(x: Array, positions: Array, theta: float = 10_000.0, period: int | None = None) -> Array:
+def rotary(
+    x: Array,
+    positions: Array,
+    theta: float = 10_000.0,
+    period: int | None = None,
+    scaling: RotaryScaling | None = None,
+) -> Array:
     """Rotary positions: the pair (x_i, x_{i + d/2}) is turned by position * theta^(-2 i / d) radians.
 
     Args:
@@ -100,6 +127,7 @@ def rotary(x: Array, positions: Array, theta: float = 10_000.0, period: int | No
       positions: `i32[T]`, or any shape that broadcasts to `x.shape[:-1]`.
       theta: the base of wavelengths.
       period: positions are taken modulo this; None: as they are. So many sines are computed, and no more.
+      scaling: of the wavelengths.
 
     Raises:
       ValueError: an odd d.
@@ -111,7 +139,15 @@ def rotary(x: Array, positions: Array, theta: float = 10_000.0, period: int | No
     half = x.shape[-1] // 2
     wide = jnp.promote_types(x.dtype, jnp.float32)
     table = positions if period is None else jnp.arange(period)
-    angle = table[..., None].astype(wide) * theta ** (-jnp.arange(half, dtype=wide) / half)
+    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
+    if scaling is not None:
+        kept: Array | float = 0.0  # the share of the frequency as it was
+        if scaling.original_length is not None:
+            turns = scaling.original_length * frequency / (2 * jnp.pi)
+            low, high = scaling.low_frequency, scaling.high_frequency
+            kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+    angle = table[..., None].astype(wide) * frequency
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     if period is not None:
         cos, sin = cos[positions % period], sin[positions % period]
@@ -167,7 +203,10 @@ def head_mixer(
     parallel: Callable[[PyTree, Array, Array, Array, Array], Array],
     start: Callable[[PyTree, int, int, Any], PyTree],
     recur: Callable[..., tuple[Array, PyTree]],
+    extend: Callable[..., tuple[Array, PyTree]] | None = None,
     kv_heads: int | None = None,
+    head_size: int | None = None,
+    biases: Sequence[str] = (),
     convolution: int = 0,
     norm: str | None = "rms",
     gate: Callable[[Array], Array] | None = None,
@@ -178,12 +217,15 @@ def head_mixer(
         y = gate(x W_g) * norm(core(q, k, v, x)) W_o
 
     Args:
-      name, width, heads: of the layer; a head is width / heads wide.
+      name, width, heads: of the layer.
       init: `(key) -> params` of the core, beside those of the projections.
       parallel: `(params, q, k, v [B, H, T, d], x [B, T, D]) -> [B, H, T, d]`.
-      start: `(params, batch_size, length, dtype) -> state` of the core.
+      start: `(params, batch_size, length, dtype) -> state` of the core; with `extend`, a fifth argument is the padding.
       recur: `(params, state, position, q, k, v [B, H, d], x [B, D]) -> ([B, H, d], state)`.
+      extend: `(params, state, position, q, k, v [B, H, T, d], x [B, T, D]) -> ([B, H, T, d], state)`, if there is one.
       kv_heads: heads of keys and values, each serving heads / kv_heads queries; None is `heads`.
+      head_size: d; None is width / heads.
+      biases: which of "query", "key", "value", "output" have one.
       convolution: w, the width of short convolutions of q, k and v; 0 for none.
       norm: of what the core gives: "rms", each head by itself; "layer", all heads together; None.
       gate: an activation, or None for no gate.
@@ -191,18 +233,23 @@ def head_mixer(
     Raises:
       ValueError: sizes below 1, heads that do not divide the width, or kv_heads that do not divide the heads.
     """
-    d = head_width(name, width, heads)
+    d = head_width(name, width, heads) if head_size is None else head_size
+    inner = heads * d
     check_whole(name, "convolution", convolution, 0)
     shared = heads if kv_heads is None else kv_heads
     check_whole(name, "kv_heads", shared, 1)
     if heads % shared:
         raise ValueError(f"{name}: kv_heads is {shared}, but it must divide heads, {heads}")
-    sizes = {"query": width, "key": shared * d, "value": shared * d}
+    sizes = {"query": inner, "key": shared * d, "value": shared * d}
+    if unknown := set(biases) - {*sizes, "output"}:
+        raise ValueError(f"{name}: biases names {sorted(unknown)[0]!r}, but there are query, key, value and output")
 
     def init_all(key: Key) -> PyTree:
         keys = jax.random.split(key, 9)
         params: dict[str, Any] = {n: linear(k, width, size) for (n, size), k in zip(sizes.items(), keys[:3])}
-        params["output"] = linear(keys[3], width, width)
+        params["output"] = linear(keys[3], inner, width)
+        if biases:
+            params["bias"] = {n: jnp.zeros((sizes | {"output": width})[n]) for n in biases}
         if convolution:
             bound = convolution**-0.5
             params["convolution"] = {
@@ -210,11 +257,11 @@ def head_mixer(
                 for (n, size), k in zip(sizes.items(), keys[4:7])
             }
         if norm is not None:
-            params["norm"] = {"scale": jnp.ones(width)}
+            params["norm"] = {"scale": jnp.ones(inner)}
             if norm == "layer":
-                params["norm"]["bias"] = jnp.zeros(width)
+                params["norm"]["bias"] = jnp.zeros(inner)
         if gate is not None:
-            params["gate"] = linear(keys[7], width, width)
+            params["gate"] = linear(keys[7], width, inner)
         return params | init(keys[8])
 
     def split(x: Array) -> Array:
@@ -224,7 +271,7 @@ def head_mixer(
     def merge(params: PyTree, z: Array, x: Array) -> Array:
         """`[B, H, ..., d]` and the layer's input -> the layer's output."""
         z = jnp.moveaxis(z, 1, -2).astype(x.dtype)
-        flat = (*z.shape[:-2], width)
+        flat = (*z.shape[:-2], inner)
         if norm == "rms":
             z = rms_norm(z, params["norm"]["scale"].reshape((heads, d))).reshape(flat)
         elif norm == "layer":
@@ -233,10 +280,14 @@ def head_mixer(
             z = z.reshape(flat)
         if gate is not None:
             z = z * gate(x @ params["gate"].astype(x.dtype))
-        return z @ params["output"].astype(x.dtype)
+        return times(params, "output", z)
+
+    def times(params: PyTree, n: str, x: Array) -> Array:
+        y = x @ params[n].astype(x.dtype)
+        return y + params["bias"][n].astype(x.dtype) if n in biases else y
 
     def project(params: PyTree, x: Array) -> dict[str, Array]:
-        return {n: x @ params[n].astype(x.dtype) for n in sizes}
+        return {n: times(params, n, x) for n in sizes}
 
     def apply(params: PyTree, x: Array) -> Array:
         projected = project(params, x)
@@ -248,11 +299,31 @@ def head_mixer(
         q, k, v = (split(p) for p in projected.values())
         return merge(params, parallel(params, q, k, v, x), x)
 
-    def start_all(params: PyTree, batch_size: int, length: int, dtype: Any = jnp.float32) -> HeadCache:
+    def start_all(
+        params: PyTree, batch_size: int, length: int, dtype: Any = jnp.float32, padding: Array | None = None
+    ) -> HeadCache:
+        if padding is not None and (extend is None or convolution):
+            raise ValueError(f"{name}: it has a state that padding before a row would change; give rows of one length")
         recent = {}
         if convolution:
             recent = {n: jnp.zeros((batch_size, convolution - 1, size), dtype) for n, size in sizes.items()}
-        return HeadCache(jnp.zeros((), jnp.int32), recent, start(params, batch_size, length, dtype))
+        state = start(params, batch_size, length, dtype, *(() if padding is None else (padding,)))
+        return HeadCache(jnp.zeros((), jnp.int32), recent, state)
+
+    def extend_all(params: PyTree, cache: HeadCache, x: Array) -> tuple[Array, HeadCache]:
+        assert extend is not None
+        projected, recent = project(params, x), cache.recent
+        if convolution:
+            rows = {n: jnp.concatenate([recent[n], p], axis=1) for n, p in projected.items()}
+            recent = {n: row[:, row.shape[1] - convolution + 1 :] for n, row in rows.items()}
+            kernels = params["convolution"]
+            projected = {
+                n: jax.nn.silu(causal_convolution(row, kernels[n].astype(x.dtype))[:, convolution - 1 :])
+                for n, row in rows.items()
+            }
+        q, k, v = (split(p) for p in projected.values())
+        z, state = extend(params, cache.state, cache.position, q, k, v, x)
+        return merge(params, z, x), HeadCache(cache.position + x.shape[1], recent, state)
 
     def step(params: PyTree, cache: HeadCache, x: Array) -> tuple[Array, HeadCache]:
         projected, recent = project(params, x), cache.recent
@@ -267,4 +338,4 @@ def head_mixer(
         z, state = recur(params, cache.state, cache.position, q, k, v, x)
         return merge(params, z, x), HeadCache(cache.position + 1, recent, state)
 
-    return Mixer(name, width, init_all, apply, start_all, step)
+    return Mixer(name, width, init_all, apply, start_all, step, None if extend is None else extend_all)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.layers.mixer import Mixer, linear, rms_norm
+from cl_zoo.layers.mixer import EPSILON, Mixer, linear, rms_norm
 from cl_zoo.types import Array, Key, Model, PyTree, check_whole
 
-__all__ = ["Decoder", "decoder"]
+__all__ = ["Decoder", "decoder", "unstacked"]
 
 
 class Decoder(NamedTuple):
@@ -19,13 +19,32 @@ class Decoder(NamedTuple):
 
     Attributes:
       model: all tokens of a row at once, `[B, T]` -> logits `[B, T, V]`: what learners take.
-      start: `(params, batch_size, length) -> cache` of an empty sequence, for at most `length` tokens.
+      start: `(params, batch_size, length, padding=None) -> cache` of an empty sequence, for at most `length` tokens;
+        the first `padding` `i32[B]` tokens of each row will be as if they were not there.
       step: `(params, cache, tokens [B]) -> (logits [B, V], cache)`: one more token.
+      extend: `(params, cache, tokens [B, T]) -> (logits [B, V] of the last, cache)`: T more tokens at once, where every
+        mixer can; else one after another.
+
+    `step` and `extend` also take parameters whose blocks are `unstacked`.
     """
 
     model: Model
-    start: Callable[[PyTree, int, int], PyTree]
+    start: Callable[..., PyTree]
     step: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
+    extend: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
+
+
+def unstacked(params: PyTree) -> PyTree:
+    """A decoder's parameters, or its cache, with every block as a tree of its own in place of stacked blocks: nothing
+    has to be cut out of the stack for every token that is decoded."""
+
+    def rows(blocks: PyTree) -> list[PyTree]:
+        n = jax.tree.leaves(blocks)[0].shape[0]
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(n)]
+
+    if "blocks" in params:
+        return params | {"blocks": unstacked(params["blocks"])}
+    return {name: blocks if isinstance(blocks, list) else rows(blocks) for name, blocks in params.items()}
 
 
 def decoder(
@@ -36,6 +55,7 @@ def decoder(
     hidden: int,
     tied: bool = True,
     rematerialise: bool = False,
+    epsilon: float = EPSILON,
     dtype: Any = jnp.float32,
 ) -> Decoder:
     """Pre-norm blocks of a sequence layer and a SwiGLU network, on a residual stream.
@@ -54,6 +74,7 @@ def decoder(
       hidden: width of the SwiGLU networks.
       tied: whether the embedding also gives the logits.
       rematerialise: compute each round of blocks again in the backward pass, so that memory holds their inputs alone.
+      epsilon: of the RMSNorms.
       dtype: of activations and of matrix products outside of what fast weights do; parameters, norms, logits and fast
         weights stay in float32.
 
@@ -122,8 +143,14 @@ def decoder(
         gate, up, down = (params[name].astype(h.dtype) for name in ("gate", "up", "down"))
         return (jax.nn.silu(h @ gate) * (h @ up)) @ down
 
+    def one_block(block: PyTree, h: Array, form: Callable[..., Any], *cache: PyTree) -> tuple[Array, PyTree]:
+        u = rms_norm(h, block["mixer_norm"]["scale"], epsilon)
+        mixed, new = form(block["mixer"], *cache, u) if cache else (form(block["mixer"], u), None)
+        h = h + mixed
+        return h + ffn(block["ffn"], rms_norm(h, block["ffn_norm"]["scale"], epsilon)), new
+
     def logits(params: PyTree, h: Array) -> Array:
-        h = rms_norm(h, params["norm"]["scale"])
+        h = rms_norm(h, params["norm"]["scale"], epsilon)
         head = params["embedding"].T if tied else params["head"]
         return jnp.matmul(h, head.astype(h.dtype), preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
 
@@ -146,35 +173,55 @@ def decoder(
     ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
         def one_round(h: Array, blocks: PyTree) -> tuple[Array, None]:
             for name, mixer in zip(names, mixers):
-                block = blocks[name]
-                h = h + mixer.apply(block["mixer"], rms_norm(h, block["mixer_norm"]["scale"]))
-                h = h + ffn(block["ffn"], rms_norm(h, block["ffn_norm"]["scale"]))
+                h, _ = one_block(blocks[name], h, mixer.apply)
             return h, None
 
         body = jax.checkpoint(one_round) if rematerialise else one_round
         h, _ = jax.lax.scan(body, embed(params, x), params["blocks"])
         return logits(params, h), model_state, {}
 
-    def start(params: PyTree, batch_size: int, length: int) -> PyTree:
+    def start(params: PyTree, batch_size: int, length: int, padding: Array | None = None) -> PyTree:
+        def one(block: PyTree, mixer: Mixer) -> PyTree:
+            return mixer.start(block["mixer"], batch_size, length, dtype, *(() if padding is None else (padding,)))
+
         return {
-            name: jax.vmap(lambda p, mixer=mixer: mixer.start(p, batch_size, length, dtype))(
-                params["blocks"][name]["mixer"]
-            )
-            for name, mixer in zip(names, mixers)
+            name: [one(block, mixer) for block in blocks]
+            if isinstance(blocks, list)
+            else jax.vmap(lambda block, mixer=mixer: one(block, mixer))(blocks)
+            for (name, blocks), mixer in zip(params["blocks"].items(), mixers)
         }
 
-    def step(params: PyTree, cache: PyTree, tokens: Array) -> tuple[Array, PyTree]:
+    def go_on(params: PyTree, cache: PyTree, tokens: Array, form: str) -> tuple[Array, PyTree]:
+        """The residual stream after all blocks, and the cache."""
+
         def one_round(h: Array, each: tuple[PyTree, PyTree]) -> tuple[Array, PyTree]:
             blocks, caches = each
             new = {}
             for name, mixer in zip(names, mixers):
-                block = blocks[name]
-                mixed, new[name] = mixer.step(block["mixer"], caches[name], rms_norm(h, block["mixer_norm"]["scale"]))
-                h = h + mixed
-                h = h + ffn(block["ffn"], rms_norm(h, block["ffn_norm"]["scale"]))
+                h, new[name] = one_block(blocks[name], h, getattr(mixer, form), caches[name])
             return h, new
 
-        h, cache = jax.lax.scan(one_round, embed(params, tokens), (params["blocks"], cache))
+        h, blocks = embed(params, tokens), params["blocks"]
+        if not isinstance(blocks[names[0]], list):
+            return jax.lax.scan(one_round, h, (blocks, cache))
+        new: dict[str, list[PyTree]] = {name: [] for name in names}
+        for i in range(rounds):
+            h, caches = one_round(
+                h, ({name: blocks[name][i] for name in names}, {name: cache[name][i] for name in names})
+            )
+            for name in names:
+                new[name].append(caches[name])
+        return h, new
+
+    def step(params: PyTree, cache: PyTree, tokens: Array) -> tuple[Array, PyTree]:
+        h, cache = go_on(params, cache, tokens, "step")
         return logits(params, h), cache
 
-    return Decoder(Model(init, apply), start, step)
+    def extend(params: PyTree, cache: PyTree, tokens: Array) -> tuple[Array, PyTree]:
+        if all(mixer.extend for mixer in mixers):
+            h, cache = go_on(params, cache, tokens, "extend")
+            return logits(params, h[:, -1]), cache
+        cache, last = jax.lax.scan(lambda c, each: step(params, c, each)[::-1], cache, tokens.T)
+        return last[-1], cache
+
+    return Decoder(Model(init, apply), start, step, extend)
