@@ -74,10 +74,10 @@ class Config:
     seeds: int = 1
     first_steps: int = 2000
     """Of the first stage, in which a net finds out how to recall at all."""
-    steps: int = 600
+    steps: int = 1500
     """Of each later stage."""
     batch_size: int = 16
-    vocabulary: int = 128
+    vocabulary: int = 1024
     width: int = 32
     heads: int = 2
     layers: int = 2
