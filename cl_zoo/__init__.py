@@ -45,6 +45,7 @@ from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.decoder import Decoder, decoder, unstacked
 from cl_zoo.models.generate import Generated, generate
+from cl_zoo.models.lora import lora, merge_adapters, unmerge_adapters
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
 from cl_zoo.models.pretrained import DecoderConfig, Pretrained, config_of, load_pretrained, save_pretrained
@@ -145,9 +146,11 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "look_ahead_sgd",
+    "lora",
     "lwf",
     "maml",
     "mas",
+    "merge_adapters",
     "mlp",
     "next_token_loss",
     "oml",
@@ -186,6 +189,7 @@ __all__ = [
     "ttt",
     "ttt_linear",
     "ttt_mlp",
+    "unmerge_adapters",
     "unstacked",
     "weight_interpolation",
     "window_attention",

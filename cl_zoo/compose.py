@@ -21,7 +21,9 @@ from cl_zoo.types import (
     Record,
     TaskInfo,
     TrainState,
+    join_frozen,
     mask_outputs,
+    split_frozen,
 )
 
 __all__ = ["compose"]
@@ -83,6 +85,73 @@ def compose(
       >>> run_stream(learner, stream, jax.random.key(0)).accuracy.shape
       (6, 5)
     """
+    plain = _compose(model, optimiser, components, tasks)
+
+    def held(state: TrainState) -> tuple[Learner, TrainState, Callable[[TrainState], TrainState]]:
+        """The learner and the state as components see them, without frozen weights; and the way back."""
+        rest, frozen = split_frozen(state.model_state)
+        if frozen is None:
+            return plain, state, lambda after: after
+
+        def back(after: TrainState) -> TrainState:
+            return after._replace(model_state=join_frozen(after.model_state, frozen))
+
+        return _compose(_holding(model, frozen), optimiser, components, tasks), state._replace(model_state=rest), back
+
+    def init(key: Key, batch: Batch, weights: PyTree = None) -> TrainState:
+        arguments = () if weights is None else (weights,)
+        params, model_state = model.init(_key(key, 0, "init", "model"), batch.x, *arguments)
+        zero = jnp.zeros((), jnp.int32)
+        learner, state, back = held(TrainState(zero, zero, key, params, model_state, None, {}))
+        return back(learner.init(state, batch))
+
+    def begin_task(state: TrainState, task: TaskInfo, sample: Batch | None = None) -> TrainState:
+        learner, state, back = held(state)
+        return back(learner.begin_task(state, task, sample))
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        learner, state, back = held(state)
+        state, metrics = learner.update(state, batch)
+        return back(state), metrics
+
+    def end_task(state: TrainState, sample: Batch | None = None) -> TrainState:
+        learner, state, back = held(state)
+        return back(learner.end_task(state, sample))
+
+    def adapt(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
+        learner, state, back = held(state)
+        state, outputs = learner.adapt(state, batch)
+        return back(state), outputs
+
+    def predict(state: TrainState, x: PyTree, task: jax.Array | None = None) -> PyTree:
+        learner, state, _ = held(state)
+        return learner.predict(state, x, task)
+
+    return Learner(init, begin_task, update, end_task, adapt, predict, plain.needs)
+
+
+def _holding(model: Model, frozen: PyTree) -> Model:
+    """The model with its frozen weights in it, instead of in its state."""
+
+    def apply(params: PyTree, model_state: PyTree, x: PyTree, **options: Any) -> Any:
+        outputs, model_state, taps = model.apply(params, join_frozen(model_state, frozen), x, **options)
+        return outputs, split_frozen(model_state)[0], taps
+
+    def init(key: Key, x: PyTree, *weights: PyTree) -> tuple[PyTree, PyTree]:
+        params, model_state = model.init(key, x, *weights)
+        return params, split_frozen(model_state)[0]
+
+    def parameters(params: PyTree, model_state: PyTree) -> PyTree:
+        full = join_frozen(model_state, frozen)
+        return params if model.parameters is None else model.parameters(params, full)
+
+    return Model(init, apply, model.units, parameters)
+
+
+def _compose(
+    model: Model, optimiser: optax.GradientTransformation, components: tuple[Component, ...], tasks: TaskInfo | None
+) -> Learner:
+    """`compose` for models without frozen weights; `init` takes a state that lacks the optimiser's and the parts."""
     names = [component.name for component in components]
     for name in names:
         if names.count(name) > 1:
@@ -129,12 +198,12 @@ def compose(
 
     context = Context(model, optimiser, tasks, objective)
 
-    def init(key: Key, batch: Batch) -> TrainState:
-        params, model_state = model.init(_key(key, 0, "init", "model"), batch.x)
-        _check_outputs(context, params, model_state, batch)
-        zero = jnp.zeros((), jnp.int32)
-        state = TrainState(zero, zero, key, params, model_state, optimiser.init(params), {})
-        parts = {c.name: c.init(context, state, batch, _key(key, 0, "init", c.name)) for c in components if c.init}
+    def init(state: TrainState, batch: Batch) -> TrainState:
+        _check_outputs(context, state.params, state.model_state, batch)
+        state = state._replace(opt_state=optimiser.init(state.params))
+        parts = {
+            c.name: c.init(context, state, batch, _key(state.key, 0, "init", c.name)) for c in components if c.init
+        }
         return state._replace(parts=parts)
 
     def each(hook: str, state: TrainState, *arguments: Any) -> TrainState:

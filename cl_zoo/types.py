@@ -97,7 +97,8 @@ class Model(NamedTuple):
     """A network as two pure functions.
 
     Attributes:
-      init: `(key, x) -> (params, model_state)`.
+      init: `(key, x) -> (params, model_state)`. A model that can begin from published weights takes them as a third
+        argument, a pytree of arrays; then they are arguments of every program, and never constants in it.
       apply: `(params, model_state, x, *, task=None, weight=None, key=None, train=False, perturb=None)
         -> (outputs, model_state, taps)`. `taps[name]` is `(input, pre-activation)` of a dense or convolution
         layer whose parameters lie under the path `name` ("/" between levels) as `kernel` and `bias`;
@@ -107,11 +108,17 @@ class Model(NamedTuple):
       units: the wiring of hidden units, one tuple of `(path, axis, role)` per group of units, `path` a tuple of
         keys into `params`, `role` "out" where the axis makes the units and "in" where it reads them. An axis that
         is k times as long as its group is k blocks of it (a flattened feature map, channels last).
+      parameters: of a model made from another: `(params, model_state) -> params` of that other model; None is `params`.
+
+    What lies in `model_state` under the key "frozen" never changes: no component sees or copies it, no checkpoint holds
+    it, and all seeds of a sweep share it. A model that was given weights to begin from has there these, as they were
+    given, or nothing.
     """
 
     init: Callable[..., tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]]
     units: tuple[tuple[tuple[tuple[str, ...], int, str], ...], ...] = ()
+    parameters: Callable[[PyTree, PyTree], PyTree] | None = None
 
 
 class Stream(NamedTuple):
@@ -252,7 +259,7 @@ class Learner(NamedTuple):
     """A continual learner: all that runners, metrics and experiments know.
 
     Attributes:
-      init: `(key, batch) -> TrainState`.
+      init: `(key, batch, weights=None) -> TrainState`; the weights, if any, are those that the model begins from.
       begin_task: `(state, task, sample) -> TrainState`.
       update: `(state, batch) -> (TrainState, metrics: dict[str, f32[]])`.
       end_task: `(state, sample) -> TrainState`.
@@ -261,13 +268,25 @@ class Learner(NamedTuple):
       needs: pairs of a component's name and one of `NEEDS`.
     """
 
-    init: Callable[[Key, Batch], TrainState]
+    init: Callable[..., TrainState]
     begin_task: Callable[[TrainState, TaskInfo, Batch | None], TrainState]
     update: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     end_task: Callable[[TrainState, Batch | None], TrainState]
     adapt: Callable[[TrainState, Batch], tuple[TrainState, PyTree]]
     predict: Callable[..., PyTree]
     needs: frozenset[tuple[str, str]] = frozenset()
+
+
+def split_frozen(model_state: PyTree) -> tuple[PyTree, PyTree]:
+    """A model's state without its frozen weights, and these; None where there are none."""
+    if not isinstance(model_state, dict) or "frozen" not in model_state:
+        return model_state, None
+    return {name: value for name, value in model_state.items() if name != "frozen"}, model_state["frozen"]
+
+
+def join_frozen(model_state: PyTree, frozen: PyTree) -> PyTree:
+    """The way back."""
+    return model_state if frozen is None else {**model_state, "frozen": frozen}
 
 
 def mask_outputs(outputs: Array, active: Array | None) -> Array:

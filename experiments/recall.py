@@ -1,13 +1,16 @@
 """Which sequence layer answers from what the row itself has told, as it is told more? Multi-query associative recall.
 
 Command                                                   hardware       time       expected
-python -m experiments.recall --record                     1 CPU core                not recorded yet
+python -m experiments.recall --record                     1 CPU core     45 min    32 pairs: softmax attention 100.0 %, gated
+                                                                                   delta 64.1, linear 63.2, delta 61.6,
+                                                                                   TTT-Linear 28.8; 16 pairs: 100.0, 91.1,
+                                                                                   86.5, 90.5, 32.5
 
 Decoders of 2 blocks of width 32 with 2 heads, every layer with short convolutions of width 4, learn from rows of 4 n
-tokens: n keys with their values, then n questions among as many tokens of noise. Keys, values and noise come from 128
+tokens: n keys with their values, then n questions among as many tokens of noise. Keys, values and noise come from 1024
 tokens. First there are few pairs; when a net has learned from those rows, and been tested on such, it goes on with more
 pairs. The first stage is the longest: until a net finds out how to recall at all it learns little, and from rows of 32
-pairs none of these finds out in 600 updates. Each stage has its own AdamW (0.9, 0.95, decay 0.1), clipped at norm 1,
+pairs none of these found out in 600 updates. Each stage has its own AdamW (0.9, 0.95, decay 0.1), clipped at norm 1,
 warmed up over a tenth of the steps and then a cosine down to a tenth; rates, steps and rows are the same for all. The
 score is the share of questions that are answered. Each head of a layer other than softmax attention remembers a row in
 d x d numbers, however long it is.
@@ -61,6 +64,9 @@ REMARKS = [
     "Published in figures alone, with a vocabulary of 8192 and longer rows (Arora et al. 2023, arXiv 2312.04927, and"
     " later work): softmax attention answers all questions at any width; a memory that only adds stops when there are"
     " more pairs than it is wide; the delta rule goes on.",
+    "Not seen here: the delta rule and the gated one are 4 to 5 points above linear attention at 16 pairs, as many as a"
+    " head is wide, and within 2 of it at 32. Each key is written once in a row, so nothing needs to be overwritten,"
+    " which is what the delta rule is for.",
 ]
 
 

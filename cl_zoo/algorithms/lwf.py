@@ -48,7 +48,7 @@ def lwf(
 
     from the second task on. Rows that carry their task (task-incremental) are distilled on each finished task's head,
     and these are averaged; for others the teacher's softmax is over the outputs open when it was taken, the student's
-    over those open now.
+    over those open now. Outputs `[B, L, C]`, of tokens, are averaged over L.
 
     Args:
       strength: at least 0.
@@ -103,7 +103,8 @@ def lwf(
             rows = jnp.tensordot(finished, per_head, 1) / jnp.maximum(jnp.sum(finished), 1)
         else:
             before = context.active(jnp.maximum(state.task - 1, 0))
-            rows = soft_cross_entropy(student, teacher, temperature, context.active(state.task), before)
+            each = soft_cross_entropy(student, teacher, temperature, context.active(state.task), before)
+            rows = jnp.mean(each.reshape((each.shape[0], -1)), axis=1)  # of tokens, where a row has many
         factor = state.task if weighting == "tasks" else jnp.minimum(state.task, 1)
         scale = strength * factor.astype(student.dtype)
         if temperature_squared:

@@ -79,8 +79,8 @@ def decoder(
         weights stay in float32.
 
     Returns:
-      A `Decoder` with parameters "embedding" `[V, D]`, "blocks", "norm", and "head" if untied. There is one entry of
-      "blocks" for each of P mixers, whose leaves have a leading axis layers / P.
+      A `Decoder`, which can begin from weights, with parameters "embedding" `[V, D]`, "blocks", "norm", and "head" if
+      untied. There is one entry of "blocks" for each of P mixers, whose leaves have a leading axis layers / P.
 
     Raises:
       ValueError: sizes below 1, mixers of different widths, layers that are no multiple of their number; at the first
@@ -125,7 +125,9 @@ def decoder(
             "ffn_norm": {"scale": jnp.ones(width)},
         }
 
-    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
+    def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
+        if weights is not None:
+            return weights, {}
         keys = jax.random.split(key, len(mixers) + 2)
         params = {
             "embedding": 0.02 * jax.random.normal(keys[0], (vocabulary, width)),

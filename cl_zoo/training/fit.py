@@ -21,7 +21,21 @@ from tqdm.auto import tqdm
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.event_log import EventLog
-from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, stream_functions, train_steps
+from cl_zoo.training.loop import (
+    Result,
+    begin,
+    check_finite,
+    check_needs,
+    finish,
+    hold_frozen,
+    join_state,
+    split_state,
+    start,
+    stream_functions,
+    train_steps,
+    with_weights,
+    without_weights,
+)
 from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config, write_array
 from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
 
@@ -44,6 +58,7 @@ def fit(
     split: str = "test",
     progress: bool = True,
     tensorboard: bool = False,
+    weights: PyTree = None,
 ) -> Result:
     """`run_stream` from a host loop, in a directory. Run it again after a stop of any kind and it goes on.
 
@@ -66,6 +81,8 @@ def fit(
       tensorboard: also write event files for TensorBoard, into tensorboard/: metrics as `train/METRIC`, scores as
         `score/task_I`, with the steps and numbers of metrics.csv. Turned on for a run that has begun, they begin at its
         checkpoint.
+      weights: see `run_stream`. Frozen ones are in no checkpoint: the same must be given again on resume, and are
+        compared.
 
     Returns:
       A `Result`; its metrics are `f32[T, steps]`, also after a resume.
@@ -105,6 +122,7 @@ def fit(
                 "key": np.asarray(jax.random.key_data(key)).tolist(),
                 "data_crc32": _checksum((stream.data, stream.tasks)),
                 "batch": _kinds(stream, key),
+                **({} if weights is None else {"weights_crc32": _checksum(weights)}),
             },
         },
     )
@@ -113,13 +131,18 @@ def fit(
     programs = _programs(learner, stream_functions(stream), split)
     data, tasks = stream.data, stream.tasks
 
-    fresh = jax.eval_shape(programs["start"], data, key)
+    if weights is not None:
+        weights = jax.tree.map(jnp.asarray, weights)
+    fresh = jax.eval_shape(programs["start"], data, key, weights)
+    fresh = split_state(fresh[0])[0], fresh[1]
     matrix = jax.ShapeDtypeStruct((n_tasks + 1, n_tasks), jnp.float32)
     place = jax.ShapeDtypeStruct((), jnp.int32)
     template = {"carry": fresh, "accuracy": matrix, "step": place, "log": place}
     restored = checkpoints.restore_newest(template)
+    first, cursor = programs["start"](data, key, weights)
+    first, frozen = split_state(with_weights(first, weights))
     if restored is None:
-        carry = programs["start"](data, key)
+        carry = first, cursor
         accuracy = np.full(matrix.shape, np.nan, np.float32)
         done = 0
         log.rewind(0)
@@ -142,7 +165,7 @@ def fit(
         )
 
     def score(state: TrainState, row: int) -> None:
-        accuracy[row] = programs["evaluate"](data, state)
+        accuracy[row] = programs["evaluate"](data, state, frozen)
         log.scores(done, accuracy[row])
         if events:
             events.scores(done, accuracy[row])
@@ -158,9 +181,9 @@ def fit(
             task, step = divmod(done, steps)
             bar.set_description(f"task {task + 1}/{n_tasks}")
             if step == 0:
-                carry = programs["begin"](tasks, data, key, carry, jnp.int32(task))
+                carry = programs["begin"](tasks, data, key, carry, jnp.int32(task), frozen)
             n = min(checkpoint_every - step % checkpoint_every, steps - step)
-            carry, metrics = programs["train"](data, carry, n)
+            carry, metrics = programs["train"](data, carry, n, frozen)
             metrics = jax.device_get(metrics)
             newest = f"; the last checkpoint before it is that of step {done}, in {checkpoints.directory}"
             check_finite(metrics, carry[0].params, steps, done, kept=newest)
@@ -169,7 +192,7 @@ def fit(
                 events.updates(done, metrics)
             done += n
             if step + n == steps:
-                carry = programs["finish"](data, key, carry, jnp.int32(task))
+                carry = programs["finish"](data, key, carry, jnp.int32(task), frozen)
                 score(carry[0], task + 1)
             save()
             bar.update(n)
@@ -178,7 +201,7 @@ def fit(
                 raise Stopped(f"stopped after step {done} of {n_tasks * steps}; run the same command again to go on")
 
     history = {name: jnp.asarray(values.reshape(n_tasks, steps)) for name, values in read_metrics(directory).items()}
-    return Result(carry[0], history, jnp.asarray(accuracy))
+    return Result(join_state(carry[0], frozen), history, jnp.asarray(accuracy))
 
 
 @functools.lru_cache(maxsize=16)
@@ -186,21 +209,35 @@ def _programs(learner: Learner, stream: Stream, split: str) -> dict[str, Callabl
     """Every state transition jitted, the old state's memory given to the new one."""
     Carry = tuple[TrainState, PyTree]
 
-    def begin_task(tasks: TaskInfo, data: PyTree, key: Key, carry: Carry, t: Array) -> Carry:
-        return begin(learner, stream, tasks, data, key, carry[0], t), carry[1]
+    def start_all(data: PyTree, key: Key, weights: PyTree = None) -> Carry:
+        state, cursor = start(learner, stream, data, key, weights)
+        state, frozen = split_state(state)
+        # Its memory is given away by the next program: none of it may be the caller's.
+        return without_weights(jax.tree.map(_copy, state), frozen, weights), cursor
 
-    def end_task(data: PyTree, key: Key, carry: Carry, t: Array) -> Carry:
-        return finish(learner, stream, data, key, carry[0], t), carry[1]
+    def begin_task(tasks: TaskInfo, data: PyTree, key: Key, carry: Carry, t: Array, frozen: PyTree = None) -> Carry:
+        return begin(hold_frozen(learner, frozen), stream, tasks, data, key, carry[0], t), carry[1]
+
+    def train(data: PyTree, carry: Carry, n: int, frozen: PyTree = None) -> tuple[Carry, dict[str, Array]]:
+        return train_steps(hold_frozen(learner, frozen), stream, data, carry, n)
+
+    def end_task(data: PyTree, key: Key, carry: Carry, t: Array, frozen: PyTree = None) -> Carry:
+        return finish(hold_frozen(learner, frozen), stream, data, key, carry[0], t), carry[1]
+
+    def score(data: PyTree, state: TrainState, frozen: PyTree = None) -> Array:
+        return evaluate(hold_frozen(learner, frozen), stream, data, state, split)
 
     return {
-        "start": jax.jit(lambda data, key: start(learner, stream, data, key)),
+        "start": jax.jit(start_all),
         "begin": jax.jit(begin_task, donate_argnums=3),
-        "train": jax.jit(
-            lambda data, carry, n: train_steps(learner, stream, data, carry, n), static_argnums=2, donate_argnums=1
-        ),
+        "train": jax.jit(train, static_argnums=2, donate_argnums=1),
         "finish": jax.jit(end_task, donate_argnums=2),
-        "evaluate": jax.jit(lambda data, state: evaluate(learner, stream, data, state, split)),
+        "evaluate": jax.jit(score),
     }
+
+
+def _copy(leaf: Array) -> Array:
+    return leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.copy(leaf)
 
 
 def _kinds(stream: Stream, key: Key) -> list[str]:

@@ -12,8 +12,31 @@ import jax.numpy as jnp
 
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.training.compilation import compiler_options
-from cl_zoo.training.loop import Result, begin, check_finite, check_needs, finish, start, stream_functions, train_steps
-from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_choice, check_whole
+from cl_zoo.training.loop import (
+    Result,
+    begin,
+    check_finite,
+    check_needs,
+    finish,
+    hold_frozen,
+    split_state,
+    start,
+    stream_functions,
+    train_steps,
+    with_weights,
+    without_weights,
+)
+from cl_zoo.types import (
+    Array,
+    Key,
+    Learner,
+    PyTree,
+    Stream,
+    TaskInfo,
+    TrainState,
+    check_choice,
+    check_whole,
+)
 
 __all__ = ["run_stream", "stream_program", "sweep"]
 
@@ -28,6 +51,7 @@ def run_stream(
     evaluate_every: int | None = None,
     evaluation_batches: int = 1,
     evaluate_at: str = "tasks",
+    weights: PyTree = None,
 ) -> Result:
     """Trains on every task in turn and evaluates on all after each: a `scan` over tasks, one compiled program.
 
@@ -43,6 +67,8 @@ def run_stream(
       evaluation_batches: batches per task for a point of the curve.
       evaluate_at: "tasks", after each task; "end", after the last alone: all other rows of R are then not numbers. For
         streams so long that scoring every task after every task takes longer than training.
+      weights: what the model begins from, if it does not draw its first weights (a published checkpoint): a pytree of
+        arrays.
 
     Returns:
       A `Result`.
@@ -69,9 +95,9 @@ def run_stream(
         evaluation_batches=evaluation_batches,
         evaluate_at=evaluate_at,
     )
-    result = program(stream.tasks, stream.data, key)
+    result = program(stream.tasks, stream.data, key, weights)
     check_finite(result.metrics, result.state.params, stream.steps)
-    return result
+    return result._replace(state=with_weights(result.state, weights))
 
 
 def stream_program(
@@ -83,10 +109,12 @@ def stream_program(
     evaluate_every: int | None = None,
     evaluation_batches: int = 1,
     evaluate_at: str = "tasks",
-) -> Callable[[TaskInfo, PyTree, Key], Result]:
-    """The jitted program behind `run_stream`, to lower, compile and time: `(stream.tasks, stream.data, key) -> Result`.
+) -> Callable[..., Result]:
+    """The jitted program behind `run_stream`, to lower, compile and time: `(stream.tasks, stream.data, key, weights) ->
+    Result`.
 
-    Args and errors are those of `run_stream`, except that a loss that is not finite raises nothing.
+    Args and errors are those of `run_stream`, except that a loss that is not finite raises nothing, and that weights
+    which stayed frozen are not given back.
     """
     check_needs(learner, stream)
     _check_options(stream, evaluate_every, evaluate_at)
@@ -102,9 +130,10 @@ def _check_options(stream: Stream, evaluate_every: int | None = None, evaluate_a
 
 
 @functools.lru_cache(maxsize=64)
-def _program(learner: Learner, stream: Stream, *options: Any) -> Callable[[TaskInfo, PyTree, Key], Result]:
+def _program(learner: Learner, stream: Stream, *options: Any) -> Callable[..., Result]:
     return jax.jit(
-        lambda tasks, data, key: _run(learner, stream, tasks, data, key, *options), compiler_options=compiler_options()
+        lambda tasks, data, key, weights=None: _run(learner, stream, tasks, data, key, weights, *options),
+        compiler_options=compiler_options(),
     )
 
 
@@ -114,12 +143,17 @@ def _run(
     tasks: TaskInfo,
     data: PyTree,
     key: Key,
+    weights: PyTree = None,
     split: str = "test",
     within_task: bool = False,
     evaluate_every: int | None = None,
     evaluation_batches: int = 1,
     evaluate_at: str = "tasks",
 ) -> Result:
+    state, cursor = start(learner, stream, data, key, weights)
+    state, frozen = split_state(state)
+    learner = hold_frozen(learner, frozen)
+
     def score(state: TrainState) -> tuple[Array, Array | None]:
         within = evaluate(learner, stream, data, state, split, within_task=True) if within_task else None
         return evaluate(learner, stream, data, state, split), within
@@ -154,11 +188,11 @@ def _run(
         carry, outputs = jax.lax.cond(t < stream.n_tasks, lambda c: train(c, t), lambda c: (c, nothing), carry)
         return carry, (scores, outputs)
 
-    carry = start(learner, stream, data, key)
+    carry = state, cursor
     rounds = jnp.arange(stream.n_tasks + 1, dtype=jnp.int32)
     (state, _), ((accuracy, within), outputs) = jax.lax.scan(score_then_train, carry, rounds)
     metrics, curve = jax.tree.map(lambda leaf: leaf[:-1], outputs)
-    return Result(state, metrics, accuracy, within, curve)
+    return Result(without_weights(state, frozen, weights), metrics, accuracy, within, curve)
 
 
 def sweep(
@@ -170,6 +204,7 @@ def sweep(
     orders: Key | str | None = None,
     batch_size: int | None = None,
     keep_states: bool = False,
+    weights: PyTree = None,
     **options: Any,
 ) -> Result:
     """Every setting x every seed x every task order, as one compiled program.
@@ -184,7 +219,8 @@ def sweep(
         keys, one per order, each met by every setting and seed.
       batch_size: runs that are vmapped at once; the rest follow one batch after another. None takes 1 on a CPU, where
         batching gains nothing, and elsewhere as many as half the device's memory holds.
-      keep_states: also return the final states.
+      keep_states: also return the final states, without frozen weights, of which there is one copy for all.
+      weights: see `run_stream`; all runs share them.
       **options: see `run_stream`.
 
     Returns:
@@ -213,11 +249,11 @@ def sweep(
     check_needs(jax.eval_shape(lambda s: _Held(make(jax.tree.map(lambda leaf: leaf[0], s))), settings).learner, stream)
     shape = (*lengths.pop(), len(keys), *(() if orders is None or paired else (len(orders),)))
     if batch_size is None:
-        batch_size = _runs_that_fit(make, settings, stream, keys, shape)
+        batch_size = _runs_that_fit(make, settings, stream, keys, shape, weights)
     check_whole("sweep", "batch_size", batch_size, 1)
     names = tuple(sorted(options.items()))
     program = _sweep_program(make, stream_functions(stream), shape, batch_size, paired, keep_states, names)
-    return program(stream.tasks, stream.data, settings, keys, None if paired else orders)
+    return program(stream.tasks, stream.data, settings, keys, None if paired else orders, weights)
 
 
 @jax.tree_util.register_static
@@ -239,7 +275,9 @@ def _sweep_program(
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Result]:
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def program(tasks: TaskInfo, data: PyTree, settings: PyTree, keys: Key, orders: Key | None) -> Result:
+    def program(
+        tasks: TaskInfo, data: PyTree, settings: PyTree, keys: Key, orders: Key | None, weights: PyTree
+    ) -> Result:
         def one(index: Array) -> Result:
             place = jnp.unravel_index(index, shape)
             key = keys[place[1]]
@@ -249,8 +287,8 @@ def _sweep_program(
             elif orders is not None:
                 reordered = stream.reorder(data, orders[place[2]])
             learner = make(jax.tree.map(lambda leaf: leaf[place[0]], settings))
-            result = _run(learner, stream, tasks, reordered, key, **dict(options))
-            return result if keep_states else result._replace(state=None)
+            result = _run(learner, stream, tasks, reordered, key, weights, **dict(options))
+            return result._replace(state=split_state(result.state)[0] if keep_states else None)
 
         flat = jax.lax.map(one, jnp.arange(math.prod(shape)), batch_size=batch_size if batch_size > 1 else None)
         return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), flat)
@@ -259,7 +297,7 @@ def _sweep_program(
 
 
 def _runs_that_fit(
-    make: Callable[[Any], Learner], settings: PyTree, stream: Stream, keys: Key, shape: tuple[int, ...]
+    make: Callable[[Any], Learner], settings: PyTree, stream: Stream, keys: Key, shape: tuple[int, ...], weights: PyTree
 ) -> int:
     """How many runs half the device's memory holds, at four states and one stack of metrics each."""
     total = math.prod(shape)
@@ -269,8 +307,12 @@ def _runs_that_fit(
         return 1
     first = jax.tree.map(lambda leaf: leaf[0], settings)
     result = jax.eval_shape(
-        lambda s, d, k: _run(make(s), stream_functions(stream), stream.tasks, d, k), first, stream.data, keys[0]
+        lambda s, d, k, w: _run(make(s), stream_functions(stream), stream.tasks, d, k, w),
+        first,
+        stream.data,
+        keys[0],
+        weights,
     )
-    state = sum(leaf.size * 4 for leaf in jax.tree.leaves(result.state))
+    state = sum(leaf.size * 4 for leaf in jax.tree.leaves(split_state(result.state)[0]))
     metrics = sum(leaf.size * 4 for leaf in jax.tree.leaves(result._replace(state=None)))
     return int(max(1, min(total, limit // 2 // (4 * state + metrics))))
