@@ -1,10 +1,9 @@
 """Which sequence layer answers from what the row itself has told, as it is told more? Multi-query associative recall.
 
-Command                                                   hardware       time       expected
-python -m experiments.recall --record                     1 CPU core     45 min    32 pairs: softmax attention 100.0 %, gated
-                                                                                   delta 64.1, linear 63.2, delta 61.6,
-                                                                                   TTT-Linear 28.8; 16 pairs: 100.0, 91.1,
-                                                                                   86.5, 90.5, 32.5
+Command                                 hardware    time     expected
+python -m experiments.recall --record   1 CPU core  45 min   32 pairs: softmax attention 100.0 %, gated delta rule 64.1,
+                                                              linear attention 63.2, delta rule 61.6, TTT-Linear 28.8;
+                                                              16 pairs: 100.0, 91.1, 86.5, 90.5, 32.5
 
 Decoders of 2 blocks of width 32 with 2 heads, every layer with short convolutions of width 4, learn from rows of 4 n
 tokens: n keys with their values, then n questions among as many tokens of noise. Keys, values and noise come from 1024
