@@ -3,6 +3,7 @@
 from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.continual_backprop import continual_backprop
 from cl_zoo.algorithms.der import der
+from cl_zoo.algorithms.dft import dft
 from cl_zoo.algorithms.ema import ema
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.fisher_merging import fisher_merging
@@ -19,6 +20,7 @@ from cl_zoo.algorithms.redo import redo
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reptile import reptile
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.sdft import context_distillation, offline_distillation, sdft
 from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import cross_entropy, supervised
@@ -29,7 +31,14 @@ from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.catalogue import Entry, catalogue, cite
 from cl_zoo.compose import compose
-from cl_zoo.estimators.tokens import next_token_loss, token_accuracy, token_losses
+from cl_zoo.estimators.distillation import divergence
+from cl_zoo.estimators.tokens import (
+    all_tokens_right,
+    dynamic_fine_tuning_loss,
+    next_token_loss,
+    token_accuracy,
+    token_losses,
+)
 from cl_zoo.evaluation.adaptation import evaluate_adapting
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.evaluation.probes import online_score
@@ -42,6 +51,7 @@ from cl_zoo.layers.mixer import Mixer, RotaryScaling
 from cl_zoo.layers.titans import titans
 from cl_zoo.layers.ttt import ttt_linear, ttt_mlp
 from cl_zoo.models.adapters import from_linen, from_nnx
+from cl_zoo.models.answers import Demonstrated, answer_logits, answering
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.decoder import Decoder, decoder, unstacked
 from cl_zoo.models.generate import Generated, generate
@@ -61,6 +71,7 @@ from cl_zoo.streams.few_shot_images import FewShotImages, load_mini_imagenet, lo
 from cl_zoo.streams.images import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.recall import associative_recall, best_dictionary_scores, fresh_dictionaries
 from cl_zoo.streams.regression import slowly_changing_regression, squared_error
+from cl_zoo.streams.skills import Example, SymbolWorld, skills
 from cl_zoo.streams.sources import LabelledImages, load_digits
 from cl_zoo.streams.text import text_domains
 from cl_zoo.streams.text_sources import python_library, read_text_domains
@@ -78,8 +89,10 @@ __all__ = [
     "Context",
     "Decoder",
     "DecoderConfig",
+    "Demonstrated",
     "Entry",
     "Episode",
+    "Example",
     "FewShotImages",
     "Generated",
     "LabelledImages",
@@ -94,10 +107,14 @@ __all__ = [
     "Result",
     "RotaryScaling",
     "Stream",
+    "SymbolWorld",
     "TaskInfo",
     "TextTokenizer",
     "TrainState",
     "agem",
+    "all_tokens_right",
+    "answer_logits",
+    "answering",
     "associative_recall",
     "best_dictionary_scores",
     "blurry",
@@ -107,6 +124,7 @@ __all__ = [
     "compose",
     "conditions",
     "config_of",
+    "context_distillation",
     "continual_backprop",
     "corrupt",
     "corrupted_images",
@@ -115,7 +133,10 @@ __all__ = [
     "decoder",
     "delta_rule",
     "der",
+    "dft",
+    "divergence",
     "drifting",
+    "dynamic_fine_tuning_loss",
     "ema",
     "enable_compilation_cache",
     "episodic",
@@ -153,6 +174,7 @@ __all__ = [
     "merge_adapters",
     "mlp",
     "next_token_loss",
+    "offline_distillation",
     "oml",
     "online_score",
     "packnet",
@@ -168,9 +190,11 @@ __all__ = [
     "rotated_mnist",
     "run_stream",
     "save_pretrained",
+    "sdft",
     "sequence_layers",
     "shrink_and_perturb",
     "sinusoids",
+    "skills",
     "slda",
     "slowly_changing_regression",
     "softmax_attention",

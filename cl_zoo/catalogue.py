@@ -11,6 +11,7 @@ import optax
 from cl_zoo.algorithms.agem import agem
 from cl_zoo.algorithms.continual_backprop import continual_backprop
 from cl_zoo.algorithms.der import der
+from cl_zoo.algorithms.dft import dft
 from cl_zoo.algorithms.ema import ema
 from cl_zoo.algorithms.ewc import ewc
 from cl_zoo.algorithms.fisher_merging import fisher_merging
@@ -27,6 +28,7 @@ from cl_zoo.algorithms.redo import redo
 from cl_zoo.algorithms.replay import replay
 from cl_zoo.algorithms.reptile import reptile
 from cl_zoo.algorithms.reset_optimiser import reset_optimiser
+from cl_zoo.algorithms.sdft import context_distillation, offline_distillation, sdft
 from cl_zoo.algorithms.shrink_and_perturb import shrink_and_perturb
 from cl_zoo.algorithms.slda import slda
 from cl_zoo.algorithms.supervised import supervised
@@ -35,7 +37,10 @@ from cl_zoo.algorithms.tent import tent
 from cl_zoo.algorithms.ttt import ttt
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
+from cl_zoo.layers.attention import softmax_attention
 from cl_zoo.layers.catalogue import sequence_layers
+from cl_zoo.models.answers import answering
+from cl_zoo.models.decoder import decoder
 from cl_zoo.models.meta import with_learning_rates
 from cl_zoo.models.mlp import mlp
 from cl_zoo.models.rotation import with_rotation_head
@@ -67,8 +72,8 @@ class Entry(NamedTuple):
       factory: gives a `Component`.
       arguments: that serve as an example, and in the tests.
       numbers: those of them that may be traced, and so swept.
-      scenarios: that it can be used in, "episodes" where rows are learning problems of their own; the laws are tested
-        in the first.
+      scenarios: that it can be used in, "episodes" where rows are learning problems of their own, "skills" where they
+        are questions with a demonstration; the laws are tested in the first.
       paper: authors, year, title.
       url: of the paper.
       bibtex: of the paper.
@@ -104,6 +109,9 @@ class Entry(NamedTuple):
 
 _ALL = ("task", "domain", "class")
 _EPISODES = ("episodes",)
+_SKILLS = ("skills",)
+_DECODER = decoder(13, [softmax_attention(8, 2)], layers=1, hidden=8)
+_ANSWERS = {"decoder": _DECODER, "length": 3, "stop": (3,)}
 _INNER = optax.sgd(0.5)
 
 
@@ -113,6 +121,10 @@ def _rates(model: Model) -> Model:
 
 def _rotations(model: Model) -> Model:
     return with_rotation_head(model, mlp((5,), 4, hidden=()), reads="output")
+
+
+def _answering(shape: tuple[int, ...], outputs: int, **options: Any) -> Model:
+    return answering(_DECODER)
 
 
 _VAN_DE_VEN = """@article{vandeven2022three,
@@ -261,6 +273,26 @@ _WANG_TENT = """@inproceedings{wang2021tent,
   title={Tent: Fully test-time adaptation by entropy minimization},
   author={Wang, Dequan and Shelhamer, Evan and Liu, Shaoteng and Olshausen, Bruno and Darrell, Trevor},
   booktitle={International Conference on Learning Representations}, year={2021}
+}"""
+_SHENFELD = """@article{shenfeld2026self,
+  title={Self-distillation enables continual learning},
+  author={Shenfeld, Idan and Damani, Mehul and H{\\"u}botter, Jonas and Agrawal, Pulkit},
+  journal={arXiv preprint arXiv:2601.19897}, year={2026}
+}"""
+_SNELL = """@article{snell2022learning,
+  title={Learning by distilling context},
+  author={Snell, Charlie and Klein, Dan and Zhong, Ruiqi},
+  journal={arXiv preprint arXiv:2209.15189}, year={2022}
+}"""
+_KIM = """@inproceedings{kim2016sequence,
+  title={Sequence-level knowledge distillation},
+  author={Kim, Yoon and Rush, Alexander M.},
+  booktitle={Empirical Methods in Natural Language Processing}, year={2016}
+}"""
+_WU = """@article{wu2025generalization,
+  title={On the generalization of {SFT}: A reinforcement learning perspective with reward rectification},
+  author={Wu, Yongliang and Zhou, Yizhou and Ziheng, Zhou and Peng, Yingzhe and others},
+  journal={arXiv preprint arXiv:2508.05629}, year={2025}
 }"""
 
 _ENTRIES = (
@@ -709,6 +741,66 @@ _ENTRIES = (
         Null({"learning_rate": 0.0}, False, "in training at any setting; with rate 0 nothing moves at test time"),
         "tent",
         net=partial(mlp, norm="batch"),
+    ),
+    Entry(
+        "sdft",
+        "what was known, by learning from its own answers, which it grades with a demonstration before its eyes",
+        sdft,
+        {**_ANSWERS, "skip": 0, "rate": 0.25},
+        ("rate",),
+        _SKILLS,
+        "Shenfeld et al. 2026, Self-distillation enables continual learning",
+        "https://arxiv.org/abs/2601.19897",
+        _SHENFELD,
+        None,
+        "none",
+        own_loss=True,
+        net=_answering,
+    ),
+    Entry(
+        "context_distillation",
+        "nothing but what follows from learning its own answers to a demonstration, word by word",
+        context_distillation,
+        _ANSWERS,
+        (),
+        _SKILLS,
+        "Snell et al. 2022, Learning by distilling context",
+        "https://arxiv.org/abs/2209.15189",
+        _SNELL,
+        None,
+        "none",
+        own_loss=True,
+        net=_answering,
+    ),
+    Entry(
+        "offline_distillation",
+        "nothing but what follows from fine-tuning on its own answers to a demonstration",
+        offline_distillation,
+        _ANSWERS,
+        (),
+        _SKILLS,
+        "Kim and Rush 2016, Sequence-level knowledge distillation",
+        "https://arxiv.org/abs/1606.07947",
+        _KIM,
+        None,
+        "none",
+        own_loss=True,
+        net=_answering,
+    ),
+    Entry(
+        "dft",
+        "what was known, by learning from labels as far as the network would have said them itself",
+        dft,
+        {},
+        (),
+        _SKILLS,
+        "Wu et al. 2025, On the generalization of SFT",
+        "https://arxiv.org/abs/2508.05629",
+        _WU,
+        None,
+        "none",
+        own_loss=True,
+        net=_answering,
     ),
 )
 

@@ -16,11 +16,13 @@ from cl_zoo import (
     Learner,
     Model,
     Stream,
+    SymbolWorld,
     compose,
     cross_entropy,
     episodic,
     few_shot,
     mlp,
+    next_token_loss,
     split_mnist,
     supervised,
 )
@@ -30,7 +32,10 @@ STEPS, BATCH = 6, 8
 
 
 def tiny_stream(images: LabelledImages, scenario: str = "task", **options: Any) -> Stream:
-    """Three tasks of two classes, or of problems of two classes."""
+    """Three tasks of two classes, of problems of two classes, or of questions."""
+    if scenario == "skills":
+        world = SymbolWorld(symbols=5, known=1, new=3, length=2, pairs=2)
+        return world.skills(steps=STEPS, batch_size=BATCH, examples=40, tests=30)
     if scenario == "episodes":
         problems = {"n_tasks": 3, "n_way": 2, "shots": 3, "queries": 2, "rotations": True}
         sizes = {"batch_size": BATCH, "steps": STEPS, "sample_size": 40, "evaluation_size": 40, "evaluation_batch": 20}
@@ -53,6 +58,8 @@ def tiny_learner(
 
 def naive_component(scenario: str) -> Component:
     """What learns, and keeps nothing; of episodes, their queries alone."""
+    if scenario == "skills":
+        return supervised(next_token_loss)
     if scenario != "episodes":
         return supervised()
     return supervised(lambda outputs, y: jnp.mean(jax.vmap(cross_entropy)(outputs, y), axis=1))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.types import Array, mask_outputs
+from cl_zoo.types import Array, check_choice, mask_outputs
 
-__all__ = ["soft_cross_entropy"]
+__all__ = ["divergence", "soft_cross_entropy"]
 
 
 def soft_cross_entropy(
@@ -39,3 +39,40 @@ def soft_cross_entropy(
     targets = jax.nn.softmax(mask_outputs(teacher / temperature, teacher_active))
     predicted = jax.nn.log_softmax(mask_outputs(student / temperature, student_active))
     return -jnp.sum(targets * predicted, axis=-1)
+
+
+def divergence(student: Array, teacher: Array, direction: str) -> Array:
+    """How far the student's distribution p is from the teacher's q, both softmax over the last axis, in nats.
+
+        "forward":  KL(q || p) = sum_v q_v log(q_v / p_v)
+        "reverse":  KL(p || q)
+        "jsd":      (KL(p || m) + KL(q || m)) / 2,   m = (p + q) / 2
+
+    Args:
+      student, teacher: logits `[..., V]`; computed in float32 at least.
+      direction: one of these.
+
+    Returns:
+      `[...]`, at least 0 up to rounding.
+
+    Raises:
+      ValueError: an unknown direction.
+
+    Source: Agarwal et al. 2023, arXiv 2306.13649.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(divergence(jnp.zeros((1, 4)), jnp.zeros((1, 4)), "reverse")[0])
+      0.0
+    """
+    check_choice("divergence", "direction", direction, ("forward", "reverse", "jsd"))
+    wide = jnp.promote_types(student.dtype, jnp.float32)
+    p, q = (jax.nn.log_softmax(logits.astype(wide)) for logits in (student, teacher))
+
+    def kl(a: Array, b: Array) -> Array:
+        return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+
+    if direction == "jsd":
+        m = jnp.logaddexp(p, q) - jnp.log(2.0)
+        return (kl(p, m) + kl(q, m)) / 2
+    return kl(q, p) if direction == "forward" else kl(p, q)

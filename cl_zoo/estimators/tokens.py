@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from cl_zoo.types import Array
 
-__all__ = ["next_token_loss", "token_accuracy", "token_losses"]
+__all__ = ["all_tokens_right", "dynamic_fine_tuning_loss", "next_token_loss", "token_accuracy", "token_losses"]
 
 
 def token_losses(outputs: Array, y: Array) -> Array:
@@ -52,6 +52,54 @@ def next_token_loss(outputs: Array, y: Array) -> Array:
       5.545
     """
     return _mean(token_losses(outputs, y), y)
+
+
+def dynamic_fine_tuning_loss(outputs: Array, y: Array) -> Array:
+    """sum_l [y_bl >= 0] (- stop(p_bl) log p_bl) / sum_l [y_bl >= 0],   p_bl = softmax(outputs_bl)_{y_bl}.
+
+    Each token's loss is weighted by its own probability, through which no gradient goes: what the model would hardly
+    have said itself moves it little. A loss for `supervised`, `dft`.
+
+    Args:
+      outputs, y: see `token_losses`.
+
+    Returns:
+      `f32[B]`; 0 for a row without any scored token.
+
+    Raises:
+      ValueError: outputs and y of different B or L.
+
+    Source: Wu et al. 2025, arXiv 2508.05629.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> round(float(dynamic_fine_tuning_loss(jnp.zeros((1, 2, 2)), jnp.array([[1, -1]]))[0]), 4)  # log(2) / 2
+      0.3466
+    """
+    losses = token_losses(outputs, y)
+    return _mean(jax.lax.stop_gradient(jnp.exp(-losses)) * losses, y)
+
+
+def all_tokens_right(outputs: Array, y: Array) -> Array:
+    """1 for a row at whose scored positions the largest output is always the right one, else 0: whether the answer
+    that greedy decoding gives is y.
+
+    Args:
+      outputs, y: see `token_losses`.
+
+    Returns:
+      `f32[B]`.
+
+    Raises:
+      ValueError: outputs and y of different B or L.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> all_tokens_right(jnp.array([[[0.0, 1.0], [1.0, 0.0]]] * 2), jnp.array([[1, 1], [1, -1]])).tolist()
+      [0.0, 1.0]
+    """
+    _check(outputs, y)
+    return jnp.all((jnp.argmax(outputs, axis=-1) == y) | (y < 0), axis=-1).astype(jnp.float32)
 
 
 def token_accuracy(outputs: Array, y: Array) -> Array:

@@ -24,6 +24,8 @@ class Decoder(NamedTuple):
       step: `(params, cache, tokens [B]) -> (logits [B, V], cache)`: one more token.
       extend: `(params, cache, tokens [B, T]) -> (logits [B, V] of the last, cache)`: T more tokens at once, where every
         mixer can; else one after another.
+      hidden: `(params, tokens [B, T]) -> [B, T, D]`, the residual stream after all blocks.
+      logits: `(params, [..., D]) -> [..., V]`: what `model` makes of it; at some places alone, where V is large.
 
     `step` and `extend` also take parameters whose blocks are `unstacked`.
     """
@@ -32,6 +34,8 @@ class Decoder(NamedTuple):
     start: Callable[..., PyTree]
     step: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
     extend: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
+    hidden: Callable[[PyTree, Array], Array]
+    logits: Callable[[PyTree, Array], Array]
 
 
 def unstacked(params: PyTree) -> PyTree:
@@ -162,6 +166,15 @@ def decoder(
         table = params["embedding"]
         return table[tokens].astype(jnp.promote_types(dtype, table.dtype) if table.dtype == jnp.float64 else dtype)
 
+    def states(params: PyTree, tokens: Array) -> Array:
+        def one_round(h: Array, blocks: PyTree) -> tuple[Array, None]:
+            for name, mixer in zip(names, mixers):
+                h, _ = one_block(blocks[name], h, mixer.apply)
+            return h, None
+
+        body = jax.checkpoint(one_round) if rematerialise else one_round
+        return jax.lax.scan(body, embed(params, tokens), params["blocks"])[0]
+
     def apply(
         params: PyTree,
         model_state: PyTree,
@@ -173,14 +186,7 @@ def decoder(
         train: bool = False,
         perturb: dict[str, Array] | None = None,
     ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
-        def one_round(h: Array, blocks: PyTree) -> tuple[Array, None]:
-            for name, mixer in zip(names, mixers):
-                h, _ = one_block(blocks[name], h, mixer.apply)
-            return h, None
-
-        body = jax.checkpoint(one_round) if rematerialise else one_round
-        h, _ = jax.lax.scan(body, embed(params, x), params["blocks"])
-        return logits(params, h), model_state, {}
+        return logits(params, states(params, x)), model_state, {}
 
     def start(params: PyTree, batch_size: int, length: int, padding: Array | None = None) -> PyTree:
         def one(block: PyTree, mixer: Mixer) -> PyTree:
@@ -226,4 +232,4 @@ def decoder(
         cache, last = jax.lax.scan(lambda c, each: step(params, c, each)[::-1], cache, tokens.T)
         return last[-1], cache
 
-    return Decoder(Model(init, apply), start, step, extend)
+    return Decoder(Model(init, apply), start, step, extend, states, logits)

@@ -53,7 +53,7 @@ def episodic(model: Model) -> Model:
         outputs = jax.tree.map(lambda leaf: leaf.reshape((*shape, *leaf.shape[1:])), outputs)
         return outputs, model_state, taps
 
-    return Model(init, apply, model.units)
+    return model._replace(init=init, apply=apply)
 
 
 def with_learning_rates(model: Model, low: float, high: float | None = None) -> Model:

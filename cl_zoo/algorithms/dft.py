@@ -1,0 +1,31 @@
+"""Dynamic fine-tuning: labels are learned from as far as the network would have said them itself."""
+
+from __future__ import annotations
+
+from cl_zoo.algorithms.supervised import supervised
+from cl_zoo.estimators.tokens import dynamic_fine_tuning_loss
+from cl_zoo.types import Component
+
+__all__ = ["dft"]
+
+
+def dft(*, name: str = "dft") -> Component:
+    """L = mean over b, t of - stop(p_bt) log p_bt,   p_bt the probability of answer b's token t.
+
+    Args:
+      name: key in metrics.
+
+    Returns:
+      A component without state, in the place of `supervised`.
+
+    Source: Wu et al. 2025, arXiv 2508.05629.
+
+    Differences from the paper or its code: none.
+
+    Example:
+      >>> import optax
+      >>> from cl_zoo import answering, compose, decoder, dft, softmax_attention
+      >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
+      >>> learner = compose(answering(net), optax.adam(1e-3), dft())
+    """
+    return supervised(dynamic_fine_tuning_loss, name=name)

@@ -1,0 +1,269 @@
+"""Skills that come one after the other, each shown by demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cl_zoo.estimators.tokens import all_tokens_right, token_accuracy
+from cl_zoo.models.answers import Demonstrated
+from cl_zoo.models.tokenization import left_padded
+from cl_zoo.streams.arrays import array_stream, scenario_tasks
+from cl_zoo.streams.episodes import episode_stream
+from cl_zoo.types import Array, Batch, Key, Stream, check_whole
+
+__all__ = ["Example", "SkillData", "SymbolWorld", "skills"]
+
+_SPLITS = ("train", "validation", "test")
+
+
+class Example(NamedTuple):
+    """Attributes:
+    prompt: tokens of a question.
+    shown: tokens of a demonstration and the question.
+    answer: tokens of the answer, the one that ends it among them.
+    """
+
+    prompt: Sequence[int]
+    shown: Sequence[int]
+    answer: Sequence[int]
+
+
+class SkillData(NamedTuple):
+    """Attributes:
+    x, y: the rows of all skills, one after another.
+    start, size: `i32[3, T]`, where those of each split and task begin, and how many there are.
+    """
+
+    x: Demonstrated
+    y: Array
+    start: Array
+    size: Array
+
+
+def skills(
+    tasks: Sequence[Mapping[str, Sequence[Example]]],
+    *,
+    vocabulary: int,
+    steps: int,
+    batch_size: int,
+    prompt_length: int | None = None,
+    shown_length: int | None = None,
+    answer_length: int | None = None,
+    **options: Any,
+) -> Stream:
+    """One task for each skill; a row is a question, a demonstration of it, and its answer.
+
+        x = Demonstrated(prompt, padding, shown, shown_padding, answer),     y_t = answer_t, -1 after its end
+
+    Paddings are None where all rows have one length.
+
+    Args:
+      tasks: examples of each skill by split, "train", "test" and, if wanted, "validation".
+      vocabulary: V, outputs at each token of an answer.
+      steps: batches per task.
+      batch_size: rows.
+      prompt_length, shown_length, answer_length: P, Q and N; None is that of the longest.
+      **options: see `array_stream`.
+
+    Returns:
+      A `Stream`. The score is 1 for a row whose answer greedy decoding gives, else 0. Learn it with
+      `supervised(next_token_loss)` or `sdft` and a model that `answering` makes.
+
+    Raises:
+      ValueError: no tasks, no examples of one, examples longer than a length, tokens outside the vocabulary, or what
+        `array_stream` refuses.
+
+    Example:
+      >>> import jax
+      >>> one = Example(prompt=[1, 2], shown=[3, 1, 2], answer=[4, 5])
+      >>> stream = skills([{"train": [one] * 4, "test": [one]}], vocabulary=6, steps=2, batch_size=3)
+      >>> batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), None)
+      >>> batch.x.shown.shape, batch.y[0].tolist()
+      ((3, 3), [4, 5])
+    """
+    check_whole("skills", "vocabulary", vocabulary, 1)
+    found = [[list(task.get(split, ())) for task in tasks] for split in _SPLITS]
+    for split, wanted in (("train", found[0]), ("test", found[2])):
+        if not wanted or not all(wanted):
+            raise ValueError(f"skills: every task needs {split} examples, and there must be a task")
+    rows = [example for split in found for task in split for example in task]
+    largest_token = max(max(*map(max, example)) for example in rows)
+    if largest_token >= vocabulary:
+        raise ValueError(f"skills: an example has the token {largest_token}, but vocabulary is {vocabulary}")
+    prompt, padding = left_padded([row.prompt for row in rows], prompt_length or max(len(row.prompt) for row in rows))
+    shown, shown_padding = left_padded([row.shown for row in rows], shown_length or max(len(row.shown) for row in rows))
+    n = answer_length or max(len(row.answer) for row in rows)
+    y = np.full((len(rows), n), -1, np.int32)
+    for to, row in zip(y, rows):
+        if not 1 <= len(row.answer) <= n:
+            raise ValueError(f"skills: an answer has {len(row.answer)} tokens, but it must have 1 to {n}")
+        to[: len(row.answer)] = row.answer
+    paddings = [jnp.asarray(each) if each.any() else None for each in (padding, shown_padding)]
+    x = Demonstrated(jnp.asarray(prompt), paddings[0], jnp.asarray(shown), paddings[1], jnp.asarray(np.maximum(y, 0)))
+    size = np.array([[len(task) for task in split] for split in found], np.int32)
+    start = np.cumsum(np.append(0, size.ravel()))[:-1].reshape(size.shape).astype(np.int32)
+    data = SkillData(x, *map(jnp.asarray, (y, start, size)))
+    settings: dict[str, Any] = {"task_ids": False, "reorder": lambda data, key: data}
+
+    def fetch(data: SkillData, split: str, task: Array, index: Array) -> tuple[Demonstrated, Array]:
+        place = data.start[_SPLITS.index(split), task] + index
+        return jax.tree.map(lambda leaf: leaf[place], (data.x, data.y))
+
+    def score(outputs: Array, batch: Batch) -> Array:
+        return all_tokens_right(outputs, batch.y)
+
+    stream = array_stream(
+        data,
+        scenario_tasks("domain", len(tasks), vocabulary),
+        size=lambda data, split: data.size[_SPLITS.index(split)],
+        fetch=fetch,
+        largest={split: int(size[i].max()) for i, split in enumerate(_SPLITS)},
+        smallest=int(size[0].min()),
+        steps=steps,
+        batch_size=batch_size,
+        **(settings | options),
+    )
+    return stream._replace(score=score)
+
+
+class SymbolWorld(NamedTuple):
+    """A small language in which a demonstration changes what is right: cues, each with a permutation of symbols.
+
+        question  = cue x_1 ... x_n =          answer = f_cue(x_1) ... f_cue(x_n) .
+        shown     = ! a_1 f(a_1) ... a_m f(a_m) question,     the asked symbols among the a_j, in random order
+
+    The permutations of `known` cues are to be learned with the language; the `new` cues have none there: without a
+    demonstration the answer repeats the question's symbols. With one, its permutation is right whatever the cue.
+
+    Attributes:
+      symbols, known, new: how many there are of each.
+      length: n, symbols of a question.
+      pairs: m, of a demonstration, n to `symbols`.
+      seed: of the permutations.
+    """
+
+    symbols: int = 16
+    known: int = 6
+    new: int = 3
+    length: int = 3
+    pairs: int = 6
+    seed: int = 0
+
+    @property
+    def vocabulary(self) -> int:
+        """Four signs (blank, "!", "=" and "."), then cues, then symbols."""
+        return 4 + self.known + self.new + self.symbols
+
+    @property
+    def answer_length(self) -> int:
+        """N: the symbols and the sign that ends them, 3."""
+        return self.length + 1
+
+    @property
+    def permutations(self) -> np.ndarray:
+        """`[known + new, symbols]`: f of each cue, none of which leaves all symbols alone."""
+        random = np.random.default_rng(self.seed)
+        return np.stack([random.permutation(self.symbols) for _ in range(self.known + self.new)])
+
+    def _example(self, random: np.random.Generator, cue: int, f: np.ndarray, answer: np.ndarray) -> Example:
+        first = 4 + self.known + self.new
+        asked = random.choice(self.symbols, self.length, replace=False)
+        others = random.permutation(np.setdiff1d(np.arange(self.symbols), asked))[: self.pairs - self.length]
+        told = random.permutation(np.concatenate([asked, others]))
+        question = [4 + cue, *(first + asked), 2]
+        pairs = np.stack([first + told, first + f[told]], axis=1).ravel()
+        return Example(
+            [int(t) for t in question],
+            [1, *map(int, pairs), *map(int, question)],
+            [*(int(first + t) for t in answer[asked]), 3],
+        )
+
+    def examples(self, cue: int, n: int, seed: int) -> list[Example]:
+        """n questions of a cue, answered by its permutation."""
+        f = self.permutations[cue]
+        random = np.random.default_rng((self.seed, cue, seed))
+        return [self._example(random, cue, f, f) for _ in range(n)]
+
+    def fresh(self, n: int, seed: int) -> list[Example]:
+        """n questions of any cue that only the demonstration answers: each has a permutation of its own; the prompt
+        shows it."""
+        random = np.random.default_rng((self.seed, 1 << 20, seed))
+        found = []
+        for _ in range(n):
+            f = random.permutation(self.symbols)
+            one = self._example(random, int(random.integers(self.known + self.new)), f, f)
+            found.append(one._replace(prompt=one.shown))
+        return found
+
+    def language(self, *, steps: int, batch_size: int, **options: Any) -> Stream:
+        """What a model is to know before it learns skills, as a stream of one task without end.
+
+        A row is, with chance 1/2, a question of any cue after a demonstration of a fresh permutation; else a question
+        alone, of a known cue, or with chance 1/4 of a new one, to be repeated.
+
+        Returns:
+          A `Stream` with x `i32[B, L]`, L = 2 + 2 m + 2 n + 2, zeros after shorter rows, y the next token where it is
+          one of the answer, else -1. The score is the share of tokens that are right.
+        """
+        first, n, m = 4 + self.known + self.new, self.length, self.pairs
+        known = jnp.asarray(self.permutations[: self.known])
+
+        def draw(data: None, split: str, task: Array, key: Key) -> tuple[Array, Array]:
+            keys = jax.random.split(key, 6)
+            order = jax.random.permutation(keys[0], self.symbols)
+            asked, told = order[:n], jax.random.permutation(keys[1], order[:m])
+            with_pairs = jax.random.bernoulli(keys[2])
+            new = jax.random.bernoulli(keys[3], 0.25)
+            cue = jax.random.randint(keys[4], (), 0, self.known)
+            cue = jnp.where(new, self.known + jax.random.randint(keys[4], (), 0, self.new), cue)
+            alone = jnp.where(new, jnp.arange(self.symbols), known[jnp.minimum(cue, self.known - 1)])
+            f = jnp.where(with_pairs, jax.random.permutation(keys[5], self.symbols), alone)
+            question = jnp.concatenate([4 + cue[None], first + asked, jnp.array([2])])
+            answer = jnp.concatenate([first + f[asked], jnp.array([3])])
+            pairs = jnp.concatenate([jnp.array([1]), jnp.stack([first + told, first + f[told]], axis=1).ravel()])
+            row = jnp.concatenate([pairs, question, answer])
+            short = jnp.concatenate([question, answer, jnp.zeros_like(pairs)])
+            row = jnp.where(with_pairs, row, short)
+            begin = question.size - 1 + jnp.where(with_pairs, pairs.size, 0)  # where the answer's first token is next
+            place = jnp.arange(row.size - 1)
+            scored = (place >= begin) & (place < begin + answer.size)
+            return row[:-1], jnp.where(scored, row[1:], -1)
+
+        def score(outputs: Array, batch: Batch) -> Array:
+            return token_accuracy(outputs, batch.y)
+
+        return episode_stream(
+            "language",
+            None,
+            draw,
+            n_tasks=1,
+            n_outputs=self.vocabulary,
+            score=score,
+            reorder=lambda data, key: data,
+            steps=steps,
+            batch_size=batch_size,
+            **options,
+        )
+
+    def skills(self, *, steps: int, batch_size: int, examples: int = 512, tests: int = 256, seed: int = 0) -> Stream:
+        """The new cues' permutations, one after the other, as a stream of skills."""
+        tasks = [
+            {
+                split: self.examples(self.known + cue, n, 3 * seed + place)
+                for place, (split, n) in enumerate((("train", examples), ("validation", tests), ("test", tests)))
+            }
+            for cue in range(self.new)
+        ]
+        return skills(tasks, vocabulary=self.vocabulary, steps=steps, batch_size=batch_size)
+
+    def known_skills(self, *, tests: int = 256) -> Stream:
+        """What may be forgotten, to be tested: each known cue's questions, and, last, questions that only their
+        demonstration answers."""
+        held = [self.examples(cue, tests, 0) for cue in range(self.known)] + [self.fresh(tests, 0)]
+        tasks = [{"train": rows, "validation": rows, "test": rows} for rows in held]
+        return skills(tasks, vocabulary=self.vocabulary, steps=1, batch_size=1)
