@@ -18,6 +18,9 @@ def dft(*, name: str = "dft") -> Component:
     Returns:
       A component without state, in the place of `supervised`.
 
+    Raises:
+      ValueError: at the first trace, if the stream has no labels.
+
     Source: Wu et al. 2025, arXiv 2508.05629.
 
     Differences from the paper or its code: none.

@@ -15,7 +15,7 @@ ALLOWED = {
     "layers": {"types", "estimators"},
     "models": {"types", "layers"},
     "compose": {"types", "estimators", "buffers"},
-    "algorithms": {"types", "shuffle", "estimators", "buffers", "compose"},
+    "algorithms": {"types", "shuffle", "estimators", "buffers", "compose", "models"},
     "catalogue": {"types", "algorithms", "models", "layers"},
     "streams": {"types", "shuffle", "estimators", "buffers", "models", "compose", "algorithms", "catalogue"},
     "evaluation": {"types", "estimators", "buffers", "models", "compose", "algorithms", "catalogue", "streams"},
