@@ -1,0 +1,605 @@
+"""Does a language model that learns from its own answers forget less of what it knew? Self-distillation and its rivals.
+
+Command                                                        hardware    time     expected
+python -m experiments.self_distillation --seeds 5 --record     1 CPU core           not recorded yet
+python -m experiments.self_distillation --model MODEL --record 2 CPU cores          not recorded yet
+python -m experiments.self_distillation --model QWEN --lora 0 --batch-size 32 --steps 60
+    --rates 1e-5 --skip 3 --dtype bfloat16                     1 GPU, 80 GB not run  published: Shenfeld et al. 2026
+
+MODEL is a folder or .gguf file, as SmolLM2-135M-Instruct; QWEN a folder with Qwen2.5-7B-Instruct.
+
+Skills come one after the other. Each is a mapping that the model follows when a demonstration is before its eyes, and
+not without; that is asserted before anything is learned. Two settings:
+
+- By default, a decoder of 2 blocks learns a small language of symbols in this script: two dozen known cues, each with
+  its permutation, and to follow any permutation that a demonstration shows. Then come three new cues. What may be
+  forgotten are the known cues and the following of demonstrations; text is held-out rows of the language.
+- With --model, a published one learns words of an invented language with adapters of low rank, asked for in one
+  phrase and tested in another. What may be forgotten are capitals of countries that it knew; text is English.
+
+Per method, each rate of --rates is tried; the one with the highest validation score on the new skills, just after each
+of them, is shown. "gain" is that score's rise on the test split, "forgetting" the mean fall of every skill that was
+there before the last one, known or new, from when it was known to the end; "drift" is KL(before || after) per token of
+text. Nothing in a run sees the language or the known skills again, as after deployment. So replay and EWC can keep new
+skills alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm.auto import tqdm
+
+from cl_zoo import (
+    Component,
+    Decoder,
+    Example,
+    Learner,
+    Model,
+    Stream,
+    SymbolWorld,
+    answering,
+    compose,
+    context_distillation,
+    decoder,
+    dft,
+    divergence,
+    enable_compilation_cache,
+    evaluate,
+    ewc,
+    load_pretrained,
+    lora,
+    next_token_loss,
+    offline_distillation,
+    python_library,
+    replay,
+    run_stream,
+    sdft,
+    skills,
+    softmax_attention,
+    supervised,
+    wise_ft,
+)
+from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.training.compilation import compiler_options
+from cl_zoo.training.loop import begin, finish, hold_frozen, join_state, split_state, start, train_steps
+from cl_zoo.training.run_directory import ConfigError, settle_config, write_array, write_json
+from experiments.common import RESULTS, record, shown_command, warmed_up_adamw
+
+METHODS = (
+    "in context",
+    "sft",
+    "sft + replay",
+    "sft + ewc",
+    "sft + interpolation",
+    "dft",
+    "offline distillation",
+    "context distillation",
+    "sdft forward",
+    "sdft reverse",
+)
+PUBLISHED = {  # new task, mean of the prior suite; Qwen2.5-7B-Instruct before: 32.1, 42.9, 30.1 and 65.5
+    "sft": ((66.2, 53.4), (63.2, 56.0), (35.5, 60.2)),
+    "dft": ((54.8, 60.2), (64.2, 60.8), (36.2, 64.0)),
+    "sdft forward": ((70.2, 64.5), (70.6, 65.4), (40.2, 65.4)),
+}
+SUITES = ("Science", "Tool use", "Medical")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run. Unknown or impossible values are refused before anything compiles."""
+
+    model: str | None = None
+    """A published checkpoint; None for the small language."""
+    methods: tuple[str, ...] = ()
+    """All with the small language; "in context", "sft" and "sdft forward" with a model."""
+    seeds: int = 1
+    rates: tuple[float, ...] = ()
+    """Of Adam, each tried; 3e-5, 1e-4 and 3e-4 with the small language, 1e-3 with a model."""
+    steps: int | None = None
+    """Updates per skill; 150 with the small language, 30 with a model."""
+    batch_size: int = 0
+    """32 with the small language, 8 with a model."""
+    points: int = 5
+    """Of the curves, within each skill; 1 with a model."""
+    new: int | None = None
+    """Skills; 3 with the small language, 1 with a model."""
+    known: int = 24
+    """Cues that the small language has from the start."""
+    first_steps: int = 4000
+    """In which the small language is learned."""
+    width: int = 64
+    lora: int = 8
+    """Rank of the adapters with a model; 0 trains all weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    skip: int = 0
+    """Tokens of an answer that `sdft` does not learn from; the paper has 3, for answers that are hundreds long."""
+    teacher_rate: float = 0.01
+    """Of the teacher's moving average."""
+    strength: float = 1e3
+    """Of EWC."""
+    directory: str = "runs/self_distillation"
+    """Of the run; what is finished there is not run again."""
+    record: bool = False
+    """Write the result file that the ledger is made from."""
+
+
+class Bench(NamedTuple):
+    """What is learned, by which net, and what may be forgotten.
+
+    Attributes:
+      net: the decoder.
+      weights: that it begins from.
+      stream: of new skills.
+      held: a stream of skills that it has; only tested.
+      text: tokens and targets `i32[R, L]` of what it speaks of otherwise.
+      length, stop: of answers.
+      wrap: what is trained, around `answering(net)`.
+    """
+
+    net: Decoder
+    weights: Any
+    stream: Stream
+    held: Stream
+    text: tuple[Any, Any]
+    length: int
+    stop: tuple[int, ...]
+    wrap: Callable[[Model], Model]
+
+
+def filled(config: Config) -> Config:
+    """With the numbers that depend on the setting, and the others checked."""
+    small = config.model is None
+    given = dataclasses.replace(
+        config,
+        methods=config.methods or (METHODS if small else ("in context", "sft", "sdft forward")),
+        rates=config.rates or ((3e-5, 1e-4, 3e-4) if small else (1e-3,)),
+        steps=config.steps or (150 if small else 30),
+        batch_size=config.batch_size or (32 if small else 8),
+        points=config.points if small else 1,
+        new=config.new or (3 if small else 1),
+    )
+    for field in ("seeds", "steps", "batch_size", "points", "new", "known", "first_steps", "width"):
+        if getattr(given, field) < 1:
+            raise SystemExit(f"{field} is {getattr(given, field)}, but it must be at least 1")
+    if given.steps % given.points:  # type: ignore[operator]
+        raise SystemExit(f"points is {given.points}, but it must divide the {given.steps} steps of a skill")
+    if unknown := set(given.methods) - set(METHODS):
+        raise SystemExit(f"methods names {', '.join(sorted(unknown))}, but there are {', '.join(METHODS)}")
+    return given
+
+
+def main(config: Config) -> None:
+    """Runs the study, prints its table, draws its figures."""
+    config = filled(config)
+    enable_compilation_cache()
+    directory = Path(config.directory)
+    may_change = ("methods", "rates", "seeds", "directory", "record")
+    try:
+        settle_config(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in may_change})
+    except ConfigError as error:
+        raise SystemExit(str(error)) from error
+    (directory / "cells").mkdir(exist_ok=True)
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    tried = [(name, rate) for name in config.methods for rate in (config.rates if name != "in context" else (0.0,))]
+    bar = tqdm(total=len(tried) * config.seeds, unit="run")
+    for seed in range(config.seeds):
+        paths = {each: directory / "cells" / f"{each[0]}-{each[1]:g}-{seed}.json".replace(" ", "_") for each in tried}
+        bench = None
+        for each, path in paths.items():
+            bar.set_description(each[0])
+            if not path.exists():
+                bench = bench or prepare(config, directory, seed)
+                write_json(path, run(config, bench, *each, seed))
+            cells.setdefault(each, []).append(json.loads(path.read_text()))
+            bar.update()
+    bar.close()
+    best = chosen(cells)
+    print(table(cells, best))
+    for path in figures(cells, best, directory):
+        print(f"figure: {path}")
+    name = "self_distillation" if config.model is None else "self_distillation_model"
+    path = RESULTS / f"{name}.json" if config.record else directory / "results.json"
+    write_record(config, name, cells, best, path)
+    print(f"results: {path}")
+
+
+def prepare(config: Config, directory: Path, seed: int) -> Bench:
+    """Net, weights and streams of a seed; stops where demonstrations do not help."""
+    bench = small_language(config, directory, seed) if config.model is None else published(config, seed)
+    plain, shown = (
+        float(scores(bench, answering(bench.net, shown=shown), bench.weights, bench.stream).mean())
+        for shown in (False, True)
+    )
+    tqdm.write(f"seed {seed}: new skills {100 * plain:.1f} % without a demonstration, {100 * shown:.1f} % with one")
+    if shown < plain + 0.1:
+        raise SystemExit(
+            f"the teacher is no better than the net itself: {100 * shown:.1f} % of the new skills with a demonstration,"
+            f" {100 * plain:.1f} % without, so there is nothing to distil; take a larger net, or train it longer"
+        )
+    return bench
+
+
+def scores(bench: Bench, model: Model, params: Any, stream: Stream) -> np.ndarray:
+    """Of every skill, with all weights of the net."""
+    learner = compose(model, optax.sgd(0.0), supervised(next_token_loss))
+
+    @jax.jit
+    def score(params: Any, data: Any) -> Any:
+        state, _ = start(learner, stream, data, jax.random.key(0), params)
+        return evaluate(learner, stream, data, state)
+
+    return np.asarray(score(params, stream.data))
+
+
+def small_language(config: Config, directory: Path, seed: int) -> Bench:
+    """The net learns the language first; what it learned is kept."""
+    world = SymbolWorld(known=config.known, new=config.new or 1, seed=seed)
+    net = decoder(
+        world.vocabulary, [softmax_attention(config.width, 4, convolution=4)], layers=2, hidden=2 * config.width
+    )
+    language = world.language(steps=config.first_steps, batch_size=64)
+    key = jax.random.key(seed)
+    shapes = jax.eval_shape(lambda: net.model.init(key, jnp.zeros((1, 1), jnp.int32))[0])
+    paths = [directory / f"weights-{seed}" / f"{i}.npy" for i in range(len(jax.tree.leaves(shapes)))]
+    if not all(path.exists() for path in paths):
+        learner = compose(net.model, warmed_up_adamw(3e-3, config.first_steps), supervised(next_token_loss))
+        found = run_stream(learner, language, key, evaluate_at="end").state.params
+        paths[0].parent.mkdir(exist_ok=True)
+        for path, leaf in zip(paths, jax.tree.leaves(found), strict=True):
+            write_array(path, np.asarray(leaf))
+    leaves = [jnp.asarray(np.load(path, allow_pickle=False)) for path in paths]
+    rows = jax.tree.map(lambda leaf: leaf[0], language.evaluation(language.data, jnp.int32(0), "test"))
+    return Bench(
+        net,
+        jax.tree.unflatten(jax.tree.structure(shapes), leaves),
+        world.skills(steps=config.steps or 1, batch_size=config.batch_size, seed=seed),
+        world.known_skills(tests=64),
+        (rows.x, rows.y),
+        world.answer_length,
+        (3,),
+        lambda model: model,
+    )
+
+
+WORDS = (
+    "cat", "dog", "house", "river", "stone", "bread", "water", "fire", "moon", "sun", "tree", "bird", "fish",
+    "hand", "door", "road", "song", "king", "ship", "salt", "snow", "wind", "gold", "milk",
+)  # fmt: skip
+CAPITALS = {
+    "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
+    "China": "Beijing", "Russia": "Moscow", "England": "London", "Egypt": "Cairo", "Greece": "Athens",
+    "Ireland": "Dublin", "Portugal": "Lisbon", "Austria": "Vienna", "Norway": "Oslo", "Sweden": "Stockholm",
+    "Poland": "Warsaw", "Hungary": "Budapest", "Cuba": "Havana", "Peru": "Lima", "Canada": "Ottawa",
+}  # fmt: skip
+
+
+def published(config: Config, seed: int) -> Bench:
+    """A published model learns words of invented languages."""
+    try:
+        loaded = load_pretrained(config.model or "", dtype=jnp.dtype(config.dtype))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    if loaded.tokenizer is None:
+        raise SystemExit(f"{config.model} has no tokenizer, but questions are text")
+    tokenizer = loaded.tokenizer
+    stop = tokenizer.stop
+    random = np.random.default_rng(seed)
+
+    def asked(question: str, told: str = "") -> list[int]:
+        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": told + question}]))
+
+    def answer(word: str) -> list[int]:
+        return [*tokenizer.encode(word), stop[0]]
+
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    phrases = {
+        "train": 'What is the {} word for "{}"? Answer with one word.',
+        "validation": 'How do you say "{1}" in {0}? Answer with one word.',
+        "test": 'Translate "{1}" into {0}. Answer with one word.',
+    }
+    tasks = []
+    for i in range(config.new or 1):
+        language = ("Zorgish", "Balnic", "Quendar", "Movian")[i % 4]
+        words = {word: "".join(random.choice(syllables, 2)) for word in WORDS}
+        rows: dict[str, list[Example]] = {split: [] for split in phrases}
+        for split, phrase in phrases.items():
+            for word in WORDS:
+                others = random.choice([other for other in WORDS if other != word], 2, replace=False)
+                pairs = [(each, words[each]) for each in random.permutation([word, *others])]
+                told = f"Here are some words of {language}: "
+                told += ", ".join(f'"{a}" is "{b}"' for a, b in pairs) + ".\n"
+                question = phrase.format(language, word)
+                rows[split].append(Example(asked(question), asked(question, told), answer(words[word])))
+        tasks.append(rows)
+    questions = [(f"What is the capital of {a}? Answer with one word.", b) for a, b in CAPITALS.items()]
+    known = [Example(asked(q), asked(q), answer(a)) for q, a in questions]
+    rows = np.asarray(tokenizer.encode(python_library(60_000)["docstrings"].decode(errors="replace"))[: 8 * 129])
+    text = rows.reshape((-1, 129))
+    n = max(len(each.answer) for task in tasks for split in task.values() for each in split)
+    sizes = {"vocabulary": loaded.config.vocabulary, "answer_length": max(n, *(len(each.answer) for each in known))}
+    held = skills([{"train": known, "test": known}], steps=1, batch_size=1, evaluation_batch=10, **sizes)
+    return Bench(
+        loaded.decoder,
+        jax.tree.map(jnp.asarray, loaded.params),
+        skills(tasks, steps=config.steps or 1, batch_size=config.batch_size, evaluation_batch=8, **sizes),
+        held,
+        (jnp.asarray(text[:, :-1]), jnp.asarray(text[:, 1:])),
+        sizes["answer_length"],
+        stop,
+        (lambda model: lora(model, config.lora)) if config.lora else (lambda model: model),
+    )
+
+
+def components(config: Config, bench: Bench, method: str) -> list[Component]:
+    """What learns, and what keeps."""
+    options: dict[str, Any] = {"length": bench.length, "stop": bench.stop}
+    own: dict[str, Any] = {**options, "skip": config.skip, "rate": config.teacher_rate}
+    return {
+        "sft": lambda: [supervised(next_token_loss)],
+        "sft + replay": lambda: [supervised(next_token_loss), replay(500, batch_size=config.batch_size)],
+        "sft + ewc": lambda: [supervised(next_token_loss), ewc(config.strength, labels="loss", micro_batch=8)],
+        "sft + interpolation": lambda: [supervised(next_token_loss), wise_ft(0.5)],
+        "dft": lambda: [dft()],
+        "offline distillation": lambda: [offline_distillation(bench.net, **options)],
+        "context distillation": lambda: [context_distillation(bench.net, **options)],
+        "sdft forward": lambda: [sdft(bench.net, **own)],
+        "sdft reverse": lambda: [sdft(bench.net, direction="reverse", **own)],
+    }[method]()
+
+
+def run(config: Config, bench: Bench, method: str, rate: float, seed: int) -> dict[str, Any]:
+    """One method, rate and seed: what was measured before, at each point within the skills, and after each of them."""
+    begun = time.perf_counter()
+    if method == "in context":
+        found = measured_in_context(bench)
+    else:
+        model = bench.wrap(answering(bench.net))
+        steps = config.steps or 1
+        warm_up = optax.linear_schedule(0.0, rate, max(steps // 10, 1))
+        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(warm_up))
+        learner = compose(model, optimiser, *components(config, bench, method))
+        keys = jax.random.key(seed)
+        found = program(config, bench, model, learner)(bench.stream.data, bench.held.data, bench.weights, keys)
+    found = jax.tree.map(lambda leaf: np.asarray(leaf, float).tolist(), found)
+    if not np.isfinite(found["loss"]).all():
+        raise SystemExit(f"{method} with rate {rate:g} diverged; leave this rate out")
+    return found | {"seconds": time.perf_counter() - begun, **spent(config, bench, method)}
+
+
+def program(config: Config, bench: Bench, model: Model, learner: Learner) -> Callable[..., dict[str, Any]]:
+    """All skills in turn, measured on the way, as one compiled program."""
+    stream, held, (tokens, targets) = bench.stream, bench.held, bench.text
+    tasks = stream.tasks
+
+    def whole(data: Any, held_data: Any, weights: Any, key: Any) -> dict[str, Any]:
+        state, cursor = start(learner, stream, data, key, weights)
+        state, frozen = split_state(state)
+        holding = hold_frozen(learner, frozen)
+
+        def measure(state: Any) -> dict[str, Any]:
+            full = join_state(state, frozen)
+            params = full.params if model.parameters is None else model.parameters(full.params, full.model_state)
+
+            def row(each: Any) -> tuple[Any, Any]:
+                x, y = each
+                before, after = (bench.net.model.apply(p, {}, x[None])[0] for p in (weights, params))
+                counts = y[None] >= 0
+                drift = jnp.sum(jnp.where(counts, divergence(after, before, "forward"), 0)) / jnp.sum(counts)
+                return drift, next_token_loss(after, y[None])[0]
+
+            drift, loss = jax.lax.map(row, (tokens, targets))
+            return {
+                "new": evaluate(holding, stream, data, state),
+                "validation": evaluate(holding, stream, data, state, "validation"),
+                "held": evaluate(holding, held, held_data, state),
+                "drift": jnp.mean(drift),
+                "perplexity": jnp.exp(jnp.mean(loss)),
+            }
+
+        def chunk(carry: Any, _: Any) -> tuple[Any, Any]:
+            carry, metrics = train_steps(holding, stream, data, carry, stream.steps // config.points)
+            return carry, (measure(carry[0]), metrics["loss"])
+
+        def task(carry: Any, t: Any) -> tuple[Any, Any]:
+            carry = begin(holding, stream, tasks, data, key, carry[0], t), carry[1]
+            carry, (curve, loss) = jax.lax.scan(chunk, carry, length=config.points)
+            state = finish(holding, stream, data, key, carry[0], t)
+            return (state, carry[1]), {"curve": curve, "after": measure(state), "loss": loss.ravel()}
+
+        before = measure(state)
+        _, found = jax.lax.scan(task, (state, cursor), jnp.arange(stream.n_tasks, dtype=jnp.int32))
+        return {"before": before, **found}
+
+    return jax.jit(whole, compiler_options=compiler_options())
+
+
+def measured_in_context(bench: Bench) -> dict[str, Any]:
+    """Demonstrations before every question, and no update: nothing can be forgotten, and every question is longer."""
+    shown, plain = answering(bench.net, shown=True), answering(bench.net)
+    new, held = scores(bench, shown, bench.weights, bench.stream), scores(bench, plain, bench.weights, bench.held)
+    without = scores(bench, plain, bench.weights, bench.stream)
+    still = {"held": held, "drift": np.zeros(()), "perplexity": np.ones(())}
+    t = bench.stream.n_tasks
+    again = jax.tree.map(lambda leaf: np.stack([leaf] * t), still | {"new": new, "validation": new})
+    curve = jax.tree.map(lambda leaf: leaf[:, None], again)
+    before = still | {"new": without, "validation": without}
+    return {"before": before, "after": again, "curve": curve, "loss": np.zeros((t, 1))}
+
+
+def spent(config: Config, bench: Bench, method: str) -> dict[str, float]:
+    """Tokens that pass through the net in a skill's updates, forward, and operations: two for each weight that a token
+    meets forward, four more backward; the embedding's table is met by logits alone."""
+    x = jax.eval_shape(lambda: bench.stream.next(bench.stream.data, bench.stream.init(jax.random.key(0)), None)[0]).x
+    p, q, n = x.prompt.shape[1], x.shown.shape[1], bench.length
+    shapes = jax.tree.leaves_with_path(bench.weights)
+    kernels = sum(leaf.size for path, leaf in shapes if leaf.ndim > 2 and "embedding" not in str(path[0]))
+    table = sum(leaf.size for path, leaf in shapes if str(path[0].key) in ("embedding", "head")) / (
+        1 + any(str(path[0].key) == "head" for path, _ in shapes)
+    )
+
+    def forward(context: int) -> tuple[float, float]:
+        """A question and its answer."""
+        return context + n - 1, 2 * (kernels * (context + n - 1) + table * n)
+
+    student, teacher = forward(p), forward(q)
+    rows = config.batch_size * (config.steps or 1)
+    learn = 3 * student[1]
+    if method == "in context":
+        return {"tokens": 0.0, "operations": 0.0}
+    if method == "sft + replay":
+        return {"tokens": 2.0 * rows * student[0], "operations": 2.0 * rows * learn}
+    if method.startswith("sdft"):  # drawn by the student, graded by the teacher
+        return {
+            "tokens": rows * (2 * student[0] + teacher[0]),
+            "operations": rows * (student[1] + learn + teacher[1]),
+        }
+    if method == "context distillation":
+        return {
+            "tokens": rows * (student[0] + 2 * teacher[0]),
+            "operations": rows * (2 * teacher[1] + learn),
+        }
+    if method == "offline distillation":
+        return {"tokens": rows * (student[0] + teacher[0]), "operations": rows * (teacher[1] + learn)}
+    return {"tokens": float(rows * student[0]), "operations": float(rows * learn)}
+
+
+def summary(cell: dict[str, Any]) -> dict[str, float]:
+    """The numbers of the table, of one run."""
+    before, after = cell["before"], cell["after"]
+    learned = np.diag(np.array(after["new"]))
+    fallen = [np.array(before["held"]) - np.array(after["held"][-1]), (learned - np.array(after["new"][-1]))[:-1]]
+    gain = float(np.mean(learned - np.array(before["new"])))
+    forgetting = float(np.mean(np.concatenate(fallen)))
+    return {
+        "new": float(learned.mean()),
+        "validation": float(np.diag(np.array(after["validation"])).mean()),
+        "gain": gain,
+        "retained": float(np.mean(after["held"][-1])),
+        "forgetting": forgetting,
+        "per gain": forgetting / gain if gain > 0.05 else float("nan"),
+        "drift": float(after["drift"][-1]),
+        "perplexity": float(after["perplexity"][-1]),
+        "before": float(before["perplexity"]),
+    }
+
+
+def chosen(cells: dict[tuple[str, float], list[dict[str, Any]]]) -> dict[str, float]:
+    """Of each method, the rate with the best validation score."""
+    best: dict[str, tuple[float, float]] = {}
+    for (method, rate), runs in cells.items():
+        score = float(np.mean([summary(cell)["validation"] for cell in runs]))
+        if method not in best or score > best[method][0]:
+            best[method] = (score, rate)
+    return {method: rate for method, (_, rate) in best.items()}
+
+
+def table(cells: dict[tuple[str, float], list[dict[str, Any]]], best: dict[str, float]) -> str:
+    """A row for each method at its best rate."""
+    names = ("new", "retained", "forgetting", "per gain", "drift", "perplexity")
+    lines = [f"{'':24s}{'rate':>8s}" + "".join(f"{name:>18s}" for name in names) + f"{'tokens':>10s}{'GFLOP':>10s}"]
+    for method, rate in best.items():
+        runs = cells[method, rate]
+        row = f"{method:24s}{rate:>8g}"
+        for name in names:
+            factor = 100 if name in ("new", "retained", "forgetting") else 1
+            s = statistics(factor * np.array([summary(cell)[name] for cell in runs]))
+            row += f"{f'{s.mean:.3g} ± {s.sd:.2g}' if s.n > 1 else f'{s.mean:.3g}':>18s}"
+        lines.append(row + f"{runs[0]['tokens']:>10.0f}{runs[0]['operations'] / 1e9:>10.1f}")
+    perplexity = np.mean([summary(cell)["before"] for runs in cells.values() for cell in runs if runs[0]["tokens"]])
+    said = "tokens and operations of a skill's updates; drift in nats per token of text"
+    return "\n".join(lines) + f"\nnew, retained and forgetting in %; {said}; perplexity before: {perplexity:.3g}"
+
+
+def figures(
+    cells: dict[tuple[str, float], list[dict[str, Any]]], best: dict[str, float], directory: Path
+) -> list[Path]:
+    """New skills against what is retained, every method and rate; drift by update."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    looks = {method: {"color": f"C{i}", "marker": "os^vD<>pP*"[i % 10]} for i, method in enumerate(METHODS)}
+    drawn, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for method in best:
+        rates = sorted(rate for name, rate in cells if name == method)
+        points = [
+            [100 * np.mean([summary(cell)[field] for cell in cells[method, rate]]) for field in ("new", "retained")]
+            for rate in rates
+        ]
+        axes.plot(*zip(*points), **looks[method], label=method, linewidth=1, markersize=5, alpha=0.8)
+    axes.set(xlabel="new skills, % right just after each", ylabel="known skills, % right at the end")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title="a point for each rate")
+    paths = [directory / "new_against_retained.png", directory / "drift.png"]
+    drawn.savefig(paths[0], dpi=150)
+    plt.close(drawn)
+
+    drawn, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for method, rate in best.items():
+        if method == "in context":
+            continue
+        drift = np.mean([np.ravel(cell["curve"]["drift"]) for cell in cells[method, rate]], axis=0)
+        steps = len(cells[method, rate][0]["loss"][0]) * len(cells[method, rate][0]["loss"]) // len(drift)
+        axes.plot(steps * np.arange(len(drift) + 1), [0, *drift], **looks[method], label=method, markersize=3)
+    axes.set(xlabel="updates", ylabel="KL(before || after), nats per token of text")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    drawn.savefig(paths[1], dpi=150)
+    plt.close(drawn)
+    return paths
+
+
+def write_record(
+    config: Config,
+    name: str,
+    cells: dict[tuple[str, float], list[dict[str, Any]]],
+    best: dict[str, float],
+    path: Path,
+) -> None:
+    """The result file: ours in this setting, and the paper's in theirs, which is another."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    fields = {"new": "new skills", "retained": "known skills, at the end", "per gain": "forgetting per unit of gain"}
+    for field, setting in fields.items():
+        for method, rate in best.items():
+            factor = 1 if field == "per gain" else 100
+            values = factor * np.array([summary(cell)[field] for cell in cells[method, rate]])
+            if np.isfinite(values).all():
+                rows[setting, method] = {"scores": values, "seconds": [cell["seconds"] for cell in cells[method, rate]]}
+    notes = {key: f"rate {best[key[1]]:g}" for key in rows}
+    told = "; ".join(
+        f"{method}: " + ", ".join(f"{suite} {a} / {b}" for suite, (a, b) in zip(SUITES, figures_))
+        for method, figures_ in PUBLISHED.items()
+    )
+    remarks = [
+        "Published with Qwen2.5-7B-Instruct (Shenfeld et al. 2026, arXiv 2601.19897; new task / mean of six earlier"
+        f" benchmarks, 32.1, 42.9 and 30.1 / 65.5 before): {told}. That setting is not attempted here."
+    ]
+    what = "A small language" if config.model is None else Path(config.model).stem
+    command = shown_command("experiments.self_distillation", model_named(sys.argv[1:]))
+    record(name, f"{what} learns skills from demonstrations", command, rows, {}, notes, path, remarks=remarks)
+
+
+def model_named(arguments: Sequence[str]) -> list[str]:
+    """Without the place of the model on this machine."""
+    shown = list(arguments)
+    if "--model" in shown[:-1]:
+        shown[shown.index("--model") + 1] = "MODEL"
+    return shown
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
