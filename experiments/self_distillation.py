@@ -14,8 +14,9 @@ not without; that is asserted before anything is learned. Two settings:
 - By default, a decoder of 2 blocks learns a small language of symbols in this script: two dozen known cues, each with
   its permutation, and to follow any permutation that a demonstration shows. Then come three new cues. What may be
   forgotten are the known cues and the following of demonstrations; text is held-out rows of the language.
-- With --model, a published one learns words of an invented language with adapters of low rank, asked for in one
-  phrase and tested in another. What may be forgotten are capitals of countries that it knew; text is English.
+- With --model, a published one learns words of an invented language with adapters of low rank, from lines as
+  'cat -> "boda"', and is tested by sentences as 'The Zorgish word for cat is "'. What may be forgotten are capitals of
+  countries that it knew; text is English.
 
 Per method, each rate of --rates is tried; the one with the highest validation score on the new skills, just after each
 of them, is shown. "gain" is that score's rise on the test split, "forgetting" the mean fall of every skill that was
@@ -294,40 +295,27 @@ def published(config: Config, seed: int) -> Bench:
         raise SystemExit(str(error)) from error
     if loaded.tokenizer is None:
         raise SystemExit(f"{config.model} has no tokenizer, but questions are text")
-    tokenizer = loaded.tokenizer
-    stop = tokenizer.stop
-    random = np.random.default_rng(seed)
-
-    def asked(question: str, told: str = "") -> list[int]:
-        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": told + question}]))
-
-    def answer(word: str) -> list[int]:
-        return [*tokenizer.encode(word), stop[0]]
-
+    encode, random = loaded.tokenizer.encode, np.random.default_rng(seed)
+    stop = tuple(encode('"'))
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-    phrases = {
-        "train": 'What is the {} word for "{}"? Answer with one word.',
-        "validation": 'How do you say "{1}" in {0}? Answer with one word.',
-        "test": 'Translate "{1}" into {0}. Answer with one word.',
-    }
+    phrases = {"train": '{1} -> "', "validation": 'In {0}, {1} is called "', "test": 'The {0} word for {1} is "'}
     tasks = []
     for i in range(config.new or 1):
         language = ("Zorgish", "Balnic", "Quendar", "Movian")[i % 4]
+        head = f"English to {language}:\n"
         words = {word: "".join(random.choice(syllables, 2)) for word in WORDS}
         rows: dict[str, list[Example]] = {split: [] for split in phrases}
         for split, phrase in phrases.items():
             for word in WORDS:
-                others = random.choice([other for other in WORDS if other != word], 2, replace=False)
-                pairs = [(each, words[each]) for each in random.permutation([word, *others])]
-                told = f"Here are some words of {language}: "
-                told += ", ".join(f'"{a}" is "{b}"' for a, b in pairs) + ".\n"
-                question = phrase.format(language, word)
-                rows[split].append(Example(asked(question), asked(question, told), answer(words[word])))
+                others = random.choice([other for other in WORDS if other != word], 3, replace=False)
+                told = "".join(f'{each} -> "{words[each]}"\n' for each in random.permutation([word, *others]))
+                question, answer = phrase.format(language, word), [*encode(words[word]), *stop]
+                rows[split].append(Example(encode(head + question), encode(head + told + question), answer))
         tasks.append(rows)
-    questions = [(f"What is the capital of {a}? Answer with one word.", b) for a, b in CAPITALS.items()]
-    known = [Example(asked(q), asked(q), answer(a)) for q, a in questions]
-    rows = np.asarray(tokenizer.encode(python_library(60_000)["docstrings"].decode(errors="replace"))[: 8 * 129])
-    text = rows.reshape((-1, 129))
+    questions = [(encode(f"The capital of {country} is"), encode(f" {city}")) for country, city in CAPITALS.items()]
+    known = [Example(question, question, answer) for question, answer in questions]
+    lines = np.asarray(encode(python_library(60_000)["docstrings"].decode(errors="replace"))[: 8 * 129])
+    text = lines.reshape((-1, 129))
     n = max(len(each.answer) for task in tasks for split in task.values() for each in split)
     sizes = {"vocabulary": loaded.config.vocabulary, "answer_length": max(n, *(len(each.answer) for each in known))}
     held = skills([{"train": known, "test": known}], steps=1, batch_size=1, evaluation_batch=10, **sizes)
