@@ -10,7 +10,7 @@ python3 -m venv "$1"
 pip=("$1/bin/python" -m pip install)
 
 # Use the CPU build of torch (choose it by the package index that pip is set to).
-"${pip[@]}" torch==2.13.0 numpy
+"${pip[@]}" torch==2.13.0 numpy transformers safetensors
 # Without their dependencies, which would pull in far more than the benchmark needs.
 "${pip[@]}" --no-deps torchvision==0.28.0 avalanche-lib==0.6.0
 # What avalanche imports at start.

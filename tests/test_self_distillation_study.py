@@ -1,0 +1,88 @@
+"""The study of self-distillation runs, and stops where there is nothing to distil."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import self_distillation as study
+
+PRETRAINED = Path(__file__).parent / "data" / "pretrained" / "llama"
+TINY = {"known": 2, "new": 2, "width": 8, "steps": 2, "points": 1, "batch_size": 4, "first_steps": 2, "rates": (1e-3,)}
+
+
+def test_it_stops_where_demonstrations_do_not_help(tmp_path: Path) -> None:
+    config = study.Config(directory=str(tmp_path), **TINY)
+    with pytest.raises(SystemExit, match="the teacher is no better than the net itself"):
+        study.main(config)
+
+
+@pytest.fixture
+def helpful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nets that learned too little to follow a demonstration are taken all the same."""
+    real = study.scores
+
+    def scores(bench: Any, model: Any, params: Any, stream: Any) -> np.ndarray:
+        found = real(bench, model, params, stream)
+        scores.calls += 1  # type: ignore[attr-defined]
+        return found + (scores.calls % 2 == 0)  # type: ignore[attr-defined]
+
+    scores.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(study, "scores", scores)
+
+
+FEW = ("in context", "sft", "sft + interpolation", "sdft forward")
+
+
+@pytest.mark.parametrize("methods", [FEW, pytest.param(study.METHODS, marks=pytest.mark.long)], ids=["few", "all"])
+def test_methods_run_and_a_finished_run_is_not_run_again(
+    methods: tuple[str, ...],
+    helpful: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = study.Config(directory=str(tmp_path), methods=methods, **TINY)
+    study.main(config)
+    said = capsys.readouterr().out
+    assert all(f"\n{method} " in said for method in methods)
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert {row["algorithm"] for row in result["rows"]} == set(methods)
+    for name in ("new_against_retained.png", "drift.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    cell = json.loads((tmp_path / "cells" / "sdft_forward-0.001-0.json").read_text())
+    assert np.array(cell["curve"]["drift"]).shape == (2, 1) and cell["curve"]["drift"][-1][-1] > 0
+    assert cell["tokens"] > json.loads((tmp_path / "cells" / "sft-0.001-0.json").read_text())["tokens"]
+    monkeypatch.setattr(study, "run", None)
+    study.main(config)
+    assert capsys.readouterr().out == said[said.index("\n") + 1 :]  # the first line is about the net
+    with pytest.raises(SystemExit, match="steps"):
+        study.main(dataclasses.replace(config, steps=4))
+
+
+def test_a_published_model_with_adapters(helpful: None, tmp_path: Path) -> None:
+    config = study.Config(
+        model=str(PRETRAINED), directory=str(tmp_path), methods=("sft", "sdft forward"), steps=2, batch_size=4
+    )
+    study.main(config)
+    cell = json.loads((tmp_path / "cells" / "sdft_forward-0.001-0.json").read_text())
+    assert np.isfinite(cell["loss"]).all() and cell["after"]["drift"][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"methods": ("magic",)}, "methods names magic"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"steps": 7, "points": 2}, "points is 2"),
+        ({"model": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_what_is_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=words):
+        study.main(study.Config(**({"directory": str(tmp_path)} | changed)))
