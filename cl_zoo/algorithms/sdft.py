@@ -92,11 +92,7 @@ def sdft(
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
       >>> learner = compose(answering(net), optax.adam(1e-3), sdft(net, length=4, skip=0))
     """
-    check_choice(name, "direction", direction, ("forward", "reverse", "jsd"))
-
-    def learn(student: Array, teacher: Array, y: Array) -> Array:
-        return divergence(student, teacher, direction)
-
+    learn = _by_divergence(name, direction)
     return _distillation(decoder, "student", learn, length, teacher, rate, skip, temperature, stop, name)
 
 
@@ -133,11 +129,7 @@ def context_distillation(
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
       >>> learner = compose(answering(net), optax.adam(1e-3), context_distillation(net, length=4))
     """
-    check_choice(name, "direction", direction, ("forward", "reverse", "jsd"))
-
-    def learn(student: Array, teacher: Array, y: Array) -> Array:
-        return divergence(student, teacher, direction)
-
+    learn = _by_divergence(name, direction)
     return _distillation(decoder, "teacher", learn, length, "frozen", 0.0, 0, temperature, stop, name)
 
 
@@ -178,6 +170,11 @@ def offline_distillation(
         return token_losses(student, y)
 
     return _distillation(decoder, "teacher", learn, length, "frozen", 0.0, 0, temperature, stop, name)
+
+
+def _by_divergence(name: str, direction: str) -> Callable[[Array, Array, Array], Array]:
+    check_choice(name, "direction", direction, ("forward", "reverse", "jsd"))
+    return lambda student, teacher, y: divergence(student, teacher, direction)
 
 
 def _distillation(

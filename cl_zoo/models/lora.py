@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def lora(
             for name in names:
                 place = place.setdefault(name, {})
             each = jax.random.fold_in(jax.random.fold_in(key, 1), i)
-            place["A"] = jnp.stack([linear(k, n_in, rank) for k in jax.random.split(each, _product(stack))])
+            place["A"] = jnp.stack([linear(k, n_in, rank) for k in jax.random.split(each, math.prod(stack))])
             place["A"] = place["A"].reshape((*stack, n_in, rank)).astype(jnp.float32)
             place["B"] = jnp.zeros((*stack, rank, n_out))
         scale = jnp.asarray(1.0 if alpha is None else alpha / rank, jnp.float32)
@@ -131,13 +132,6 @@ def lora(
         return full if model.parameters is None else model.parameters(full, model_state["model"])
 
     return Model(init, apply, parameters=innermost)
-
-
-def _product(sizes: Sequence[int]) -> int:
-    n = 1
-    for size in sizes:
-        n *= size
-    return n
 
 
 def _adapt(weights: PyTree, adapters: PyTree, scale: Array, how: Any) -> PyTree:
