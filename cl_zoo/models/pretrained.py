@@ -241,14 +241,18 @@ def _path(keys: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(key.key for key in keys)
 
 
-def load_pretrained(path: str | Path, *, rematerialise: bool = False, dtype: Any = jnp.float32) -> Pretrained:
+def load_pretrained(
+    path: str | Path, *, rematerialise: bool = False, dtype: Any = jnp.float32, weights_dtype: Any = None
+) -> Pretrained:
     """A published decoder from a local folder or GGUF file.
 
     Args:
       path: a folder with config.json and model.safetensors, or its shards with model.safetensors.index.json, and
         tokenizer.json if there is one; or a file whose name ends in .gguf.
       rematerialise: see `cl_zoo.decoder`.
-      dtype: of activations, and of the weights.
+      dtype: of activations.
+      weights_dtype: None is `dtype`. Weights that will be trained should be float32: steps of a usual size are less than
+        bfloat16 can tell from nothing.
 
     Returns:
       A `Pretrained`. Weights are NumPy arrays, so that the caller decides where they go.
@@ -280,7 +284,7 @@ def load_pretrained(path: str | Path, *, rematerialise: bool = False, dtype: Any
         if (path / "tokenizer.json").is_file():
             tokenizer = load_tokenizer(path)
     net = config.decoder(rematerialise=rematerialise, dtype=dtype)
-    params = _assemble(path, net, config, names, tensor, dtype)
+    params = _assemble(path, net, config, names, tensor, dtype if weights_dtype is None else weights_dtype)
     return Pretrained(config, net, params, tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from cl_zoo.models.answers import Demonstrated
 from cl_zoo.models.tokenization import left_padded
 from cl_zoo.streams.arrays import array_stream, scenario_tasks
 from cl_zoo.streams.episodes import episode_stream
-from cl_zoo.types import Array, Batch, Key, Stream, check_whole
+from cl_zoo.types import Array, Batch, Key, Stream, check_choice, check_whole
 
 __all__ = ["Example", "SkillData", "SymbolWorld", "skills"]
 
@@ -92,16 +93,18 @@ def skills(
         if not wanted or not all(wanted):
             raise ValueError(f"skills: every task needs {split} examples, and there must be a task")
     rows = [example for split in found for task in split for example in task]
-    largest_token = max(max(*map(max, example)) for example in rows)
-    if largest_token >= vocabulary:
-        raise ValueError(f"skills: an example has the token {largest_token}, but vocabulary is {vocabulary}")
+    if not all(part for example in rows for part in example):
+        raise ValueError("skills: an example has an empty prompt, demonstration or answer")
+    for token in (f(f(part) for example in rows for part in example) for f in (min, max)):
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"skills: an example has the token {token}, but vocabulary is {vocabulary}")
     prompt, padding = left_padded([row.prompt for row in rows], prompt_length or max(len(row.prompt) for row in rows))
     shown, shown_padding = left_padded([row.shown for row in rows], shown_length or max(len(row.shown) for row in rows))
     n = answer_length or max(len(row.answer) for row in rows)
     y = np.full((len(rows), n), -1, np.int32)
     for to, row in zip(y, rows):
-        if not 1 <= len(row.answer) <= n:
-            raise ValueError(f"skills: an answer has {len(row.answer)} tokens, but it must have 1 to {n}")
+        if len(row.answer) > n:
+            raise ValueError(f"skills: an answer has {len(row.answer)} tokens, but answer_length is {n}")
         to[: len(row.answer)] = row.answer
     paddings = [jnp.asarray(each) if each.any() else None for each in (padding, shown_padding)]
     x = Demonstrated(jnp.asarray(prompt), paddings[0], jnp.asarray(shown), paddings[1], jnp.asarray(np.maximum(y, 0)))
@@ -145,6 +148,8 @@ class SymbolWorld(NamedTuple):
       length: n, symbols of a question.
       pairs: m, of a demonstration, n to `symbols`.
       seed: of the permutations.
+
+    Its methods raise ValueError for numbers outside these.
     """
 
     symbols: int = 16
@@ -167,36 +172,43 @@ class SymbolWorld(NamedTuple):
     @property
     def permutations(self) -> np.ndarray:
         """`[known + new, symbols]`: f of each cue, none of which leaves all symbols alone."""
+        self._check()
         random = np.random.default_rng(self.seed)
         return np.stack([random.permutation(self.symbols) for _ in range(self.known + self.new)])
 
-    def _example(self, random: np.random.Generator, cue: int, f: np.ndarray, answer: np.ndarray) -> Example:
+    def _check(self) -> None:
+        for field, low in (("known", 1), ("new", 1), ("length", 1), ("symbols", self.length)):
+            check_whole("SymbolWorld", field, getattr(self, field), low)
+        check_whole("SymbolWorld", "pairs", self.pairs, self.length, self.symbols)
+
+    def _example(self, random: np.random.Generator, cue: int, f: np.ndarray, asked: np.ndarray) -> Example:
         first = 4 + self.known + self.new
-        asked = random.choice(self.symbols, self.length, replace=False)
         others = random.permutation(np.setdiff1d(np.arange(self.symbols), asked))[: self.pairs - self.length]
         told = random.permutation(np.concatenate([asked, others]))
-        question = [4 + cue, *(first + asked), 2]
-        pairs = np.stack([first + told, first + f[told]], axis=1).ravel()
-        return Example(
-            [int(t) for t in question],
-            [1, *map(int, pairs), *map(int, question)],
-            [*(int(first + t) for t in answer[asked]), 3],
-        )
+        question = [4 + cue, *(first + asked).tolist(), 2]
+        pairs = np.stack([first + told, first + f[told]], axis=1).ravel().tolist()
+        return Example(question, [1, *pairs, *question], [*(first + f[asked]).tolist(), 3])
 
-    def examples(self, cue: int, n: int, seed: int) -> list[Example]:
-        """n questions of a cue, answered by its permutation."""
-        f = self.permutations[cue]
+    def examples(self, cue: int, n: int, split: str, seed: int = 0) -> list[Example]:
+        """n questions of a cue, answered by its permutation. No two splits share one: the test has a fifth of all there
+        are, and so has validation; they come again where n is more than that."""
+        check_choice("examples", "split", split, _SPLITS)
         random = np.random.default_rng((self.seed, cue, seed))
-        return [self._example(random, cue, f, f) for _ in range(n)]
+        questions = random.permutation(np.array(list(itertools.permutations(range(self.symbols), self.length))))
+        fifth = max(len(questions) // 5, 1)
+        parts = (questions[2 * fifth :], questions[:fifth], questions[fifth : 2 * fifth])
+        asked = np.resize(parts[_SPLITS.index(split)], (n, self.length))
+        return [self._example(random, cue, self.permutations[cue], each) for each in asked]
 
     def fresh(self, n: int, seed: int) -> list[Example]:
         """n questions of any cue that only the demonstration answers: each has a permutation of its own; the prompt
         shows it."""
+        self._check()
         random = np.random.default_rng((self.seed, 1 << 20, seed))
         found = []
         for _ in range(n):
-            f = random.permutation(self.symbols)
-            one = self._example(random, int(random.integers(self.known + self.new)), f, f)
+            f, asked = random.permutation(self.symbols), random.permutation(self.symbols)[: self.length]
+            one = self._example(random, int(random.integers(self.known + self.new)), f, asked)
             found.append(one._replace(prompt=one.shown))
         return found
 
@@ -207,7 +219,7 @@ class SymbolWorld(NamedTuple):
         alone, of a known cue, or with chance 1/4 of a new one, to be repeated.
 
         Returns:
-          A `Stream` with x `i32[B, L]`, L = 2 + 2 m + 2 n + 2, zeros after shorter rows, y the next token where it is
+          A `Stream` with x `i32[B, L]`, L = 2 m + 2 n + 3, zeros after shorter rows, y the next token where it is
           one of the answer, else -1. The score is the share of tokens that are right.
         """
         first, n, m = 4 + self.known + self.new, self.length, self.pairs
@@ -252,11 +264,9 @@ class SymbolWorld(NamedTuple):
 
     def skills(self, *, steps: int, batch_size: int, examples: int = 512, tests: int = 256, seed: int = 0) -> Stream:
         """The new cues' permutations, one after the other, as a stream of skills."""
+        sizes = {"train": examples, "validation": tests, "test": tests}
         tasks = [
-            {
-                split: self.examples(self.known + cue, n, 3 * seed + place)
-                for place, (split, n) in enumerate((("train", examples), ("validation", tests), ("test", tests)))
-            }
+            {split: self.examples(self.known + cue, n, split, seed) for split, n in sizes.items()}
             for cue in range(self.new)
         ]
         return skills(tasks, vocabulary=self.vocabulary, steps=steps, batch_size=batch_size)
@@ -264,6 +274,6 @@ class SymbolWorld(NamedTuple):
     def known_skills(self, *, tests: int = 256) -> Stream:
         """What may be forgotten, to be tested: each known cue's questions, and, last, questions that only their
         demonstration answers."""
-        held = [self.examples(cue, tests, 0) for cue in range(self.known)] + [self.fresh(tests, 0)]
+        held = [self.examples(cue, tests, "test") for cue in range(self.known)] + [self.fresh(tests, 0)]
         tasks = [{"train": rows, "validation": rows, "test": rows} for rows in held]
         return skills(tasks, vocabulary=self.vocabulary, steps=1, batch_size=1)

@@ -57,7 +57,7 @@ def test_rows_are_the_examples() -> None:
 def test_the_score_is_whether_greedy_decoding_gives_the_answer() -> None:
     params, _ = NET.model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     params = jax.tree.map(lambda leaf: 3 * leaf, params)
-    x = WORLD.examples(0, 60, 0)
+    x = WORLD.examples(0, 60, "train")
     prompt = jnp.array([each.prompt for each in x])
     said = generate(NET, params, prompt, jax.random.key(0), length=WORLD.answer_length, temperature=0)
     answers = [Example(each.prompt, each.shown, tokens.tolist()) for each, tokens in zip(x, np.asarray(said.tokens))]
@@ -83,6 +83,8 @@ def test_all_tokens_right() -> None:
         ({"vocabulary": 5}, "token 5"),
         ({"prompt_length": 1}, "length is 1"),
         ({"answer_length": 1}, "an answer has 2 tokens"),
+        ({"tasks": [{"train": [Example([-1], [1], [1])] * 2, "test": [Example([1], [1], [1])]}]}, "the token -1"),
+        ({"tasks": [{"train": [Example([], [1], [1])] * 2, "test": [Example([1], [1], [1])]}]}, "an empty prompt"),
     ],
 )
 def test_what_is_refused(changed: dict[str, object], words: str) -> None:
@@ -102,7 +104,7 @@ def decode(world: SymbolWorld, tokens: list[int]) -> tuple[int, list[int]]:
 def test_what_a_demonstration_shows_is_the_answer() -> None:
     first = 4 + WORLD.known + WORLD.new
     for cue in range(WORLD.known + WORLD.new):
-        for one in WORLD.examples(cue, 20, 1):
+        for one in WORLD.examples(cue, 20, "train", 1):
             told, asked = decode(WORLD, list(one.prompt))
             assert told == cue and list(one.shown[-len(one.prompt) :]) == list(one.prompt) and one.shown[0] == 1
             pairs = np.array(one.shown[1 : -len(one.prompt)]).reshape((-1, 2)) - first
@@ -146,4 +148,10 @@ def test_skills_and_what_may_be_forgotten() -> None:
         {tuple(row) for row in np.asarray(stream.sample(stream.data, jnp.int32(0), jax.random.key(0)).x.prompt)[0]},
         {tuple(row) for row in np.asarray(stream.evaluation(stream.data, jnp.int32(0), "test").x.prompt)[0]},
     )
-    assert len(train) > 10 and len(test) > 5
+    assert len(train) == 20 and len(test) == 8 and not train & test  # of 42 questions, a fifth
+
+
+@pytest.mark.parametrize("wrong", [{"pairs": 1}, {"pairs": 8}, {"length": 8}, {"known": 0}])
+def test_worlds_that_cannot_be(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)) if "length" not in wrong else "symbols"):
+        WORLD._replace(**wrong).fresh(1, 0)

@@ -1,0 +1,89 @@
+"""What an update of self-distillation costs beside one of fine-tuning, and where its time goes.
+
+    python -m experiments.speed.self_distillation                   2 minutes on 2 cores, with nothing else running
+    python -m experiments.speed.self_distillation --model MODEL     5 minutes
+
+In the settings of `experiments.self_distillation`: the small language, or a published model with adapters. Operations
+are counted by hand there (`spent`): fine-tuning reads a question and its answer forward and backward; self-distillation
+also draws the answer (one more pass forward) and reads the demonstration, question and answer with the teacher. Rounds
+are taken in turn; medians.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+import tyro
+
+from cl_zoo import answer_logits, answering, compose, decoder, generate, softmax_attention
+from cl_zoo.training.loop import start
+from cl_zoo.training.run_directory import environment, write_json
+from experiments.self_distillation import Bench, Config, components, filled, published, spent
+from experiments.speed.sequence_layers import timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What is measured."""
+
+    model: str | None = None
+    rounds: int = 7
+    record: bool = False
+    """Write experiments/speed/results/self_distillation_DEVICE.json, the model's beside the small language's."""
+
+
+def untrained(config: Config) -> Bench:
+    """The small language's net with its first weights: time does not depend on what it knows."""
+    from cl_zoo import SymbolWorld
+
+    world = SymbolWorld(known=config.known, new=1)
+    net = decoder(
+        world.vocabulary, [softmax_attention(config.width, 4, convolution=4)], layers=2, hidden=2 * config.width
+    )
+    stream = world.skills(steps=config.steps or 1, batch_size=config.batch_size)
+    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    weights, _ = answering(net).init(jax.random.key(0), batch.x)
+    return Bench(net, weights, stream, stream, (None, None), world.answer_length, (), lambda model: model)
+
+
+def main(measure: Measure) -> None:
+    """Measures, prints."""
+    config = filled(Config(model=measure.model))
+    bench = untrained(config) if measure.model is None else published(config, 0)._replace(stop=())
+    model, stream = bench.wrap(answering(bench.net)), bench.stream
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for method in ("sft", "sdft forward"):
+        learner = compose(model, optax.adam(1e-3), *components(config, bench, method))
+        state, cursor = start(learner, stream, stream.data, jax.random.key(0), bench.weights)
+        batch, _ = stream.next(stream.data, cursor, lambda x: None)
+        update = jax.jit(lambda state, batch, learner=learner: learner.update(state, batch)[0].params)
+        calls[f"{method}, update"] = (update, (state, batch))
+    params = state.params if model.parameters is None else model.parameters(state.params, state.model_state)
+    x, n = batch.x, bench.length
+    draw = jax.jit(
+        lambda params, x: generate(bench.net, params, x.prompt, jax.random.key(0), length=n, padding=x.padding).tokens
+    )
+    teach = jax.jit(lambda params, x: answer_logits(bench.net, params, x.shown, x.shown_padding, x.answer))
+    calls |= {"drawing the answers": (draw, (params, x)), "the teacher's pass": (teach, (params, x))}
+    seconds = timed(calls, measure.rounds)
+    operations = {method: spent(config, bench, method)["operations"] for method in ("sft", "sdft forward")}
+    for name, value in seconds.items():
+        print(f"{name:24s}{1e3 * value:9.1f} ms")
+    ratios = {
+        "operations": operations["sdft forward"] / operations["sft"],
+        "time": seconds["sdft forward, update"] / seconds["sft, update"],
+    }
+    print("sdft / sft: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
+    if measure.record:
+        what = "language" if measure.model is None else Path(measure.model).stem
+        path = Path(__file__).parent / "results" / f"self_distillation_{what}_{jax.default_backend()}.json"
+        shapes = {"prompt": x.prompt.shape, "shown": x.shown.shape, "answer": n}
+        write_json(path, {"environment": environment(), "settings": shapes, "seconds": seconds, "ratios": ratios})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Measure, description=__doc__))
