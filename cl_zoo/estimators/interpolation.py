@@ -21,7 +21,10 @@ def interpolate(new: PyTree, old: PyTree, alpha: Array | float) -> PyTree:
     """
 
     def mean(a: Array, b: Array) -> Array:
-        return ((1 - alpha) * a + alpha * b).astype(a.dtype) if floating(a) else a
+        if not floating(a):
+            return a
+        wide = jnp.promote_types(a.dtype, jnp.float32)  # 0.99 is no number of bfloat16
+        return ((1 - alpha) * a.astype(wide) + alpha * b.astype(wide)).astype(a.dtype)
 
     return jax.tree.map(mean, new, old)
 

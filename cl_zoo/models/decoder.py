@@ -27,7 +27,8 @@ class Decoder(NamedTuple):
       hidden: `(params, tokens [B, T]) -> [B, T, D]`, the residual stream after all blocks.
       logits: `(params, [..., D]) -> [..., V]`: what `model` makes of it; at some places alone, where V is large.
 
-    `step` and `extend` also take parameters whose blocks are `unstacked`.
+    `start`, `step` and `extend` also take parameters whose blocks are `unstacked`; a cache of stacked ones has to be
+    unstacked like them.
     """
 
     model: Model

@@ -96,6 +96,9 @@ def generate(
       (2, 3)
     """
     check_whole("generate", "length", length, 1)
+    for field, value in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(value, int | float | None):
+            raise ValueError(f"generate: {field} is {value!r}, but it must be a Python number: it sets the program")
     check_range("generate", "temperature", temperature, 0)
     if top_k is not None:
         check_whole("generate", "top_k", top_k, 1)

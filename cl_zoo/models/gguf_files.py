@@ -10,7 +10,7 @@ import numpy as np
 
 from cl_zoo.models.tokenization import TextTokenizer, from_bpe, optional
 
-__all__ = ["GgufFile", "read_gguf"]
+__all__ = ["GgufFile", "Tensors", "read_gguf"]
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 _NAMES = {
@@ -32,17 +32,29 @@ _NAMES = {
 """Hugging Face's names -> GGUF's, of whole tensors and of parts of blocks."""
 
 
+class Tensors(NamedTuple):
+    """Those of a checkpoint, under Hugging Face's names and in its order of rotary pairs.
+
+    Attributes:
+      names: all there are.
+      shape: `(name) -> shape`, without reading it.
+      read: `(name) -> array`.
+    """
+
+    names: frozenset[str]
+    shape: Callable[[str], tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
 class GgufFile(NamedTuple):
     """Attributes:
     settings: as a Hugging Face config.json would have them.
-    names: Hugging Face's names of the tensors.
-    tensor: `(name) -> float32`, in Hugging Face's order of rotary pairs.
+    tensors: read when they are asked for, float32.
     tokenizer: `() -> TextTokenizer`, or None where the file has none.
     """
 
     settings: dict[str, Any]
-    names: frozenset[str]
-    tensor: Callable[[str], np.ndarray]
+    tensors: Tensors
     tokenizer: Callable[[], TextTokenizer | None]
 
 
@@ -90,16 +102,17 @@ def read_gguf(path: str | Path) -> GgufFile:
 
     def told(name: str, otherwise: Any = None) -> Any:
         value = fields.get(f"{family}.{name}", otherwise)
-        if value is None:
-            raise ValueError(f"{path}: {family}.{name} is missing")
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{path}: {family}.{name} is {value!r}, but it must be a number")
         return value
 
     if "rope_freqs.weight" in tensors:
         raise ValueError(f"{path}: rope_freqs.weight (frequencies for long rows) is not supported in GGUF files")
     heads = told("attention.head_count")
+    table = tensors.get("token_embd.weight")
     settings = {
         "model_type": family,
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in tensors else 0,
+        "vocab_size": int(table.shape[1]) if table is not None and len(table.shape) == 2 else 0,
         "hidden_size": told("embedding_length"),
         "intermediate_size": told("feed_forward_length"),
         "num_hidden_layers": told("block_count"),
@@ -116,7 +129,10 @@ def read_gguf(path: str | Path) -> GgufFile:
     if scaling not in (None, "none"):
         settings["rope_scaling"] = {"rope_type": scaling, "factor": told("rope.scaling.factor")}
 
-    def tensor(name: str) -> np.ndarray:
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in tensors[_gguf_name(name)].shape[::-1])
+
+    def read(name: str) -> np.ndarray:
         found = tensors[_gguf_name(name)]
         try:
             values = np.array(gguf.quants.dequantize(found.data, found.tensor_type), np.float32)
@@ -138,10 +154,13 @@ def read_gguf(path: str | Path) -> GgufFile:
         tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type", [])
         numbers = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
         named = {f"{name}_token": tokens[i] for name, i in numbers.items() if i is not None and i < len(tokens)}
+        if "tokenizer.ggml.merges" not in fields:
+            raise ValueError(f"{path}: tokenizer.ggml.merges is missing")
         return from_bpe(
             tokens,
             fields["tokenizer.ggml.merges"],
             [token for token, kind in zip(tokens, types) if kind == gguf.TokenType.CONTROL],
+            [token for token, kind in zip(tokens, types) if kind == gguf.TokenType.USER_DEFINED],
             {"default": "gpt-2"}.get(words := fields.get("tokenizer.ggml.pre", "default"), words),
             stop=() if numbers["eos"] is None else (int(numbers["eos"]),),
             template=fields.get("tokenizer.chat_template"),
@@ -149,4 +168,4 @@ def read_gguf(path: str | Path) -> GgufFile:
         )
 
     names = frozenset(_hugging_face_name(name) for name in tensors)
-    return GgufFile(settings, names, tensor, tokenizer)
+    return GgufFile(settings, Tensors(names, shape, read), tokenizer)

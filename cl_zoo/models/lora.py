@@ -96,7 +96,7 @@ def lora(
         found: list[tuple[list[str], Array]] = []
         for path, leaf in jax.tree_util.tree_flatten_with_path(frozen)[0]:
             names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-            if names[-1] in targets:
+            if names[-1] in targets and not {"bias", "convolution"} & set(names[:-1]):
                 if leaf.ndim < 2:
                     raise ValueError(f"lora: {'/'.join(names)} has the shape {leaf.shape}, but must be a matrix")
                 found.append((names, leaf))

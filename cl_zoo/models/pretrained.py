@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from cl_zoo.layers.attention import softmax_attention
 from cl_zoo.layers.mixer import RotaryScaling
 from cl_zoo.models.decoder import Decoder, decoder
-from cl_zoo.models.gguf_files import read_gguf
+from cl_zoo.models.gguf_files import Tensors, read_gguf
 from cl_zoo.models.tokenization import TextTokenizer, load_tokenizer, optional, read_json
 from cl_zoo.types import PyTree
 
@@ -126,16 +125,21 @@ def config_of(settings: dict[str, Any]) -> DecoderConfig:
     for field in ("mlp_bias", "use_sliding_window", "quantization_config"):
         if settings.get(field):
             raise refuse(field, "none")
-    if set(settings.get("layer_types") or ()) - {"full_attention"}:
-        raise refuse("layer_types", "'full_attention' in all layers")
+    kinds = settings.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+        raise refuse("layer_types", "a list of 'full_attention'")
     width, heads = whole("hidden_size"), whole("num_attention_heads")
     if settings.get("head_dim") is None and family != "qwen3" and width % heads:
         raise ValueError(f"config: hidden_size is {width}, but it must be a multiple of num_attention_heads, {heads}")
     kv_heads = whole("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ValueError(f"config: num_key_value_heads is {kv_heads}, but it must divide num_attention_heads, {heads}")
-    rope = settings.get("rope_parameters") or {}
-    rope = rope | (settings.get("rope_scaling") or {})
+    rope: dict[str, Any] = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        told = settings.get(field)
+        if not isinstance(told, dict | None):
+            raise refuse(field, "an object")
+        rope |= told or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = None
     if kind == "linear":
@@ -251,8 +255,8 @@ def load_pretrained(
         tokenizer.json if there is one; or a file whose name ends in .gguf.
       rematerialise: see `cl_zoo.decoder`.
       dtype: of activations.
-      weights_dtype: None is `dtype`. Weights that will be trained should be float32: steps of a usual size are less than
-        bfloat16 can tell from nothing.
+      weights_dtype: None is `dtype`. Weights that will be trained should be float32: bfloat16 cannot tell most steps
+        from nothing.
 
     Returns:
       A `Pretrained`. Weights are NumPy arrays, so that the caller decides where they go.
@@ -275,16 +279,16 @@ def load_pretrained(
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is a file that does not end in .gguf; give the folder that holds config.json")
         file = read_gguf(path)
-        config, names, tensor, tokenizer = config_of(file.settings), file.names, file.tensor, file.tokenizer()
+        config, tensors, tokenizer = config_of(file.settings), file.tensors, file.tokenizer()
     else:
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json")
         config = config_of(read_json(path / "config.json"))
-        names, tensor = _open_safetensors(path)
+        tensors = _open_safetensors(path)
         if (path / "tokenizer.json").is_file():
             tokenizer = load_tokenizer(path)
     net = config.decoder(rematerialise=rematerialise, dtype=dtype)
-    params = _assemble(path, net, config, names, tensor, dtype if weights_dtype is None else weights_dtype)
+    params = _assemble(path, net, config, tensors, dtype if weights_dtype is None else weights_dtype)
     return Pretrained(config, net, params, tokenizer)
 
 
@@ -292,47 +296,47 @@ def _assemble(
     path: Path,
     net: Decoder,
     config: DecoderConfig,
-    names: frozenset[str],
-    tensor: Callable[[str], np.ndarray],
+    tensors: Tensors,
     dtype: Any,
 ) -> PyTree:
     """The parameters that the net wants, from the tensors there are."""
+    if config.layers > len(tensors.names):
+        raise ValueError(
+            f"{path}: config.json tells of {config.layers} blocks, but there are only {len(tensors.names)} tensors"
+        )
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     wanted, _ = jax.eval_shape(net.model.init, jax.random.key(0), tokens)
     leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)
-    places = [(_place(_path(keys)), leaf) for keys, leaf in leaves]
-    expected = {p.name.format(i) for p, _ in places for i in range(config.layers)}
+    places: list[tuple[_Place, list[str], tuple[int, ...]]] = []
+    for keys, leaf in leaves:
+        place, inner = _place(_path(keys)), keys[0].key == "blocks"
+        own = [place.name.format(i) for i in range(config.layers)] if inner else [place.name]
+        places.append((place, own, leaf.shape[1:] if inner else leaf.shape))
+    expected = {name for _, own, _ in places for name in own}
     ignored = ("rotary_emb.inv_freq", *(("lm_head.weight",) if config.tied else ()))
-    if missing := sorted(expected - names):
+    if missing := sorted(expected - tensors.names):
         raise ValueError(f"{path}: {len(missing)} tensors are missing, the first of them {missing[0]}")
-    if extra := sorted(name for name in names - expected if not name.endswith(ignored)):
+    if extra := sorted(name for name in tensors.names - expected if not name.endswith(ignored)):
         raise ValueError(f"{path}: {len(extra)} tensors have no place in this decoder, the first of them {extra[0]}")
-
-    def read(name: str, shape: tuple[int, ...], turned: bool, to: np.ndarray) -> None:
-        found = tensor(name)
-        stored = shape[::-1] if turned else shape
-        if found.shape != stored:
-            raise ValueError(
-                f"{path}: {name} has the shape {list(found.shape)}, but config.json makes it {list(stored)}"
-            )
-        if not np.isfinite(found).all():
-            raise ValueError(f"{path}: {name} holds numbers that are not finite")
-        to[...] = found.T if turned else found
-
+    # All shapes before any memory: a lying config must not take it all.
+    for place, own, shape in places:
+        stored = shape[::-1] if place.turned else shape
+        for name in own:
+            if (found := tensors.shape(name)) != stored:
+                raise ValueError(f"{path}: {name} has the shape {list(found)}, but the config makes it {list(stored)}")
     made = []
-    for place, leaf in places:
+    for (place, own, _), (_, leaf) in zip(places, leaves, strict=True):
         array = np.empty(leaf.shape, dtype)
-        if "{}" in place.name:
-            for i in range(config.layers):
-                read(place.name.format(i), leaf.shape[1:], place.turned, array[i])
-        else:
-            read(place.name, leaf.shape, place.turned, array)
+        for name, to in zip(own, array if "{}" in place.name else [array], strict=True):
+            values = tensors.read(name)
+            if not np.isfinite(values).all():
+                raise ValueError(f"{path}: {name} holds numbers that are not finite")
+            to[...] = values.T if place.turned else values
         made.append(array)
     return jax.tree_util.tree_unflatten(tree, made)
 
 
-def _open_safetensors(folder: Path) -> tuple[frozenset[str], Callable[[str], np.ndarray]]:
-    """Names of all tensors, and a function that reads one."""
+def _open_safetensors(folder: Path) -> Tensors:
     library = optional("safetensors")
     index = read_json(folder / "model.safetensors.index.json").get("weight_map")
     single = folder / "model.safetensors"
@@ -367,7 +371,7 @@ def _open_safetensors(folder: Path) -> tuple[frozenset[str], Callable[[str], np.
             raise ValueError(f"{folder}: {name} is {found.dtype}, but only floating point weights are supported")
         return found
 
-    return frozenset(where), tensor
+    return Tensors(frozenset(where), lambda name: tuple(where[name].get_slice(name).get_shape()), tensor)
 
 
 def save_pretrained(
@@ -404,7 +408,7 @@ def save_pretrained(
     partial = folder / "config.json.partial"
     partial.write_text(json.dumps(settings_of(config), indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / "config.json")
-    if tokenizer_from is not None:
+    if tokenizer_from is not None and Path(tokenizer_from).resolve() != folder.resolve():
         names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
         for name in names:
             if (Path(tokenizer_from) / name).is_file():

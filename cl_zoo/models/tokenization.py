@@ -62,18 +62,20 @@ class TextTokenizer(NamedTuple):
         if self.template is None:
             raise ValueError("chat: the tokenizer has no chat template; put the prompt together as text")
         jinja = optional("jinja2")
-        sandbox = optional("jinja2.sandbox").ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        sandbox = optional("jinja2.sandbox").ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
 
         def refuse(message: str) -> None:
             raise jinja.TemplateError(message)
 
         sandbox.globals["raise_exception"] = refuse
-        sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **({"ensure_ascii": False} | options))
         try:
             made = sandbox.from_string(self.template).render(
                 messages=[dict(message) for message in messages], add_generation_prompt=answer, **self.words
             )
-        except (jinja.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except (jinja.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise ValueError(f"chat: the model's template cannot make a prompt of these messages: {error}") from error
         return str(made)
 
@@ -143,6 +145,7 @@ def from_bpe(
     tokens: Sequence[str],
     merges: Sequence[str],
     special: Sequence[str],
+    added: Sequence[str],
     words: str,
     *,
     stop: tuple[int, ...],
@@ -154,7 +157,8 @@ def from_bpe(
     Args:
       tokens: by number.
       merges: pairs "a b", the first joined first.
-      special: tokens that text is cut at.
+      special: tokens that text is cut at, and that `decode` leaves out.
+      added: others that text is cut at.
       words: how text is cut into words: "gpt-2", "smollm", "qwen2" or "llama-bpe".
       stop, template, names: see `TextTokenizer`.
 
@@ -173,13 +177,19 @@ def from_bpe(
     if words not in ways:
         raise ValueError(f"the tokenizer cuts words as {words!r}, but only {', '.join(ways)} are known")
     try:
-        model = library.models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(pair.split(" ")) for pair in merges])
+        pairs = [tuple(pair.split(" ")) for pair in merges]
+        # Llama 3 takes a word that is a token whole, whatever the merges would make of it.
+        whole_words = words == "llama-bpe"
+        model = library.models.BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=whole_words)
     except Exception as error:  # the library raises plain Exceptions
         raise ValueError(f"the tokenizer's tables do not fit together: {error}") from error
     backend = library.Tokenizer(model)
+    if words == "qwen2":
+        backend.normalizer = library.normalizers.NFC()
     backend.pre_tokenizer = ways[words]()
     backend.decoder = library.decoders.ByteLevel()
     backend.add_special_tokens([library.AddedToken(token, special=True, normalized=False) for token in special])
+    backend.add_tokens([library.AddedToken(token, special=False, normalized=False) for token in added])
     return TextTokenizer(backend, stop, template, names)
 
 

@@ -150,6 +150,7 @@ def fit(
         done, saved = restored
         carry, accuracy = saved["carry"], np.array(saved["accuracy"])
         log.rewind(int(saved["log"]))
+    del first, cursor  # nothing but the carry may hold their memory
     if events:
         events.rewind(None if restored is None else done)
 
@@ -249,7 +250,7 @@ def _kinds(stream: Stream, key: Key) -> list[str]:
 def _checksum(data: PyTree) -> int:
     crc = 0
     for leaf in jax.tree.leaves(data):
-        crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).data, crc)
+        crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8).data, crc)
     return crc
 
 

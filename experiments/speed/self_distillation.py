@@ -20,7 +20,7 @@ import optax
 import tyro
 
 from cl_zoo import answer_logits, answering, compose, decoder, generate, softmax_attention
-from cl_zoo.training.loop import start
+from cl_zoo.training.loop import split_state, start
 from cl_zoo.training.run_directory import environment, write_json
 from experiments.self_distillation import Bench, Config, components, filled, published, spent
 from experiments.speed.sequence_layers import timed
@@ -60,7 +60,12 @@ def main(measure: Measure) -> None:
         learner = compose(model, optax.adam(1e-3), *components(config, bench, method))
         state, cursor = start(learner, stream, stream.data, jax.random.key(0), bench.weights)
         batch, _ = stream.next(stream.data, cursor, lambda x: None)
-        update = jax.jit(lambda state, batch, learner=learner: learner.update(state, batch)[0].params)
+
+        @jax.jit
+        def update(state: Any, batch: Any, learner: Any = learner) -> Any:
+            after, metrics = learner.update(state, batch)
+            return split_state(after)[0], metrics
+
         calls[f"{method}, update"] = (update, (state, batch))
     params = state.params if model.parameters is None else model.parameters(state.params, state.model_state)
     x, n = batch.x, bench.length

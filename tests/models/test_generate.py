@@ -135,6 +135,7 @@ def test_errors_before_anything_compiles() -> None:
         ({"length": 1, "temperature": -1.0}, "temperature"),
         ({"length": 1, "top_k": 0}, "top_k"),
         ({"length": 1, "top_p": 1.5}, "top_p"),
+        ({"length": 1, "temperature": jnp.ones(())}, "temperature"),
     ):
         with pytest.raises(ValueError, match=field):
             generate(made, params, PROMPTS, KEY, **wrong)

@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from cl_zoo import load_pretrained
+from cl_zoo.models.tokenization import from_bpe
 
 FOLDER = Path(__file__).parents[1] / "data" / "pretrained"
 PARTS = {
@@ -45,7 +46,7 @@ def write(path: Path, name: str, architecture: str | None = None, quantised: boo
     writer.add_embedding_length(settings["hidden_size"])
     writer.add_feed_forward_length(settings["intermediate_size"])
     writer.add_block_count(changed.get("layers", settings["num_hidden_layers"]))
-    writer.add_head_count(heads)
+    writer.add_head_count(changed.get("heads", heads))
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(settings.get("head_dim") or settings["hidden_size"] // heads)
     writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
@@ -62,8 +63,10 @@ def write(path: Path, name: str, architecture: str | None = None, quantised: boo
         writer.add_tokenizer_model(changed.get("tokenizer", "gpt2"))
         writer.add_tokenizer_pre(changed.get("words", "gpt-2"))
         writer.add_token_list([token for token, _ in vocabulary])
-        writer.add_token_types([3 if token in special else 1 for token, _ in vocabulary])
-        writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+        mine = changed.get("user_defined", ())  # 3 is a control token, 4 one that a user defined
+        writer.add_token_types([4 if token in mine else 3 if token in special else 1 for token, _ in vocabulary])
+        if "no_merges" not in changed:
+            writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
         writer.add_eos_token_id(2)
         writer.add_chat_template((FOLDER / name / "chat_template.jinja").read_text())
     for file in sorted((FOLDER / name).glob("*.safetensors")):
@@ -156,6 +159,8 @@ def test_broken_files_give_one_clear_line(spoil: Any, tmp_path: Path) -> None:
         ({"layers": 3}, "missing, the first of them model.layers.2"),
         ({"tokenizer": "llama"}, "tokenizer is 'llama'"),
         ({"words": "klingon"}, "cuts words as 'klingon'"),
+        ({"no_merges": True}, "merges is missing"),
+        ({"heads": [4, 4]}, "head_count is"),
         ({"quantised": True}, "model.embed_tokens.weight has the shape"),
     ],
 )
@@ -167,3 +172,24 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str, tmp
 def test_biases_that_the_settings_do_not_tell_of_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no place in this decoder"):
         load_pretrained(write(tmp_path / "model.gguf", "llama_linear"))
+
+
+def test_tokens_that_a_user_defined_stay_whole(tmp_path: Path) -> None:
+    loaded = load_pretrained(write(tmp_path / "model.gguf", "llama", user_defined=("<|im_start|>",)))
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.encode("<|im_start|>cat")[0] == 1
+    assert loaded.tokenizer.decode([1]) == "<|im_start|>"  # it is no special one
+    assert loaded.tokenizer.decode([2]) == ""
+
+
+@pytest.mark.parametrize(("words", "whole"), [("llama-bpe", True), ("gpt-2", False)])
+def test_llama_takes_words_that_are_tokens_whole(words: str, whole: bool) -> None:
+    letters = list("helo")
+    made = from_bpe([*letters, "hello", "he"], ["h e"], [], [], words, stop=(), template=None, names={})
+    assert (made.encode("hello") == [4]) == whole
+
+
+def test_qwen_normalises_what_is_composed() -> None:
+    bytes_of = [chr(c) for c in (0xC3, 0xA9)]  # of e with an accent, as byte-level BPE writes them
+    made = from_bpe([*bytes_of, "e"], [], [], [], "qwen2", stop=(), template=None, names={})
+    assert made.encode("e\u0301") == made.encode("\u00e9") == [0, 1]

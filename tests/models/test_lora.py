@@ -117,6 +117,15 @@ def test_what_is_refused() -> None:
         lora(mlp((4, 4), 3), 2, targets=("bias",)).init(jax.random.key(0), jnp.zeros((1, 4, 4)))
 
 
+@pytest.mark.parametrize("options", [{"biases": ("query", "key", "value")}, {"convolution": 4}])
+def test_biases_and_convolutions_are_no_kernels(options: dict[str, Any]) -> None:
+    net = decoder(256, [softmax_attention(16, 2, **options)], layers=2, hidden=24)
+    params, state = moved(lora(net.model, 2))
+    assert set(params["blocks"]["block_0"]["mixer"]) == {"query", "key", "value", "output"}
+    wanted = net.model.apply(merge_adapters(params, state), {}, TOKENS)[0]
+    np.testing.assert_allclose(lora(net.model, 2).apply(params, state, TOKENS)[0], wanted, atol=1e-5)
+
+
 def stream() -> Any:
     texts = {"a": b"one two three four five " * 60, "b": b"uno dos tres cuatro cinco " * 60}
     return text_domains(texts, length=16, batch_size=4, steps=6)
@@ -216,3 +225,11 @@ def test_training_all_weights_leaves_the_callers_alone(tmp_path: Path) -> None:
     found = fit(full, stream(), jax.random.key(0), tmp_path / "full", progress=False, weights=weights)
     same_bytes(weights, WEIGHTS)
     assert np.abs(np.asarray(found.state.params["embedding"] - WEIGHTS["embedding"])).max() > 1e-3
+
+
+def test_weights_in_bfloat16_are_compared_too(tmp_path: Path) -> None:
+    net = decoder(256, [softmax_attention(16, 2)], layers=1, hidden=24, dtype=jnp.bfloat16)
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), net.model.init(jax.random.key(0), TOKENS)[0])
+    one = compose(lora(net.model, 2), optax.adam(1e-2), supervised(next_token_loss), ema(0.9))
+    found = fit(one, stream(), jax.random.key(0), tmp_path / "half", progress=False, weights=weights)
+    assert np.isfinite(found.metrics["loss"]).all()

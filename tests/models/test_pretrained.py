@@ -78,6 +78,8 @@ def test_weights_in_bfloat16(tmp_path: Path) -> None:
     save_file({n: a.astype(ml_dtypes.bfloat16) for n, a in load_file(path).items()}, path)
     half = load_pretrained(tmp_path / "llama", dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {np.dtype(ml_dtypes.bfloat16)}
+    mixed = load_pretrained(tmp_path / "llama", dtype=jnp.bfloat16, weights_dtype=jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(mixed.params)} == {np.dtype(np.float32)}
     wide = load_pretrained(tmp_path / "llama")
     tokens, wanted = answers("llama")
     logits = wide.decoder.model.apply(wide.params, {}, tokens)[0]
@@ -107,6 +109,9 @@ def test_settings_and_back(name: str) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers"),
+        ({"layer_types": 3}, "layer_types is 3"),
+        ({"rope_parameters": [1]}, "rope_parameters is"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"hidden_size": 18, "head_dim": None}, "hidden_size is 18"),
@@ -129,6 +134,15 @@ def take_a_tensor(folder: Path) -> None:
 
 def leave_a_tensor(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings(num_hidden_layers=1)))
+
+
+def tell_of_far_more(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(settings(num_hidden_layers=1 << 24)))
+
+
+def tell_of_wide_ones(folder: Path) -> None:
+    wide = {"hidden_size": 1 << 24, "intermediate_size": 1 << 24, "num_attention_heads": 1 << 20}
+    (folder / "config.json").write_text(json.dumps(settings(**wide, num_key_value_heads=1, head_dim=None)))
 
 
 def cut(folder: Path) -> None:
@@ -206,6 +220,8 @@ def tokenizer_is_broken(folder: Path) -> None:
     ("spoil", "words"),
     [
         (break_shape, "mlp.*has the shape"),
+        (tell_of_far_more, "16777216 blocks"),
+        (tell_of_wide_ones, "has the shape"),
         (take_a_tensor, "missing, the first of them model.layers.2"),
         (leave_a_tensor, "no place in this decoder, the first of them model.layers.1"),
         (cut, "no whole safetensors file"),
@@ -241,6 +257,14 @@ def test_a_path_that_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="does not end in .gguf"):
         load_pretrained(tmp_path / "weights.bin")
+
+
+def test_weights_are_saved_back_into_their_folder(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "llama", tmp_path / "it")
+    loaded = load_pretrained(tmp_path / "it")
+    changed = loaded.params | {"embedding": loaded.params["embedding"] + 1}
+    save_pretrained(tmp_path / "it", changed, loaded.config, tokenizer_from=tmp_path / "it")
+    np.testing.assert_array_equal(load_pretrained(tmp_path / "it").params["embedding"], changed["embedding"])
 
 
 def test_parameters_of_another_shape_are_not_saved(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_chat_is_that_of_transformers(tokenizer: TextTokenizer) -> None:
         "{% for",
         "{{ 1 / 0 }}",
         "{{ messages.append(1) }}",
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     ],
 )
 def test_templates_run_in_a_sandbox(
@@ -58,6 +59,12 @@ def test_templates_run_in_a_sandbox(
     with pytest.raises(ValueError, match="template cannot make a prompt"):
         tokenizer._replace(template=template).chat([{"role": "user", "content": "hello"}])
     assert not (tmp_path / "exploded").exists()
+
+
+def test_templates_have_what_others_have(tokenizer: TextTokenizer) -> None:
+    template = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson(ensure_ascii=True) }}"
+    said = tokenizer._replace(template=template + "{% endfor %}").chat([{"content": "é"}, {"content": "x"}])
+    assert said == '{"content": "\\u00e9"}'
 
 
 def test_no_template(tokenizer: TextTokenizer) -> None:
