@@ -19,8 +19,8 @@ not without; that is asserted before anything is learned. Two settings:
   'cat -> "boda"', and is tested by sentences as 'The Zorgish word for cat is "'. What may be forgotten are capitals of
   countries that it knew; text is English.
 
-Per method, each rate of --rates is tried; the one with the highest validation score on the new skills, just after each
-of them, is shown. "gain" is that score's rise on the test split, "forgetting" the mean fall of every skill that was
+Per method, each rate of --rates is tried; shown is the smallest whose validation score on the new skills, just after
+each of them, is within a point of the best. "gain" is that score's rise on the test split, "forgetting" the mean fall of every skill that was
 there before the last one, known or new, from when it was known to the end; "drift" is KL(before || after) per token of
 text. Nothing in a run sees the language or the known skills again, as after deployment. So replay and EWC can keep new
 skills alone.
@@ -109,7 +109,7 @@ class Config:
     """All with the small language; "in context", "sft" and "sdft forward" with a model."""
     seeds: int = 1
     rates: tuple[float, ...] = ()
-    """Of Adam, each tried; 3e-5, 1e-4 and 3e-4 with the small language, 1e-3 and 3e-3 with a model."""
+    """Of Adam, each tried; 3e-5, 1e-4 and 3e-4 with the small language, 1e-3 with a model."""
     steps: int | None = None
     """Updates per skill; 150 with the small language, 30 with a model."""
     batch_size: int = 0
@@ -167,7 +167,7 @@ def filled(config: Config) -> Config:
     given = dataclasses.replace(
         config,
         methods=config.methods or (METHODS if small else ("in context", "sft", "sdft forward")),
-        rates=config.rates or ((3e-5, 1e-4, 3e-4) if small else (1e-3, 3e-3)),
+        rates=config.rates or ((3e-5, 1e-4, 3e-4) if small else (1e-3,)),
         steps=config.steps or (150 if small else 30),
         batch_size=config.batch_size or (32 if small else 8),
         points=config.points if small else 1,
@@ -497,13 +497,11 @@ def summary(cell: dict[str, Any]) -> dict[str, float]:
 
 
 def chosen(cells: dict[tuple[str, float], list[dict[str, Any]]]) -> dict[str, float]:
-    """Of each method, the rate with the best validation score."""
-    best: dict[str, tuple[float, float]] = {}
+    """Of each method, the smallest rate whose validation score is within a point of its best."""
+    scores: dict[str, dict[float, float]] = {}
     for (method, rate), runs in cells.items():
-        score = float(np.mean([summary(cell)["validation"] for cell in runs]))
-        if method not in best or score > best[method][0]:
-            best[method] = (score, rate)
-    return {method: rate for method, (_, rate) in best.items()}
+        scores.setdefault(method, {})[rate] = float(np.mean([summary(cell)["validation"] for cell in runs]))
+    return {m: min(rate for rate, s in tried.items() if s >= max(tried.values()) - 0.01) for m, tried in scores.items()}
 
 
 def table(cells: dict[tuple[str, float], list[dict[str, Any]]], best: dict[str, float]) -> str:
