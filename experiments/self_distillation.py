@@ -20,10 +20,10 @@ not without; that is asserted before anything is learned. Two settings:
   countries that it knew; text is English.
 
 Per method, each rate of --rates is tried; shown is the smallest whose validation score on the new skills, just after
-each of them, is within a point of the best. "gain" is that score's rise on the test split, "forgetting" the mean fall of every skill that was
-there before the last one, known or new, from when it was known to the end; "drift" is KL(before || after) per token of
-text. Nothing in a run sees the language or the known skills again, as after deployment. So replay and EWC can keep new
-skills alone.
+each of them, is within a point of the best. "gain" is that score's rise on the test split, "forgetting" the mean fall
+of every skill that was there before the last one, known or new, from when it was known to the end; "drift" is
+KL(before || after) per token of text. Nothing in a run sees the language or the known skills again, as after
+deployment. So replay and EWC can keep new skills alone.
 """
 
 from __future__ import annotations
