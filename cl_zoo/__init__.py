@@ -54,11 +54,12 @@ from cl_zoo.models.adapters import from_linen, from_nnx
 from cl_zoo.models.answers import Demonstrated, answer_logits, answering
 from cl_zoo.models.cnn import cnn
 from cl_zoo.models.decoder import Decoder, decoder, unstacked
+from cl_zoo.models.decoder_config import DecoderConfig, config_of
 from cl_zoo.models.generate import Generated, generate
 from cl_zoo.models.lora import lora, merge_adapters, unmerge_adapters
 from cl_zoo.models.meta import episodic, with_learning_rates
 from cl_zoo.models.mlp import mlp
-from cl_zoo.models.pretrained import DecoderConfig, Pretrained, config_of, load_pretrained, save_pretrained
+from cl_zoo.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from cl_zoo.models.resnet import resnet26, resnet_tail
 from cl_zoo.models.rotation import with_rotation_head
 from cl_zoo.models.tokenization import TextTokenizer, left_padded, load_tokenizer

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cl_zoo.frozen import join_state, model_with, split_state
 from cl_zoo.types import (
     Batch,
     Component,
@@ -21,9 +22,7 @@ from cl_zoo.types import (
     Record,
     TaskInfo,
     TrainState,
-    join_frozen,
     mask_outputs,
-    split_frozen,
 )
 
 __all__ = ["compose"]
@@ -89,14 +88,11 @@ def compose(
 
     def held(state: TrainState) -> tuple[Learner, TrainState, Callable[[TrainState], TrainState]]:
         """The learner and the state as components see them, without frozen weights; and the way back."""
-        rest, frozen = split_frozen(state.model_state)
+        rest, frozen = split_state(state)
         if frozen is None:
             return plain, state, lambda after: after
-
-        def back(after: TrainState) -> TrainState:
-            return after._replace(model_state=join_frozen(after.model_state, frozen))
-
-        return _compose(_holding(model, frozen), optimiser, components, tasks), state._replace(model_state=rest), back
+        learner = _compose(model_with(model, frozen), optimiser, components, tasks)
+        return learner, rest, lambda after: join_state(after, frozen)
 
     def init(key: Key, batch: Batch, weights: PyTree = None) -> TrainState:
         arguments = () if weights is None else (weights,)
@@ -128,24 +124,6 @@ def compose(
         return learner.predict(state, x, task)
 
     return Learner(init, begin_task, update, end_task, adapt, predict, plain.needs)
-
-
-def _holding(model: Model, frozen: PyTree) -> Model:
-    """The model with its frozen weights in it, instead of in its state."""
-
-    def apply(params: PyTree, model_state: PyTree, x: PyTree, **options: Any) -> Any:
-        outputs, model_state, taps = model.apply(params, join_frozen(model_state, frozen), x, **options)
-        return outputs, split_frozen(model_state)[0], taps
-
-    def init(key: Key, x: PyTree, *weights: PyTree) -> tuple[PyTree, PyTree]:
-        params, model_state = model.init(key, x, *weights)
-        return params, split_frozen(model_state)[0]
-
-    def parameters(params: PyTree, model_state: PyTree) -> PyTree:
-        full = join_frozen(model_state, frozen)
-        return params if model.parameters is None else model.parameters(params, full)
-
-    return Model(init, apply, model.units, parameters)
 
 
 def _compose(

@@ -277,18 +277,6 @@ class Learner(NamedTuple):
     needs: frozenset[tuple[str, str]] = frozenset()
 
 
-def split_frozen(model_state: PyTree) -> tuple[PyTree, PyTree]:
-    """A model's state without its frozen weights, and these; None where there are none."""
-    if not isinstance(model_state, dict) or "frozen" not in model_state:
-        return model_state, None
-    return {name: value for name, value in model_state.items() if name != "frozen"}, model_state["frozen"]
-
-
-def join_frozen(model_state: PyTree, frozen: PyTree) -> PyTree:
-    """The way back."""
-    return model_state if frozen is None else {**model_state, "frozen": frozen}
-
-
 def mask_outputs(outputs: Array, active: Array | None) -> Array:
     """Logits `[B, C]` with the inactive ones so low that they take no part in a softmax and get no gradient.
 

@@ -79,8 +79,9 @@ from cl_zoo import (
     wise_ft,
 )
 from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.frozen import join_state, learner_with, split_state
 from cl_zoo.training.compilation import compiler_options
-from cl_zoo.training.loop import begin, finish, hold_frozen, join_state, split_state, start, train_steps
+from cl_zoo.training.loop import begin, finish, start, train_steps
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_array, write_json
 from experiments.common import RESULTS, record, shown_command, warmed_up_adamw
 
@@ -114,7 +115,7 @@ class Config:
     """All with the small language; "in context", "sft" and "sdft forward" with a model."""
     seeds: int = 1
     rates: tuple[float, ...] = ()
-    """Of Adam, each tried; 3e-5, 1e-4 and 3e-4 with the small language, 1e-3 with a model."""
+    """Of Adam, each tried; 3e-5, 1e-4, 3e-4 and 1e-3 with the small language, 1e-3 with a model."""
     steps: int | None = None
     """Updates per skill; 150 with the small language, 30 with a model."""
     batch_size: int = 0
@@ -172,7 +173,7 @@ def filled(config: Config) -> Config:
     given = dataclasses.replace(
         config,
         methods=config.methods or (METHODS if small else ("in context", "sft", "sdft forward")),
-        rates=config.rates or ((3e-5, 1e-4, 3e-4) if small else (1e-3,)),
+        rates=config.rates or ((3e-5, 1e-4, 3e-4, 1e-3) if small else (1e-3,)),
         steps=config.steps or (150 if small else 30),
         batch_size=config.batch_size or (32 if small else 8),
         points=config.points if small else 1,
@@ -382,7 +383,7 @@ def program(config: Config, bench: Bench, model: Model, learner: Learner) -> Cal
     def whole(data: Any, held_data: Any, weights: Any, key: Any) -> dict[str, Any]:
         state, cursor = start(learner, stream, data, key, weights)
         state, frozen = split_state(state)
-        holding = hold_frozen(learner, frozen)
+        holding = learner_with(learner, frozen)
 
         def measure(state: Any) -> dict[str, Any]:
             full = join_state(state, frozen)

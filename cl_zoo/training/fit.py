@@ -19,6 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from cl_zoo.evaluation.evaluate import evaluate
+from cl_zoo.frozen import join_state, learner_with, split_state, with_weights, without_weights
 from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import (
@@ -27,14 +28,9 @@ from cl_zoo.training.loop import (
     check_finite,
     check_needs,
     finish,
-    hold_frozen,
-    join_state,
-    split_state,
     start,
     stream_functions,
     train_steps,
-    with_weights,
-    without_weights,
 )
 from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config, write_array
 from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState, check_whole
@@ -217,16 +213,16 @@ def _programs(learner: Learner, stream: Stream, split: str) -> dict[str, Callabl
         return without_weights(jax.tree.map(_copy, state), frozen, weights), cursor
 
     def begin_task(tasks: TaskInfo, data: PyTree, key: Key, carry: Carry, t: Array, frozen: PyTree = None) -> Carry:
-        return begin(hold_frozen(learner, frozen), stream, tasks, data, key, carry[0], t), carry[1]
+        return begin(learner_with(learner, frozen), stream, tasks, data, key, carry[0], t), carry[1]
 
     def train(data: PyTree, carry: Carry, n: int, frozen: PyTree = None) -> tuple[Carry, dict[str, Array]]:
-        return train_steps(hold_frozen(learner, frozen), stream, data, carry, n)
+        return train_steps(learner_with(learner, frozen), stream, data, carry, n)
 
     def end_task(data: PyTree, key: Key, carry: Carry, t: Array, frozen: PyTree = None) -> Carry:
-        return finish(hold_frozen(learner, frozen), stream, data, key, carry[0], t), carry[1]
+        return finish(learner_with(learner, frozen), stream, data, key, carry[0], t), carry[1]
 
     def score(data: PyTree, state: TrainState, frozen: PyTree = None) -> Array:
-        return evaluate(hold_frozen(learner, frozen), stream, data, state, split)
+        return evaluate(learner_with(learner, frozen), stream, data, state, split)
 
     return {
         "start": jax.jit(start_all),

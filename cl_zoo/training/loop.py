@@ -11,15 +11,12 @@ import numpy as np
 from cl_zoo.types import (
     NEEDS,
     Array,
-    Batch,
     Key,
     Learner,
     PyTree,
     Stream,
     TaskInfo,
     TrainState,
-    join_frozen,
-    split_frozen,
 )
 
 __all__ = [
@@ -29,13 +26,9 @@ __all__ = [
     "check_finite",
     "check_needs",
     "finish",
-    "hold_frozen",
-    "split_state",
     "start",
     "stream_functions",
     "train_steps",
-    "with_weights",
-    "without_weights",
 ]
 
 
@@ -89,57 +82,6 @@ def start(
     shapes, _ = jax.eval_shape(lambda: stream.next(data, cursor, lambda x: None))
     example = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return learner.init(learner_key, example, *(() if weights is None else (weights,))), cursor
-
-
-def split_state(state: TrainState) -> tuple[TrainState, PyTree]:
-    """A state without the frozen weights of its model, and these; None where there are none."""
-    rest, frozen = split_frozen(state.model_state)
-    return state._replace(model_state=rest), frozen
-
-
-def join_state(state: TrainState, frozen: PyTree) -> TrainState:
-    """The way back."""
-    return state._replace(model_state=join_frozen(state.model_state, frozen))
-
-
-def without_weights(state: TrainState, frozen: PyTree, weights: PyTree) -> TrainState:
-    """What a program gives back of a state and its frozen weights: None in their place where they came in as an
-    argument, since what goes out of a program is a copy."""
-    if frozen is None:
-        return state
-    return state._replace(model_state={**state.model_state, "frozen": frozen if weights is None else None})
-
-
-def with_weights(state: TrainState, weights: PyTree) -> TrainState:
-    """The way back, outside of the program."""
-    rest, frozen = split_state(state)
-    absent = isinstance(state.model_state, dict) and "frozen" in state.model_state and frozen is None
-    return rest._replace(model_state={**rest.model_state, "frozen": weights}) if absent else state
-
-
-def hold_frozen(learner: Learner, frozen: PyTree) -> Learner:
-    """The learner over states without frozen weights, which it holds itself: loops need not carry them along."""
-    if frozen is None:
-        return learner
-
-    def changed(after: TrainState) -> TrainState:
-        return split_state(after)[0]
-
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        after, metrics = learner.update(join_state(state, frozen), batch)
-        return changed(after), metrics
-
-    def adapt(state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
-        after, outputs = learner.adapt(join_state(state, frozen), batch)
-        return changed(after), outputs
-
-    return learner._replace(
-        begin_task=lambda state, *rest: changed(learner.begin_task(join_state(state, frozen), *rest)),
-        update=update,
-        end_task=lambda state, *rest: changed(learner.end_task(join_state(state, frozen), *rest)),
-        adapt=adapt,
-        predict=lambda state, *rest, **options: learner.predict(join_state(state, frozen), *rest, **options),
-    )
 
 
 def begin(

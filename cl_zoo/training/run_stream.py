@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.evaluation.evaluate import evaluate
+from cl_zoo.frozen import learner_with, split_state, with_weights, without_weights
 from cl_zoo.training.compilation import compiler_options
 from cl_zoo.training.loop import (
     Result,
@@ -18,13 +19,9 @@ from cl_zoo.training.loop import (
     check_finite,
     check_needs,
     finish,
-    hold_frozen,
-    split_state,
     start,
     stream_functions,
     train_steps,
-    with_weights,
-    without_weights,
 )
 from cl_zoo.types import (
     Array,
@@ -152,7 +149,7 @@ def _run(
 ) -> Result:
     state, cursor = start(learner, stream, data, key, weights)
     state, frozen = split_state(state)
-    learner = hold_frozen(learner, frozen)
+    learner = learner_with(learner, frozen)
 
     def score(state: TrainState) -> tuple[Array, Array | None]:
         within = evaluate(learner, stream, data, state, split, within_task=True) if within_task else None

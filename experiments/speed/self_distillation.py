@@ -20,7 +20,8 @@ import optax
 import tyro
 
 from cl_zoo import answer_logits, answering, compose, decoder, generate, softmax_attention
-from cl_zoo.training.loop import split_state, start
+from cl_zoo.frozen import split_state
+from cl_zoo.training.loop import start
 from cl_zoo.training.run_directory import environment, write_json
 from experiments.self_distillation import Bench, Config, components, filled, published, spent
 from experiments.speed.sequence_layers import timed

@@ -34,9 +34,9 @@ from cl_zoo import (
     weight_interpolation,
     wise_ft,
 )
+from cl_zoo.frozen import split_state
 from cl_zoo.models.lora import AdaptedKernel
 from cl_zoo.training.run_directory import ConfigError
-from cl_zoo.types import split_frozen
 from tests.tiny import same_bytes
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 9), 0, 256)
@@ -149,9 +149,9 @@ def learner(*components: Any) -> Any:
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_components_act_on_adapters_and_hold_no_frozen_weights(name: str) -> None:
     result = run_stream(learner(COMPONENTS[name]()), stream(), jax.random.key(0), weights=WEIGHTS)
-    rest, frozen = split_frozen(result.state.model_state)
+    rest, frozen = split_state(result.state)
     same_bytes(frozen, WEIGHTS)
-    assert set(rest) == {"scale", "model"}
+    assert set(rest.model_state) == {"scale", "model"}
     own = {leaf.shape for leaf in jax.tree.leaves(WEIGHTS) if leaf.size > 1000}
     assert not own & {leaf.shape for leaf in jax.tree.leaves((result.state.parts, result.state.params))}
     assert np.isfinite(result.accuracy[-1]).all()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cl_zoo import DecoderConfig, config_of, load_pretrained, save_pretrained
-from cl_zoo.models.pretrained import settings_of
+from cl_zoo.models.decoder_config import settings_of
 
 FOLDER = Path(__file__).parents[1] / "data" / "pretrained"
 NAMES = ("llama", "llama_scaled", "llama_linear", "qwen2", "qwen3")
