@@ -52,7 +52,6 @@ from cl_zoo import (
     Component,
     Decoder,
     Example,
-    Learner,
     Model,
     Stream,
     SymbolWorld,
@@ -362,25 +361,23 @@ def run(config: Config, bench: Bench, method: str, rate: float, seed: int) -> di
     if method == "in context":
         found = measured_in_context(bench)
     else:
-        model = bench.wrap(answering(bench.net))
-        steps = config.steps or 1
-        warm_up = optax.linear_schedule(0.0, rate, max(steps // 10, 1))
-        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(warm_up))
-        learner = compose(model, optimiser, *components(config, bench, method))
-        keys = jax.random.key(seed)
-        found = program(config, bench, model, learner)(bench.stream.data, bench.held.data, bench.weights, keys)
+        data = bench.stream.data, bench.held.data, bench.text
+        found = program(config, bench, method)(*data, bench.weights, jnp.float32(rate), jax.random.key(seed))
     found = jax.tree.map(lambda leaf: np.asarray(leaf, float).tolist(), found)
     if not np.isfinite(found["loss"]).all():
         raise SystemExit(f"{method} with rate {rate:g} diverged; leave this rate out")
     return found | {"seconds": time.perf_counter() - begun, **spent(config, bench, method)}
 
 
-def program(config: Config, bench: Bench, model: Model, learner: Learner) -> Callable[..., dict[str, Any]]:
-    """All skills in turn, measured on the way, as one compiled program."""
-    stream, held, (tokens, targets) = bench.stream, bench.held, bench.text
-    tasks = stream.tasks
+def program(config: Config, bench: Bench, method: str) -> Callable[..., dict[str, Any]]:
+    """All skills in turn, measured on the way, as one compiled program: the same for every rate and seed."""
+    stream, held = bench.stream, bench.held
+    tasks, model, parts = stream.tasks, bench.wrap(answering(bench.net)), components(config, bench, method)
+    warm_up = max((config.steps or 1) // 10, 1)
 
-    def whole(data: Any, held_data: Any, weights: Any, key: Any) -> dict[str, Any]:
+    def whole(data: Any, held_data: Any, text: Any, weights: Any, rate: Any, key: Any) -> dict[str, Any]:
+        schedule = optax.linear_schedule(0.0, rate, warm_up)
+        learner = compose(model, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), *parts)
         state, cursor = start(learner, stream, data, key, weights)
         state, frozen = split_state(state)
         holding = learner_with(learner, frozen)
@@ -396,7 +393,7 @@ def program(config: Config, bench: Bench, model: Model, learner: Learner) -> Cal
                 drift = jnp.sum(jnp.where(counts, divergence(after, before, "forward"), 0)) / jnp.sum(counts)
                 return drift, next_token_loss(after, y[None])[0]
 
-            drift, loss = jax.lax.map(row, (tokens, targets))
+            drift, loss = jax.lax.map(row, text)
             return {
                 "new": evaluate(holding, stream, data, state),
                 "validation": evaluate(holding, stream, data, state, "validation"),
