@@ -20,9 +20,10 @@ not without; that is asserted before anything is learned. Two settings:
 - By default, a decoder of 2 blocks learns a small language of symbols in this script: two dozen known cues, each with
   its permutation, and to follow any permutation that a demonstration shows. Then come three new cues. What may be
   forgotten are the known cues and the following of demonstrations; text is held-out rows of the language.
-- With --model, a published one learns words of an invented language with adapters of low rank, from lines as
-  'cat -> "boda"', and is tested by sentences as 'The Zorgish word for cat is "'. What may be forgotten are capitals of
-  countries that it knew; text is English.
+- With --model, a published one learns words of an invented language with adapters of low rank. It is asked 'In Zorgish,
+  cat is called "', where a demonstration is the line 'cat -> "boda"' of a dictionary before the question; and is tested
+  by another question, 'The Zorgish word for cat is "'. What may be forgotten are capitals of countries that it knew;
+  text is English.
 
 Per method, each rate of --rates is tried; shown is the smallest whose validation score on the new skills, just after
 each of them, is within a point of the best. "gain" is that score's rise on the test split, "forgetting" the mean fall
@@ -114,11 +115,11 @@ class Config:
     """All with the small language; "in context", "sft" and "sdft forward" with a model."""
     seeds: int = 1
     rates: tuple[float, ...] = ()
-    """Of Adam, each tried; 3e-5, 1e-4, 3e-4 and 1e-3 with the small language, 1e-3 with a model."""
+    """Of Adam, each tried; 3e-5, 1e-4, 3e-4 and 1e-3 with the small language, 1e-3 and 3e-3 with a model."""
     steps: int | None = None
     """Updates per skill; 150 with the small language, 30 with a model."""
     batch_size: int = 0
-    """32 with the small language, 8 with a model."""
+    """32 with the small language, 24 with a model: all its words."""
     points: int = 5
     """Of the curves, within each skill; 1 with a model."""
     new: int | None = None
@@ -172,9 +173,9 @@ def filled(config: Config) -> Config:
     given = dataclasses.replace(
         config,
         methods=config.methods or (METHODS if small else ("in context", "sft", "sdft forward")),
-        rates=config.rates or ((3e-5, 1e-4, 3e-4, 1e-3) if small else (1e-3,)),
+        rates=config.rates or ((3e-5, 1e-4, 3e-4, 1e-3) if small else (1e-3, 3e-3)),
         steps=config.steps or (150 if small else 30),
-        batch_size=config.batch_size or (32 if small else 8),
+        batch_size=config.batch_size or (32 if small else 24),
         points=config.points if small else 1,
         new=config.new or (3 if small else 1),
     )
@@ -251,12 +252,16 @@ def scores(bench: Bench, model: Model, params: Any, stream: Stream) -> np.ndarra
     return np.asarray(score(params, stream.data))
 
 
+def language_net(config: Config, world: SymbolWorld) -> Decoder:
+    """With short convolutions of queries, keys and values, it learns to follow demonstrations in minutes."""
+    mixer = softmax_attention(config.width, 4, convolution=4)
+    return decoder(world.vocabulary, [mixer], layers=2, hidden=2 * config.width)
+
+
 def small_language(config: Config, directory: Path, seed: int) -> Bench:
     """The net learns the language first; what it learned is kept."""
     world = SymbolWorld(known=config.known, new=config.new or 1, seed=seed)
-    net = decoder(
-        world.vocabulary, [softmax_attention(config.width, 4, convolution=4)], layers=2, hidden=2 * config.width
-    )
+    net = language_net(config, world)
     language = world.language(steps=config.first_steps, batch_size=64)
     key = jax.random.key(seed)
     shapes = jax.eval_shape(lambda: net.model.init(key, jnp.zeros((1, 1), jnp.int32))[0])
@@ -305,19 +310,22 @@ def published(config: Config, seed: int) -> Bench:
     encode, random = loaded.tokenizer.encode, np.random.default_rng(seed)
     stop = tuple(encode('"'))
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-    phrases = {"train": '{1} -> "', "validation": 'In {0}, {1} is called "', "test": 'The {0} word for {1} is "'}
+    phrases = {
+        "train": 'In {0}, {1} is called "',
+        "validation": 'The word for {1} in {0} is "',
+        "test": 'The {0} word for {1} is "',
+    }
     tasks = []
     for i in range(config.new or 1):
         language = ("Zorgish", "Balnic", "Quendar", "Movian")[i % 4]
-        head = f"English to {language}:\n"
         words = {word: "".join(random.choice(syllables, 2)) for word in WORDS}
-        rows: dict[str, list[Example]] = {split: [] for split in phrases}
+        rows: dict[str, list[Example]] = {}
         for split, phrase in phrases.items():
-            for word in WORDS:
-                others = random.choice([other for other in WORDS if other != word], 3, replace=False)
-                told = "".join(f'{each} -> "{words[each]}"\n' for each in random.permutation([word, *others]))
-                question, answer = phrase.format(language, word), [*encode(words[word]), *stop]
-                rows[split].append(Example(encode(head + question), encode(head + told + question), answer))
+            rows[split] = []
+            for word, told in words.items():
+                question = phrase.format(language, word)
+                shown = f'A {language} dictionary:\n{word} -> "{told}"\n{question}'
+                rows[split].append(Example(encode(question), encode(shown), [*encode(told), *stop]))
         tasks.append(rows)
     questions = [(encode(f"The capital of {country} is"), encode(f" {city}")) for country, city in CAPITALS.items()]
     known = [Example(question, question, answer) for question, answer in questions]

@@ -1,6 +1,7 @@
 """Reading a prompt and decoding with a published model, against transformers on PyTorch, beside the floor.
 
     python -m experiments.speed.decoding --model MODEL --peer PEER     10 minutes on 2 cores, with nothing else running
+    python -m experiments.speed.decoding --model MODEL --batch-sizes 1 64 --dtype bfloat16         on a GPU: not run yet
 
 MODEL is a folder or .gguf file, as SmolLM2-135M-Instruct; PEER the folder of an environment with torch and transformers
 (`pip install torch transformers safetensors`). Both decode greedily, float32, with a cache of keys and values; the
@@ -17,7 +18,7 @@ import json
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ class Config:
     prompt: int = 256
     tokens: int = 64
     rounds: int = 5
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations; the peer is always run in float32."""
     record: bool = False
     """Write experiments/speed/results/decoding_DEVICE.json."""
 
@@ -59,8 +62,8 @@ def ours(config: Config, loaded: Pretrained, batch_size: int) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     """Measures, prints."""
-    loaded = load_pretrained(config.model)
-    operations, _ = rates()
+    loaded = load_pretrained(config.model, dtype=jnp.dtype(config.dtype))
+    operations, _ = rates(config.dtype)
     weights = jax.tree.map(jnp.asarray, loaded.params)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     total = jax.jit(lambda tree: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree)))
@@ -74,7 +77,8 @@ def main(config: Config) -> None:
         for batch_size in config.batch_sizes:
             own = ours(config, loaded, batch_size)
             table = loaded.params["embedding"].nbytes
-            flops = batch_size * (config.prompt * 2 * (size - table) / 4 + 2 * table / 4)
+            each = jnp.dtype(config.dtype).itemsize
+            flops = batch_size * (config.prompt * 2 * (size - table) + 2 * table) / each
             floor = {"prefill": flops / operations, "decode": config.tokens * size / bandwidth}
             cell: dict[str, Any] = {"batch_size": batch_size, "ours": own["seconds"], "floor": floor}
             if config.peer:
@@ -99,6 +103,7 @@ def main(config: Config) -> None:
     if config.record:
         path = Path(__file__).parent / "results" / f"decoding_{jax.default_backend()}.json"
         name = {"model": Path(config.model).stem, "prompt": config.prompt, "tokens": config.tokens}
+        name["dtype"] = config.dtype
         measured = {"weights_bytes": size, "bytes_per_second": bandwidth, "flop_per_second": operations}
         write_json(path, {"environment": environment(), "settings": name, **measured, "cells": cells})
 

@@ -6,25 +6,25 @@
 In the settings of `experiments.self_distillation`: the small language, or a published model with adapters. Operations
 are counted by hand there (`spent`): fine-tuning reads a question and its answer forward and backward; self-distillation
 also draws the answer (one more pass forward) and reads the demonstration, question and answer with the teacher. Rounds
-are taken in turn; medians.
+are taken in turn; medians. On a GPU give larger batches: --batch-size 64 --dtype bfloat16 (not run yet).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 import tyro
 
-from cl_zoo import answer_logits, answering, compose, decoder, generate, softmax_attention
+from cl_zoo import SymbolWorld, answer_logits, answering, compose, generate
 from cl_zoo.frozen import split_state
 from cl_zoo.training.loop import start
 from cl_zoo.training.run_directory import environment, write_json
-from experiments.self_distillation import Bench, Config, components, filled, published, spent
-from experiments.speed.sequence_layers import timed
+from experiments.self_distillation import Bench, Config, components, filled, language_net, published, spent
+from experiments.speed.sequence_layers import rates, timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Measure:
     """What is measured."""
 
     model: str | None = None
+    batch_size: int = 0
+    """The study's, if 0."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a model with adapters."""
     rounds: int = 7
     record: bool = False
     """Write experiments/speed/results/self_distillation_DEVICE.json, the model's beside the small language's."""
@@ -39,12 +43,8 @@ class Measure:
 
 def untrained(config: Config) -> Bench:
     """The small language's net with its first weights: time does not depend on what it knows."""
-    from cl_zoo import SymbolWorld
-
     world = SymbolWorld(known=config.known, new=1)
-    net = decoder(
-        world.vocabulary, [softmax_attention(config.width, 4, convolution=4)], layers=2, hidden=2 * config.width
-    )
+    net = language_net(config, world)
     stream = world.skills(steps=config.steps or 1, batch_size=config.batch_size)
     batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
     weights, _ = answering(net).init(jax.random.key(0), batch.x)
@@ -53,7 +53,7 @@ def untrained(config: Config) -> Bench:
 
 def main(measure: Measure) -> None:
     """Measures, prints."""
-    config = filled(Config(model=measure.model))
+    config = filled(Config(model=measure.model, batch_size=measure.batch_size, dtype=measure.dtype))
     bench = untrained(config) if measure.model is None else published(config, 0)._replace(stop=())
     model, stream = bench.wrap(answering(bench.net)), bench.stream
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
@@ -84,11 +84,16 @@ def main(measure: Measure) -> None:
         "time": seconds["sdft forward, update"] / seconds["sft, update"],
     }
     print("sdft / sft: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
+    rate, _ = rates(config.dtype)
+    of_products = {m: value / (config.steps or 1) / seconds[f"{m}, update"] / rate for m, value in operations.items()}
+    told = ", ".join(f"{method} {100 * value:.0f} %" for method, value in of_products.items())
+    print(f"of the rate of large products, {rate / 1e9:.0f} GFLOP/s: {told}")
     if measure.record:
         what = "language" if measure.model is None else Path(measure.model).stem
         path = Path(__file__).parent / "results" / f"self_distillation_{what}_{jax.default_backend()}.json"
         shapes = {"prompt": x.prompt.shape, "shown": x.shown.shape, "answer": n}
-        write_json(path, {"environment": environment(), "settings": shapes, "seconds": seconds, "ratios": ratios})
+        found = {"seconds": seconds, "ratios": ratios, "flop_per_second": rate, "of_large_products": of_products}
+        write_json(path, {"environment": environment(), "settings": shapes, **found})
 
 
 if __name__ == "__main__":

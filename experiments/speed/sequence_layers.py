@@ -79,13 +79,15 @@ def mixers(config: Config) -> dict[str, Mixer]:
     }
 
 
-def rates() -> tuple[float, float]:
-    """Operations per second of a product of matrices, bytes per second of adding two arrays."""
-    a = jnp.ones((1024, 1024))
+def rates(dtype: Any = jnp.float32) -> tuple[float, float]:
+    """Operations per second of a product of matrices, large enough to fill the device; bytes per second of adding two
+    arrays."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), dtype)
     long = jnp.ones(2**25)
     product, add = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + 1.0)
     found = timed({"product": (product, (a,)), "add": (add, (long,))}, 9)
-    return 2 * 1024**3 / found["product"], 2 * long.nbytes / found["add"]
+    return 2 * size**3 / found["product"], 2 * long.nbytes / found["add"]
 
 
 def timed(candidates: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], rounds: int) -> dict[str, float]:
