@@ -22,8 +22,8 @@ not without; that is asserted before anything is learned. Two settings:
   forgotten are the known cues and the following of demonstrations; text is held-out rows of the language.
 - With --model, a published one learns words of an invented language with adapters of low rank. It is asked 'In Zorgish,
   cat is called "', where a demonstration is the line 'cat -> "boda"' of a dictionary before the question; and is tested
-  by another question, 'The Zorgish word for cat is "'. What may be forgotten are capitals of countries that it knew;
-  text is English.
+  by another question, 'The Zorgish word for cat is "'. What may be forgotten are capitals of countries, opposites and
+  lines of code that it goes on with, 20 questions each; text is English.
 
 Per method, each rate of --rates is tried; shown is the smallest whose validation score on the new skills, just after
 each of them, is within a point of the best. "gain" is that score's rise on the test split, "forgetting" the mean fall
@@ -119,7 +119,7 @@ class Config:
     steps: int | None = None
     """Updates per skill; 150 with the small language, 30 with a model."""
     batch_size: int = 0
-    """32 with the small language, 24 with a model: all its words."""
+    """32 with the small language, 12 with a model: every word."""
     points: int = 5
     """Of the curves, within each skill; 1 with a model."""
     new: int | None = None
@@ -175,7 +175,7 @@ def filled(config: Config) -> Config:
         methods=config.methods or (METHODS if small else ("in context", "sft", "sdft forward")),
         rates=config.rates or ((3e-5, 1e-4, 3e-4, 1e-3) if small else (1e-3, 3e-3)),
         steps=config.steps or (150 if small else 30),
-        batch_size=config.batch_size or (32 if small else 24),
+        batch_size=config.batch_size or (32 if small else 12),
         points=config.points if small else 1,
         new=config.new or (3 if small else 1),
     )
@@ -216,6 +216,8 @@ def main(config: Config) -> None:
     bar.close()
     best = chosen(cells)
     print(table(cells, best))
+    if told := claim(cells, best):
+        print(told)
     for path in figures(cells, best, directory):
         print(f"figure: {path}")
     name = "self_distillation" if config.model is None else "self_distillation_model"
@@ -287,14 +289,26 @@ def small_language(config: Config, directory: Path, seed: int) -> Bench:
 
 
 WORDS = (
-    "cat", "dog", "house", "river", "stone", "bread", "water", "fire", "moon", "sun", "tree", "bird", "fish",
-    "hand", "door", "road", "song", "king", "ship", "salt", "snow", "wind", "gold", "milk",
+    "cat", "house", "river", "stone", "bread", "water", "fire", "moon", "tree", "bird", "road", "king",
 )  # fmt: skip
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
     "China": "Beijing", "Russia": "Moscow", "England": "London", "Egypt": "Cairo", "Greece": "Athens",
     "Ireland": "Dublin", "Portugal": "Lisbon", "Austria": "Vienna", "Norway": "Oslo", "Sweden": "Stockholm",
     "Poland": "Warsaw", "Hungary": "Budapest", "Cuba": "Havana", "Peru": "Lima", "Canada": "Ottawa",
+}  # fmt: skip
+OPPOSITES = {
+    "hot": "cold", "up": "down", "good": "bad", "fast": "slow", "hard": "soft", "wet": "dry", "strong": "weak",
+    "inside": "outside", "high": "low", "light": "dark", "long": "short", "positive": "negative", "north": "south",
+    "win": "lose", "old": "new", "black": "white", "true": "false", "left": "right", "big": "small", "rich": "poor",
+}  # fmt: skip
+CODE = {
+    "import numpy as": " np", "import pandas as": " pd", "import matplotlib.pyplot as": " plt", "for i in": " range",
+    "def __init__(": "self", "with open(filename) as": " f", "if x is not": " None", 'print("Hello,': " World",
+    "x = x +": " 1", "a = [1, 2, 3,": " 4", "#include <stdio": ".h", "def add(a, b):\n    return a": " +",
+    "if x > 0:\n    return True\nelse:\n    return": " False", "SELECT * FROM users": " WHERE", "x = np.": "array",
+    "    def __len__(self):\n        return len(": "self", "class Cat(Animal):\n    def __init__(": "self",
+    "np.zeros((2, 2": "))", "for key, value in data.": "items", "import tensorflow as": " tf",
 }  # fmt: skip
 
 
@@ -327,13 +341,20 @@ def published(config: Config, seed: int) -> Bench:
                 shown = f'A {language} dictionary:\n{word} -> "{told}"\n{question}'
                 rows[split].append(Example(encode(question), encode(shown), [*encode(told), *stop]))
         tasks.append(rows)
-    questions = [(encode(f"The capital of {country} is"), encode(f" {city}")) for country, city in CAPITALS.items()]
-    known = [Example(question, question, answer) for question, answer in questions]
+    suites = (
+        {f"The capital of {country} is": f" {city}" for country, city in CAPITALS.items()},
+        {f"The opposite of {word} is": f" {other}" for word, other in OPPOSITES.items()},
+        CODE,
+    )
+    known: list[dict[str, list[Example]]] = []
+    for suite in suites:
+        asked = [Example(encode(question), encode(question), encode(answer)) for question, answer in suite.items()]
+        known.append({"train": asked, "test": asked})
     lines = np.asarray(encode(python_library(60_000)["docstrings"].decode(errors="replace"))[: 8 * 129])
     text = lines.reshape((-1, 129))
-    n = max(len(each.answer) for task in tasks for split in task.values() for each in split)
-    sizes = {"vocabulary": loaded.config.vocabulary, "answer_length": max(n, *(len(each.answer) for each in known))}
-    held = skills([{"train": known, "test": known}], steps=1, batch_size=1, evaluation_batch=10, **sizes)
+    answers = (each.answer for rows in (*tasks, *known) for split in rows.values() for each in split)
+    sizes = {"vocabulary": loaded.config.vocabulary, "answer_length": max(map(len, answers))}
+    held = skills(known, steps=1, batch_size=1, evaluation_batch=10, **sizes)
     return Bench(
         loaded.decoder,
         jax.tree.map(jnp.asarray, loaded.params),
@@ -532,6 +553,24 @@ def table(cells: dict[tuple[str, float], list[dict[str, Any]]], best: dict[str, 
     return "\n".join(lines) + f"\nnew, retained and forgetting in %; {said}; perplexity before: {perplexity:.3g}"
 
 
+def claim(cells: dict[tuple[str, float], list[dict[str, Any]]], best: dict[str, float]) -> str:
+    """Whether less is forgotten at equal gain, seed by seed; empty where one of the two was not run, or learned
+    nothing."""
+    if not {"sft", "sdft forward"} <= set(best):
+        return ""
+    sft, sdft = (np.array([summary(cell)["per gain"] for cell in cells[m, best[m]]]) for m in ("sft", "sdft forward"))
+    s = statistics(sft - sdft)
+    if not np.isfinite(s.mean):
+        return ""
+    fewer, sure = int(np.sum(sdft < sft)), s.n > 1 and abs(s.mean) > 2 * s.sem
+    verdict = ("confirmed" if s.mean > 0 else "refuted") if sure else "within two of these, so undecided"
+    return (
+        f"The paper's claim, less forgetting at equal gain: forgetting per unit of gain is {sdft.mean():.3f} with sdft"
+        f" forward, {sft.mean():.3f} with sft; lower in {fewer} of {s.n} seeds, by {s.mean:.3f} ± {s.sem:.3f} (standard"
+        f" error of the paired difference): {verdict}."
+    )
+
+
 def figures(
     cells: dict[tuple[str, float], list[dict[str, Any]]], best: dict[str, float], directory: Path
 ) -> list[Path]:
@@ -594,8 +633,9 @@ def write_record(
         for method, figures_ in PUBLISHED.items()
     )
     remarks = [
+        *filter(None, [claim(cells, best)]),
         "Published with Qwen2.5-7B-Instruct (Shenfeld et al. 2026, arXiv 2601.19897; new task / mean of six earlier"
-        f" benchmarks, 32.1, 42.9 and 30.1 / 65.5 before): {told}. That setting is not attempted here."
+        f" benchmarks, 32.1, 42.9 and 30.1 / 65.5 before): {told}. That setting is not attempted here.",
     ]
     what = "A small language" if config.model is None else Path(config.model).stem
     command = shown_command("experiments.self_distillation", model_named(sys.argv[1:]))

@@ -74,6 +74,37 @@ def test_a_published_model_with_adapters(helpful: None, tmp_path: Path) -> None:
     assert np.isfinite(cell["loss"]).all() and cell["after"]["drift"][0] > 0
 
 
+def cell(forgetting: float, gain: float = 1.0) -> dict[str, Any]:
+    """A run with one new skill and one known."""
+    one = {"validation": [[gain]], "drift": [0.0], "perplexity": [1.0]}
+    before = {"held": [1.0], "new": [0.0], "perplexity": 1.0}
+    return {"before": before, "after": one | {"new": [[gain]], "held": [[1.0 - forgetting * gain]]}}
+
+
+@pytest.mark.parametrize(
+    ("sdft", "words"),
+    [
+        ((0.2, 0.3, 0.3), "is 0.267 with sdft forward, 0.400 with sft; lower in 3 of 3 seeds, by 0.133 ± 0.033"),
+        ((0.2, 0.3, 0.3), "(standard error of the paired difference): confirmed."),
+        (
+            (0.6, 0.6, 0.7),
+            "lower in 0 of 3 seeds, by -0.233 ± 0.033 (standard error of the paired difference): refuted.",
+        ),
+        ((0.2, 0.6, 0.3), "within two of these, so undecided."),
+        ((0.2,), "so undecided."),
+    ],
+)
+def test_the_claim_is_judged_seed_by_seed(sdft: tuple[float, ...], words: str) -> None:
+    cells = {("sft", 0.1): [cell(0.4, 0.5) for _ in sdft], ("sdft forward", 0.2): [cell(each) for each in sdft]}
+    assert words in study.claim(cells, study.chosen(cells))
+
+
+def test_there_is_no_claim_where_nothing_was_learned() -> None:
+    cells = {("sft", 0.1): [cell(0.4)], ("sdft forward", 0.1): [cell(0.4, 0.01)]}
+    assert study.claim(cells, study.chosen(cells)) == ""
+    assert study.claim({("sft", 0.1): [cell(0.4)]}, {"sft": 0.1}) == ""
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
