@@ -115,7 +115,7 @@ class Config:
     """All with the small language; "in context", "sft" and "sdft forward" with a model."""
     seeds: int = 1
     rates: tuple[float, ...] = ()
-    """Of Adam, each tried; 3e-5, 1e-4, 3e-4 and 1e-3 with the small language, 1e-3 and 3e-3 with a model."""
+    """Of Adam, each tried; 3e-5, 1e-4, 3e-4 and 1e-3 with the small language, 1e-3, 2e-3 and 4e-3 with a model."""
     steps: int | None = None
     """Updates per skill; 150 with the small language, 30 with a model."""
     batch_size: int = 0
@@ -173,7 +173,7 @@ def filled(config: Config) -> Config:
     given = dataclasses.replace(
         config,
         methods=config.methods or (METHODS if small else ("in context", "sft", "sdft forward")),
-        rates=config.rates or ((3e-5, 1e-4, 3e-4, 1e-3) if small else (1e-3, 3e-3)),
+        rates=config.rates or ((3e-5, 1e-4, 3e-4, 1e-3) if small else (1e-3, 2e-3, 4e-3)),
         steps=config.steps or (150 if small else 30),
         batch_size=config.batch_size or (32 if small else 12),
         points=config.points if small else 1,
