@@ -74,35 +74,47 @@ def test_a_published_model_with_adapters(helpful: None, tmp_path: Path) -> None:
     assert np.isfinite(cell["loss"]).all() and cell["after"]["drift"][0] > 0
 
 
-def cell(forgetting: float, gain: float = 1.0) -> dict[str, Any]:
-    """A run with one new skill and one known."""
+def cell(forgetting: float, gain: float = 1.0, early: float = 0.1) -> dict[str, Any]:
+    """A run with one new skill and one known, which falls by `early` while the new one rises to 0.8 of its gain, and
+    then to what it is at the end; measured at both."""
     one = {"validation": [[gain]], "drift": [0.0], "perplexity": [1.0]}
     before = {"held": [1.0], "new": [0.0], "perplexity": 1.0}
-    return {"before": before, "after": one | {"new": [[gain]], "held": [[1.0 - forgetting * gain]]}}
+    end = 1.0 - forgetting * gain
+    curve = {"new": [[[0.8 * gain], [gain]]], "held": [[[1.0 - early], [end]]]}
+    return {"before": before, "after": one | {"new": [[gain]], "held": [[end]]}, "curve": curve}
+
+
+def test_fall_at_a_gain_is_read_off_the_curve() -> None:
+    assert study.fall_at(cell(0.4), 0.4) == pytest.approx(0.05)
+    assert study.fall_at(cell(0.4), 0.8) == pytest.approx(0.1)
+    assert study.fall_at(cell(0.4), 0.9) == pytest.approx(0.25)
+    assert np.isnan(study.fall_at(cell(0.4, 0.5), 0.9))
 
 
 @pytest.mark.parametrize(
     ("sdft", "words"),
     [
-        ((0.2, 0.3, 0.3), "is 0.267 with sdft forward, 0.400 with sft; lower in 3 of 3 seeds, by 0.133 ± 0.033"),
-        ((0.2, 0.3, 0.3), "(standard error of the paired difference): confirmed."),
-        (
-            (0.6, 0.6, 0.7),
-            "lower in 0 of 3 seeds, by -0.233 ± 0.033 (standard error of the paired difference): refuted.",
-        ),
-        ((0.2, 0.6, 0.3), "within two of these, so undecided."),
-        ((0.2,), "so undecided."),
+        ((0.2, 0.3, 0.3), "at the end: 0.267 with sdft forward, 0.400 with sft; lower in 3 of 3 seeds, p = 0.057"),
+        ((0.2, 0.3, 0.3), "less is forgotten is undecided at this scale."),
+        ((0.2, 0.21, 0.22), "less is forgotten is confirmed at this scale."),
+        ((0.6, 0.61, 0.62), "lower in 0 of 3 seeds, p = 0.00076 (paired t-test). That less is forgotten is refuted"),
+        ((0.2,), "less is forgotten is undecided at this scale."),
     ],
 )
 def test_the_claim_is_judged_seed_by_seed(sdft: tuple[float, ...], words: str) -> None:
-    cells = {("sft", 0.1): [cell(0.4, 0.5) for _ in sdft], ("sdft forward", 0.2): [cell(each) for each in sdft]}
-    assert words in study.claim(cells, study.chosen(cells))
+    cells = {("sft", 0.1): [cell(0.4) for _ in sdft], ("sdft forward", 0.2): [cell(each) for each in sdft]}
+    at_the_end, at_a_gain = study.claim(cells, study.chosen(cells))
+    assert words in at_the_end
+    assert "risen by 90 %" in at_a_gain
 
 
 def test_there_is_no_claim_where_nothing_was_learned() -> None:
     cells = {("sft", 0.1): [cell(0.4)], ("sdft forward", 0.1): [cell(0.4, 0.01)]}
-    assert study.claim(cells, study.chosen(cells)) == ""
-    assert study.claim({("sft", 0.1): [cell(0.4)]}, {"sft": 0.1}) == ""
+    assert study.claim(cells, study.chosen(cells)) == []
+    assert study.claim({("sft", 0.1): [cell(0.4)]}, {"sft": 0.1}) == []
+    assert study.note(cells, "sdft forward", 0.1) == "rate 0.1; nothing was learned"
+    cells["sft", 0.2] = [cell(0.4)]
+    assert study.note(cells, "sft", 0.2) == "rate 0.2, the largest tried"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +122,12 @@ def test_there_is_no_claim_where_nothing_was_learned() -> None:
     [
         ({"methods": ("magic",)}, "methods names magic"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"skip": -1}, "skip is -1"),
+        ({"teacher_rate": 5.0}, "teacher_rate is 5"),
+        ({"rates": (-1.0,)}, "rates is -1"),
+        ({"model": "nowhere", "batch_size": 13}, "batch_size is 13, but it must be in \\[1, 12\\]"),
+        ({"model": "nowhere", "new": 5}, "new is 5, but it must be in \\[1, 4\\]"),
         ({"steps": 7, "points": 2}, "points is 2"),
         ({"model": "nowhere"}, "nowhere does not exist"),
     ],

@@ -67,7 +67,7 @@ def sdft(
       direction: "forward", KL(teacher || student), with which the paper's results were made; "reverse", which its text
         says; or "jsd"; see `divergence`.
       teacher: "ema"; "frozen", phi_0 for ever; or "live", theta itself.
-      rate: in [0, 1], of the moving average; 0 is "frozen", 1 is "live" one update late.
+      rate: in [0, 1], of the moving average; 0 is "frozen", 1 is "live".
       skip: tokens at the beginning of an answer that are not learned from: they often speak of the demonstration.
       temperature: of the draws; 0 is greedy.
       stop: tokens that end an answer.
@@ -84,7 +84,8 @@ def sdft(
 
     Differences from the paper or its code: the gradient is that of the divergence itself, where the equation printed in
     the first version leaves out a factor, as their code does too. No importance weights, which they need because
-    another program draws their answers. A row whose answer ends within `skip` tokens teaches nothing.
+    another program draws their answers. A row whose answer ends within `skip` tokens teaches nothing. The moving average
+    goes on over the borders of tasks; the paper does not say what becomes of its teacher there.
 
     Example:
       >>> import optax

@@ -171,7 +171,7 @@ class SymbolWorld(NamedTuple):
 
     @property
     def permutations(self) -> np.ndarray:
-        """`[known + new, symbols]`: f of each cue, none of which leaves all symbols alone."""
+        """`[known + new, symbols]`: f of each cue."""
         self._check()
         random = np.random.default_rng(self.seed)
         return np.stack([random.permutation(self.symbols) for _ in range(self.known + self.new)])
@@ -195,6 +195,8 @@ class SymbolWorld(NamedTuple):
         check_choice("examples", "split", split, _SPLITS)
         random = np.random.default_rng((self.seed, cue, seed))
         questions = random.permutation(np.array(list(itertools.permutations(range(self.symbols), self.length))))
+        if len(questions) < 3:
+            raise ValueError(f"SymbolWorld: there are only {len(questions)} questions, but three splits need 3")
         fifth = max(len(questions) // 5, 1)
         parts = (questions[2 * fifth :], questions[:fifth], questions[fifth : 2 * fifth])
         asked = np.resize(parts[_SPLITS.index(split)], (n, self.length))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 import tyro
 
@@ -32,8 +33,8 @@ class Measure:
     """What is measured."""
 
     model: str | None = None
-    batch_size: int = 0
-    """The study's, if 0."""
+    batch_size: int | None = None
+    """None is the study's. Where it is more, rows come again."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of a model with adapters."""
     rounds: int = 7
@@ -53,14 +54,16 @@ def untrained(config: Config) -> Bench:
 
 def main(measure: Measure) -> None:
     """Measures, prints."""
-    config = filled(Config(model=measure.model, batch_size=measure.batch_size, dtype=measure.dtype))
+    config = filled(Config(model=measure.model, dtype=measure.dtype))
     bench = untrained(config) if measure.model is None else published(config, 0)._replace(stop=())
+    rows = measure.batch_size or config.batch_size or 1
     model, stream = bench.wrap(answering(bench.net)), bench.stream
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for method in ("sft", "sdft forward"):
         learner = compose(model, optax.adam(1e-3), *components(config, bench, method))
         state, cursor = start(learner, stream, stream.data, jax.random.key(0), bench.weights)
         batch, _ = stream.next(stream.data, cursor, lambda x: None)
+        batch = jax.tree.map(lambda leaf: jnp.resize(leaf, (rows, *leaf.shape[1:])), batch)
 
         @jax.jit
         def update(state: Any, batch: Any, learner: Any = learner) -> Any:
@@ -76,7 +79,8 @@ def main(measure: Measure) -> None:
     teach = jax.jit(lambda params, x: answer_logits(bench.net, params, x.shown, x.shown_padding, x.answer))
     calls |= {"drawing the answers": (draw, (params, x)), "the teacher's pass": (teach, (params, x))}
     seconds = timed(calls, measure.rounds)
-    operations = {method: spent(config, bench, method)["operations"] for method in ("sft", "sdft forward")}
+    sized = dataclasses.replace(config, batch_size=rows)
+    operations = {method: spent(sized, bench, method)["operations"] for method in ("sft", "sdft forward")}
     for name, value in seconds.items():
         print(f"{name:24s}{1e3 * value:9.1f} ms")
     ratios = {
@@ -84,7 +88,7 @@ def main(measure: Measure) -> None:
         "time": seconds["sdft forward, update"] / seconds["sft, update"],
     }
     print("sdft / sft: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
-    rate, _ = rates(config.dtype)
+    rate, _ = rates("float32" if measure.model is None else config.dtype)
     of_products = {m: value / (config.steps or 1) / seconds[f"{m}, update"] / rate for m, value in operations.items()}
     told = ", ".join(f"{method} {100 * value:.0f} %" for method, value in of_products.items())
     print(f"of the rate of large products, {rate / 1e9:.0f} GFLOP/s: {told}")
