@@ -28,8 +28,8 @@ KL(before || after) per token of text. Nothing in a run sees the language or the
 deployment. So replay and EWC can keep new skills alone, while averaging (with the weights from before) can keep all. At
 the end all methods have had equal updates; where the first new skill has risen by 90 %, equal gain.
 
-Differences from the paper: skills, nets and sizes; a warm-up of a tenth of a skill's updates, then a constant rate, where
-theirs falls by a cosine; Adam and the teacher go on from skill to skill.
+Differences from the paper: skills, nets and sizes; a warm-up of a tenth of a skill's updates, then a constant rate,
+where theirs falls by a cosine; Adam and the teacher go on from skill to skill.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from cl_zoo.estimators.distillation import divergence
 from cl_zoo.estimators.interpolation import interpolate
 from cl_zoo.estimators.tokens import token_losses
 from cl_zoo.models.answers import Demonstrated, answer_logits
-from cl_zoo.models.decoder import Decoder
-from cl_zoo.models.generate import generate
+from cl_zoo.models.decoder import Decoder, check_decoder
+from cl_zoo.models.generate import check_stop, generate
 from cl_zoo.types import (
     Array,
     Batch,
@@ -78,14 +78,15 @@ def sdft(
       mean length of answers.
 
     Raises:
-      ValueError: a number outside its range, an unknown word; at the first trace, rows that are not `Demonstrated`.
+      ValueError: a number outside its range, an unknown word, no decoder; at the first trace, rows that
+        are not `Demonstrated`.
 
     Source: Shenfeld et al. 2026, arXiv 2601.19897.
 
     Differences from the paper or its code: the gradient is that of the divergence itself, where the equation printed in
     the first version leaves out a factor, as their code does too. No importance weights, which they need because
-    another program draws their answers. A row whose answer ends within `skip` tokens teaches nothing. The moving average
-    goes on over the borders of tasks; the paper does not say what becomes of its teacher there.
+    another program draws their answers. A row whose answer ends within `skip` tokens teaches nothing. The moving
+    average goes on over the borders of tasks; the paper does not say what becomes of its teacher there.
 
     Example:
       >>> import optax
@@ -192,6 +193,8 @@ def _distillation(
 ) -> Component:
     """Distillation on drawn answers: `learn(student, teacher [B, N, V], y [B, N]) -> [B, N]` is each token's loss, and
     `answers` says who draws them."""
+    check_decoder(name, decoder)
+    check_stop(name, stop)
     check_whole(name, "length", length, 1)
     check_choice(name, "teacher", teacher, ("ema", "frozen", "live"))
     check_range(name, "rate", rate, 0, 1)
@@ -200,7 +203,9 @@ def _distillation(
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SdftState:
         if not isinstance(batch.x, Demonstrated):
-            raise ValueError(f"{name}: x is {type(batch.x).__name__}, but it must be Demonstrated")
+            raise ValueError(f"{name}: x is {type(batch.x).__name__}, but it must be Demonstrated, as in `skills`")
+        if batch.x.shown is None:
+            raise ValueError(f"{name}: x.shown is None, but it must be tokens [B, Q]")
         return SdftState({} if teacher == "live" else state.params)
 
     def loss(

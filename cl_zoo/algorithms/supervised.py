@@ -13,7 +13,16 @@ __all__ = ["cross_entropy", "no_loss", "supervised"]
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """- log softmax(logits)_label for each row: `[B, C]`, `i32[B]` -> `f32[B]`."""
+    """- log softmax(logits)_label for each row: `[B, C]`, `i32[B]` -> `f32[B]`.
+
+    Raises:
+      ValueError: other shapes.
+    """
+    if jnp.ndim(logits) != 2 or jnp.shape(labels) != logits.shape[:1]:
+        raise ValueError(
+            f"cross_entropy: outputs are {jnp.shape(logits)} and labels {jnp.shape(labels)}, but must be [B, C] and"
+            " [B]; for tokens take supervised(next_token_loss)"
+        )
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
 
 

@@ -72,6 +72,11 @@ def fisher_diagonal(
         return _square_of_batch_means(forward, params, batches, labels, key)
 
     def cotangents(logits: Array, batch: Batch, key: Key | None) -> Array:
+        if logits.ndim != 2:
+            raise ValueError(
+                f"fisher_diagonal: labels is {labels!r}, for outputs [B, C], but these are {logits.shape}; for others,"
+                ' such as those of tokens, give ewc labels="loss"'
+            )
         p = jax.nn.softmax(logits)
         if labels == "expected":
             return jnp.sqrt(p.T)[:, :, None] * (jnp.eye(p.shape[-1], dtype=p.dtype)[:, None] - p)

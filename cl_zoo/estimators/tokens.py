@@ -131,3 +131,5 @@ def _mean(values: Array, y: Array) -> Array:
 def _check(outputs: Array, y: Array) -> None:
     if outputs.shape[:-1] != y.shape or y.ndim != 2:
         raise ValueError(f"tokens: outputs are {outputs.shape} and y is {y.shape}, but must be [B, L, V] and [B, L]")
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"tokens: y is {y.dtype}, but it must be whole numbers")

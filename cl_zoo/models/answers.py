@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from cl_zoo.models.decoder import Decoder
+from cl_zoo.models.decoder import Decoder, check_decoder
 from cl_zoo.types import Array, Key, Model, PyTree
 
 __all__ = ["Demonstrated", "answer_logits", "answering"]
@@ -78,14 +78,22 @@ def answering(decoder: Decoder, *, shown: bool = False) -> Model:
       (2, 3, 32)
     """
 
+    check_decoder("answering", decoder)
+
+    def check(x: PyTree) -> None:
+        if not isinstance(x, Demonstrated):
+            raise ValueError(f"answering: x is {type(x).__name__}, but it must be Demonstrated, as in `skills`")
+        if shown and x.shown is None:
+            raise ValueError("answering: x.shown is None, but with shown=True it must be tokens [B, Q]")
+
     def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
+        check(x)
         return decoder.model.init(key, x.prompt, *(() if weights is None else (weights,)))
 
     def apply(
         params: PyTree, model_state: PyTree, x: PyTree, **options: Any
     ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
-        if not isinstance(x, Demonstrated):
-            raise ValueError(f"answering: x is {type(x).__name__}, but it must be Demonstrated")
+        check(x)
         prompt = (x.shown, x.shown_padding) if shown else (x.prompt, x.padding)
         return answer_logits(decoder, params, *prompt, x.answer), model_state, {}
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cl_zoo.layers.mixer import EPSILON, Mixer, linear, rms_norm
 from cl_zoo.types import Array, Key, Model, PyTree, check_whole
@@ -37,6 +38,41 @@ class Decoder(NamedTuple):
     extend: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
     hidden: Callable[[PyTree, Array], Array]
     logits: Callable[[PyTree, Array], Array]
+
+
+def check_decoder(owner: str, decoder: Any) -> None:
+    """Refuses what is no `Decoder`."""
+    if not isinstance(decoder, Decoder):
+        raise ValueError(
+            f"{owner}: decoder is {type(decoder).__name__}, but it must be a Decoder, as decoder(...) makes and"
+            " load_pretrained(...).decoder is"
+        )
+
+
+def check_weights(owner: str, weights: PyTree, wanted: PyTree) -> None:
+    """Refuses weights whose names or shapes are not the wanted ones, or that are no floating point numbers."""
+
+    def named(tree: PyTree) -> dict[str, Any]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+    given, own = named(weights), named(wanted)
+    for name, leaf in own.items():
+        if name not in given:
+            raise ValueError(f"{owner}: the weights have no {name!r}, but the net does; they have {_few(given)}")
+        if np.shape(given[name]) != leaf.shape:
+            raise ValueError(
+                f"{owner}: the weights' {name!r} has the shape {np.shape(given[name])}, but it must be {leaf.shape}"
+            )
+        if not jnp.issubdtype(given[name].dtype, jnp.floating):
+            raise ValueError(f"{owner}: the weights' {name!r} is {given[name].dtype}, but it must be floating point")
+    if unknown := [name for name in given if name not in own]:
+        raise ValueError(f"{owner}: the weights have {_few(unknown)}, for which the net has no place")
+
+
+def _few(names: Any) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")
 
 
 def unstacked(params: PyTree) -> PyTree:
@@ -132,7 +168,11 @@ def decoder(
 
     def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
         if weights is not None:
+            check_weights("decoder", weights, jax.eval_shape(first_weights, key))
             return weights, {}
+        return first_weights(key), {}
+
+    def first_weights(key: Key) -> PyTree:
         keys = jax.random.split(key, len(mixers) + 2)
         params = {
             "embedding": 0.02 * jax.random.normal(keys[0], (vocabulary, width)),
@@ -144,7 +184,7 @@ def decoder(
         }
         if not tied:
             params["head"] = linear(keys[1], width, vocabulary)
-        return params, {}
+        return params
 
     def ffn(params: PyTree, h: Array) -> Array:
         gate, up, down = (params[name].astype(h.dtype) for name in ("gate", "up", "down"))
@@ -162,9 +202,16 @@ def decoder(
         return jnp.matmul(h, head.astype(h.dtype), preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
 
     def embed(params: PyTree, tokens: Array) -> Array:
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"decoder: tokens are {tokens.dtype}, but they must be whole numbers")
+        kind = getattr(tokens, "dtype", None)
+        if kind is None:
+            raise ValueError(
+                f"decoder: x is {type(tokens).__name__}, but it must be tokens [B, T]; for Demonstrated, take"
+                " answering(decoder)"
+            )
+        if not jnp.issubdtype(kind, jnp.integer):
+            raise ValueError(f"decoder: tokens are {kind}, but they must be whole numbers")
         table = params["embedding"]
+        table = jnp.asarray(table) if isinstance(table, np.ndarray) else table  # NumPy cannot be asked by a tracer
         return table[tokens].astype(jnp.promote_types(dtype, table.dtype) if table.dtype == jnp.float64 else dtype)
 
     def states(params: PyTree, tokens: Array) -> Array:

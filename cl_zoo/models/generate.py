@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cl_zoo.models.decoder import Decoder, unstacked
+from cl_zoo.models.decoder import Decoder, check_decoder, unstacked
 from cl_zoo.types import Array, Key, PyTree, check_range, check_whole
 
 __all__ = ["Generated", "generate", "keep_likely"]
@@ -17,7 +18,7 @@ __all__ = ["Generated", "generate", "keep_likely"]
 
 class Generated(NamedTuple):
     """Attributes:
-    tokens: `i32[B, N]`, 0 after a row's end.
+    tokens: `i32[B, N]`, 0 after a row's end, which is a token too: decode `tokens[mask > 0]`.
     log_probabilities: `f32[B, N]`, of each token under the net itself: temperature 1, nothing cut off.
     mask: `f32[B, N]`, 1 for tokens of the row, the stop token among them; 0 after its end.
     """
@@ -77,15 +78,16 @@ def generate(
       padding: `i32[B]`, tokens at the beginning of each prompt that are none, fewer than P; None is 0. Only nets of
         softmax attention alone can take some.
       temperature: 0 is greedy.
-      top_k, top_p: see `keep_likely`; None for all.
+      top_k: tokens that may be drawn, the likeliest; None for all.
+      top_p: the fewest likeliest tokens that make up this much probability may be drawn; after top_k; None for all.
       stop: tokens that end a row.
 
     Returns:
       A `Generated`.
 
     Raises:
-      ValueError: an empty prompt; sizes below 1; a negative temperature; top_p outside [0, 1]; padding that a mixer
-        cannot take.
+      ValueError: an empty prompt; sizes below 1; a negative temperature; top_p outside [0, 1]; tokens outside the
+        vocabulary (of NumPy arrays); padding of another shape, or that a mixer cannot take.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -104,10 +106,36 @@ def generate(
         check_whole("generate", "top_k", top_k, 1)
     if top_p is not None:
         check_range("generate", "top_p", top_p, 0, 1)
+    check_decoder("generate", decoder)
+    check_stop("generate", stop)
+    if not isinstance(params, dict) or "embedding" not in params:
+        raise ValueError(
+            "generate: params are not those of a decoder, as there is no 'embedding'; merge_adapters makes such of"
+            " adapters"
+        )
+    prompts = jnp.asarray(prompts) if isinstance(prompts, (list, tuple)) else prompts
     if prompts.ndim != 2 or not prompts.shape[1]:
         raise ValueError(f"generate: prompts have the shape {prompts.shape}, but it must be [B, P] with P at least 1")
+    if padding is not None:
+        if padding.shape != prompts.shape[:1] or not jnp.issubdtype(padding.dtype, jnp.integer):
+            raise ValueError(
+                f"generate: padding is {padding.dtype} of the shape {padding.shape}, but it must be whole numbers of"
+                f" the shape {prompts.shape[:1]}"
+            )
+        if isinstance(padding, np.ndarray):  # what is on a device is not waited for
+            check_range("generate", "padding", padding, 0, prompts.shape[1] - 1)
+    for field, tokens in (("prompts", prompts), ("stop", np.asarray(stop, int))):
+        if isinstance(tokens, np.ndarray) and tokens.size:
+            check_range("generate", field, [tokens.min(), tokens.max()], 0, params["embedding"].shape[0] - 1)
     program = _program(decoder, length, temperature, top_k, top_p, tuple(int(token) for token in stop))
     return program(params, prompts, padding, key)
+
+
+def check_stop(owner: str, stop: Sequence[int]) -> None:
+    """Refuses what is no sequence of tokens."""
+    tokens = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [None]
+    if not all(isinstance(token, (int, np.integer)) for token in tokens):
+        raise ValueError(f"{owner}: stop is {stop!r}, but it must be a sequence of tokens, as tokenizer.stop")
 
 
 @functools.lru_cache(maxsize=64)

@@ -71,8 +71,8 @@ def lora(
       since the kernels they name are frozen.
 
     Raises:
-      ValueError: rank below 1, negative alpha; at the first trace, targets of which the model has none, or that are no
-        matrices.
+      ValueError: rank below 1, negative alpha; at the first trace, targets that the model does not have (of the default
+        ones, it need not have all), or that are no matrices.
 
     Source: Hu et al. 2021, arXiv 2106.09685.
 
@@ -87,21 +87,30 @@ def lora(
       >>> params["blocks"]["block_0"]["mixer"]["query"]["A"].shape
       (2, 16, 4)
     """
+    if not isinstance(model, Model):
+        raise ValueError(f"lora: model is {type(model).__name__}, but it must be a Model, as answering(decoder) is")
     check_whole("lora", "rank", rank, 1)
+    if isinstance(targets, str):
+        raise ValueError(f"lora: targets is {targets!r}, but it must be a sequence of names")
     if alpha is not None:
         check_range("lora", "alpha", alpha, 0)
 
     def init(key: Key, x: PyTree, *weights: PyTree) -> tuple[PyTree, PyTree]:
         frozen, inner = model.init(key, x, *weights)
         found: list[tuple[list[str], Array]] = []
+        others: set[str] = set()
         for path, leaf in jax.tree_util.tree_flatten_with_path(frozen)[0]:
             names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
             if names[-1] in targets and not {"bias", "convolution"} & set(names[:-1]):
                 if leaf.ndim < 2:
                     raise ValueError(f"lora: {'/'.join(names)} has the shape {leaf.shape}, but must be a matrix")
                 found.append((names, leaf))
-        if not found:
-            raise ValueError(f"lora: the model has no kernels named {', '.join(targets)}")
+            elif names[-1] in (*KERNELS, "kernel"):
+                others.add(names[-1])
+        absent = sorted(set(targets) - {names[-1] for names, _ in found})
+        if absent and (not found or targets is not KERNELS):
+            there = ", ".join(sorted(others | {names[-1] for names, _ in found})) or "none"
+            raise ValueError(f"lora: the model has no kernels named {', '.join(absent)}; those that it has: {there}")
         params: dict[str, Any] = {}
         for i, (names, leaf) in enumerate(found):
             *stack, n_in, n_out = leaf.shape
@@ -149,7 +158,12 @@ def merge_adapters(params: PyTree, model_state: PyTree) -> PyTree:
 
     Args:
       params, model_state: of a model that `lora` made.
+
+    Raises:
+      ValueError: they are of another model.
     """
+    if not isinstance(model_state, dict) or not {"frozen", "scale"} <= set(model_state):
+        raise ValueError("merge_adapters: model_state is not that of a model which lora made")
     return _adapt(model_state["frozen"], params, model_state["scale"], lambda w, a, b: w + (a @ b).astype(w.dtype))
 
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.models.decoder import Decoder
+from cl_zoo.models.decoder import Decoder, check_weights
 from cl_zoo.models.decoder_config import DecoderConfig, config_of, settings_of
 from cl_zoo.models.gguf_files import Tensors, read_gguf
 from cl_zoo.models.tokenization import TextTokenizer, load_tokenizer, optional, read_json
-from cl_zoo.types import PyTree
+from cl_zoo.types import Key, PyTree
 
 __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 
@@ -26,7 +26,7 @@ __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 class Pretrained(NamedTuple):
     """Attributes:
     config: its shape.
-    decoder: the net.
+    decoder: the net; it has no first weights of its own, so that those below cannot be forgotten.
     params: its weights, NumPy arrays.
     tokenizer: None where the checkpoint has none.
     """
@@ -101,7 +101,10 @@ def load_pretrained(
       >>> loaded.params["embedding"].shape == (loaded.config.vocabulary, loaded.config.width)
       True
     """
-    path = Path(path)
+    path, weights_dtype = Path(path), dtype if weights_dtype is None else weights_dtype
+    for field, kind in (("dtype", dtype), ("weights_dtype", weights_dtype)):
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise ValueError(f"load_pretrained: {field} is {kind}, but it must be a floating point type")
     if not path.exists():
         raise ValueError(f"{path} does not exist; weights are read from a local folder or .gguf file")
     tokenizer = None
@@ -112,14 +115,24 @@ def load_pretrained(
         config, tensors, tokenizer = config_of(file.settings), file.tensors, file.tokenizer()
     else:
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} has no config.json")
+            files = sorted(file.name for file in path.glob("*.gguf"))
+            raise ValueError(f"{path} has no config.json" + (f"; give its file {files[0]} instead" if files else ""))
         config = config_of(read_json(path / "config.json"))
         tensors = _open_safetensors(path)
         if (path / "tokenizer.json").is_file():
             tokenizer = load_tokenizer(path)
     net = config.decoder(rematerialise=rematerialise, dtype=dtype)
-    params = _assemble(path, net, config, tensors, dtype if weights_dtype is None else weights_dtype)
-    return Pretrained(config, net, params, tokenizer)
+    params = _assemble(path, net, config, tensors, weights_dtype)
+
+    def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
+        if weights is None:
+            raise ValueError(
+                "load_pretrained: this decoder begins from the published weights, so give them: weights=loaded.params;"
+                " for a new one of its shape take loaded.config.decoder()"
+            )
+        return net.model.init(key, x, weights)
+
+    return Pretrained(config, net._replace(model=net.model._replace(init=init)), params, tokenizer)
 
 
 def _assemble(
@@ -205,7 +218,7 @@ def _open_safetensors(folder: Path) -> Tensors:
 
 
 def save_pretrained(
-    folder: str | Path, params: PyTree, config: DecoderConfig, *, tokenizer_from: str | Path | None = None
+    folder: str | Path, params: PyTree, config: DecoderConfig, *, tokenizer: TextTokenizer | None = None
 ) -> None:
     """Writes config.json and model.safetensors, which `load_pretrained` and other libraries read.
 
@@ -213,33 +226,41 @@ def save_pretrained(
       folder: made if it is not there; weights and config in it are replaced, each only when it is written whole.
       params: of the decoder.
       config: its shape.
-      tokenizer_from: a folder whose tokenizer's files are copied.
+      tokenizer: written too, with its template and the tokens that end an answer, if it is given.
 
     Raises:
-      ValueError: parameters that are not those of the config.
+      ValueError: parameters that are not those of the config, which are named; a tokenizer of another kind.
     """
     library = optional("safetensors.numpy")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(tokenizer, TextTokenizer | None):
+        raise ValueError(f"save_pretrained: tokenizer is {type(tokenizer).__name__}, but it must be a TextTokenizer")
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     wanted, _ = jax.eval_shape(config.decoder().model.init, jax.random.key(0), tokens)
-    shapes = jax.tree.map(jnp.shape, wanted), jax.tree.map(jnp.shape, params)
-    if shapes[0] != shapes[1]:
-        raise ValueError("save_pretrained: the parameters do not have the tree and shapes that the config describes")
+    check_weights("save_pretrained", params, wanted)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         place, array = _place(_path(keys)), np.asarray(leaf)
         blocks = enumerate(array) if "{}" in place.name else [(0, array)]
         for i, one in blocks:
             tensors[place.name.format(i)] = np.ascontiguousarray(one.T if place.turned else one)
+    _write_json(folder / "config.json", settings_of(config))
     partial = folder / "model.safetensors.partial"
     library.save_file(tensors, str(partial), metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", partial)  # the library lets its owner alone read it
     partial.replace(folder / "model.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(settings_of(config), indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "config.json")
-    if tokenizer_from is not None and Path(tokenizer_from).resolve() != folder.resolve():
-        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-        for name in names:
-            if (Path(tokenizer_from) / name).is_file():
-                shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+    if tokenizer is not None:
+        partial = folder / "tokenizer.json.partial"
+        tokenizer.backend.save(str(partial))
+        partial.replace(folder / "tokenizer.json")
+        template = {} if tokenizer.template is None else {"chat_template": tokenizer.template}
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        _write_json(folder / "tokenizer_config.json", kind | dict(tokenizer.words) | template)
+        _write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.stop)})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

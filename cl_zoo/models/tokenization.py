@@ -57,8 +57,10 @@ class TextTokenizer(NamedTuple):
           answer: end with the words that begin an answer.
 
         Raises:
-          ValueError: no template; one that fails.
+          ValueError: no template; one that fails; messages of another kind.
         """
+        if isinstance(messages, (str, Mapping)) or not all(isinstance(each, Mapping) for each in messages):
+            raise ValueError("chat: messages must be a list of {'role': ..., 'content': ...}")
         if self.template is None:
             raise ValueError("chat: the tokenizer has no chat template; put the prompt together as text")
         jinja = optional("jinja2")
@@ -206,6 +208,9 @@ def left_padded(rows: Sequence[Sequence[int]], length: int | None = None) -> tup
     Raises:
       ValueError: no rows, an empty row, or one longer than `length`.
     """
+    for row in rows:
+        if isinstance(row, str) or (not np.issubdtype(np.asarray(row).dtype, np.integer) and len(row)):
+            raise ValueError(f"left_padded: a row is {row!r:.60}, but it must be whole numbers: encode texts first")
     lengths = [len(row) for row in rows]
     if not lengths or min(lengths) < 1:
         raise ValueError("left_padded: there must be at least one row, and a token in each")

@@ -69,15 +69,16 @@ def skills(
       steps: batches per task.
       batch_size: rows.
       prompt_length, shown_length, answer_length: P, Q and N; None is that of the longest.
-      **options: see `array_stream`.
+      **options: see `array_stream`; `evaluation_batch`, rows that are answered at once, is 32 here, since a row has N V
+        outputs.
 
     Returns:
       A `Stream`. The score is 1 for a row whose answer greedy decoding gives, else 0. Learn it with
       `supervised(next_token_loss)` or `sdft` and a model that `answering` makes.
 
     Raises:
-      ValueError: no tasks, no examples of one, examples longer than a length, tokens outside the vocabulary, or what
-        `array_stream` refuses.
+      ValueError: no tasks, an unknown split, no examples of one, examples longer than a length or of no tokens, tokens
+        outside the vocabulary, or what `array_stream` refuses.
 
     Example:
       >>> import jax
@@ -88,30 +89,52 @@ def skills(
       ((3, 3), [4, 5])
     """
     check_whole("skills", "vocabulary", vocabulary, 1)
+    if isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks):
+        raise ValueError('skills: tasks must be a sequence of {"train": examples, "test": examples}, one of each skill')
+    for i, task in enumerate(tasks):
+        if unknown := set(task) - set(_SPLITS):
+            raise ValueError(f"skills: task {i} has the split {min(unknown)!r}, but there are {', '.join(_SPLITS)}")
+        for split in ("train", "test"):
+            if not task.get(split):
+                raise ValueError(f"skills: task {i} has no {split} examples; it has {', '.join(task) or 'none'}")
     found = [[list(task.get(split, ())) for task in tasks] for split in _SPLITS]
-    for split, wanted in (("train", found[0]), ("test", found[2])):
-        if not wanted or not all(wanted):
-            raise ValueError(f"skills: every task needs {split} examples, and there must be a task")
     rows = [example for split in found for task in split for example in task]
-    if not all(part for example in rows for part in example):
-        raise ValueError("skills: an example has an empty prompt, demonstration or answer")
-    for token in (f(f(part) for example in rows for part in example) for f in (min, max)):
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"skills: an example has the token {token}, but vocabulary is {vocabulary}")
-    prompt, padding = left_padded([row.prompt for row in rows], prompt_length or max(len(row.prompt) for row in rows))
-    shown, shown_padding = left_padded([row.shown for row in rows], shown_length or max(len(row.shown) for row in rows))
-    n = answer_length or max(len(row.answer) for row in rows)
-    y = np.full((len(rows), n), -1, np.int32)
+    for example in rows:
+        for field in Example._fields:
+            tokens = getattr(example, field, None)
+            if isinstance(tokens, str) or tokens is None or not np.issubdtype(np.asarray(tokens).dtype, np.number):
+                raise ValueError(
+                    f"skills: an example's {field} is {tokens!r:.60}, but it must be tokens: encode texts first, and"
+                    " make Example(prompt=, shown=, answer=) of them"
+                )
+            if not len(tokens):
+                raise ValueError(f"skills: an example's {field} is empty")
+            if not np.issubdtype(np.asarray(tokens).dtype, np.integer):
+                raise ValueError(f"skills: an example's {field} is {tokens!r:.60}, but tokens must be whole numbers")
+            for token in (min(tokens), max(tokens)):
+                if not 0 <= token < vocabulary:
+                    raise ValueError(f"skills: an example has the token {token}, but vocabulary is {vocabulary}")
+    wanted = {"prompt": prompt_length, "shown": shown_length, "answer": answer_length}
+    lengths: dict[str, int] = {}
+    for field, length in wanted.items():
+        longest = max(len(getattr(row, field)) for row in rows)
+        if length is not None:
+            check_whole("skills", f"{field}_length", length, 1)
+            if longest > length:
+                has = f"{'an' if field == 'answer' else 'a'} {field} has {longest} tokens"
+                raise ValueError(f"skills: {has}, but {field}_length is {length}")
+        lengths[field] = longest if length is None else length
+    prompt, padding = left_padded([row.prompt for row in rows], lengths["prompt"])
+    shown, shown_padding = left_padded([row.shown for row in rows], lengths["shown"])
+    y = np.full((len(rows), lengths["answer"]), -1, np.int32)
     for to, row in zip(y, rows):
-        if len(row.answer) > n:
-            raise ValueError(f"skills: an answer has {len(row.answer)} tokens, but answer_length is {n}")
         to[: len(row.answer)] = row.answer
     paddings = [jnp.asarray(each) if each.any() else None for each in (padding, shown_padding)]
     x = Demonstrated(jnp.asarray(prompt), paddings[0], jnp.asarray(shown), paddings[1], jnp.asarray(np.maximum(y, 0)))
     size = np.array([[len(task) for task in split] for split in found], np.int32)
     start = np.cumsum(np.append(0, size.ravel()))[:-1].reshape(size.shape).astype(np.int32)
     data = SkillData(x, *map(jnp.asarray, (y, start, size)))
-    settings: dict[str, Any] = {"task_ids": False, "reorder": lambda data, key: data}
+    settings: dict[str, Any] = {"task_ids": False, "reorder": lambda data, key: data, "evaluation_batch": 32}
 
     def fetch(data: SkillData, split: str, task: Array, index: Array) -> tuple[Demonstrated, Array]:
         place = data.start[_SPLITS.index(split), task] + index
@@ -271,11 +294,11 @@ class SymbolWorld(NamedTuple):
             {split: self.examples(self.known + cue, n, split, seed) for split, n in sizes.items()}
             for cue in range(self.new)
         ]
-        return skills(tasks, vocabulary=self.vocabulary, steps=steps, batch_size=batch_size)
+        return skills(tasks, vocabulary=self.vocabulary, steps=steps, batch_size=batch_size, evaluation_batch=256)
 
     def known_skills(self, *, tests: int = 256) -> Stream:
         """What may be forgotten, to be tested: each known cue's questions, and, last, questions that only their
         demonstration answers."""
         held = [self.examples(cue, tests, "test") for cue in range(self.known)] + [self.fresh(tests, 0)]
         tasks = [{"train": rows, "validation": rows, "test": rows} for rows in held]
-        return skills(tasks, vocabulary=self.vocabulary, steps=1, batch_size=1)
+        return skills(tasks, vocabulary=self.vocabulary, steps=1, batch_size=1, evaluation_batch=256)

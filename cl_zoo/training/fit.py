@@ -25,6 +25,7 @@ from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import (
     Result,
     begin,
+    check_arrays,
     check_finite,
     check_needs,
     finish,
@@ -84,7 +85,7 @@ def fit(
       A `Result`; its metrics are `f32[T, steps]`, also after a resume.
 
     Raises:
-      ValueError: the learner needs what the stream lacks, or an impossible number.
+      ValueError: the learner needs what the stream lacks; an impossible number; a config or weights of another kind.
       ImportError: tensorboard without the package tensorboardX.
       ConfigError: the directory holds a run of another configuration; names the field.
       CheckpointError: there are checkpoints, but none is whole.
@@ -101,8 +102,13 @@ def fit(
       (3, 2)
     """
     check_needs(learner, stream)
+    check_arrays(weights)
     check_whole("fit", "checkpoint_every", checkpoint_every, 1)
     check_whole("fit", "keep", keep, 1)
+    if not (config is None or isinstance(config, Mapping) or dataclasses.is_dataclass(config)) or isinstance(
+        config, type
+    ):
+        raise ValueError(f"fit: config is {type(config).__name__}, but it must be a dataclass or a mapping")
     directory = Path(directory).resolve()
     events = EventLog(directory) if tensorboard else None
     n_tasks, steps = stream.n_tasks, stream.steps

@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteError",
     "Result",
     "begin",
+    "check_arrays",
     "check_finite",
     "check_needs",
     "finish",
@@ -65,6 +66,16 @@ def check_needs(learner: Learner, stream: Stream) -> None:
             raise ValueError(
                 f"{name} needs {need!r}, {NEEDS[need]}, which this stream does not provide;"
                 f" it provides {', '.join(sorted(stream.provides))}"
+            )
+
+
+def check_arrays(weights: PyTree) -> None:
+    """Refuses weights that are no tree of arrays."""
+    for leaf in jax.tree.leaves(weights):
+        if not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"weights holds a {type(leaf).__name__}, but it must be a tree of arrays; of what load_pretrained"
+                " gives, that is .params"
             )
 
 

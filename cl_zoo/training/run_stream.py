@@ -16,6 +16,7 @@ from cl_zoo.training.compilation import compiler_options
 from cl_zoo.training.loop import (
     Result,
     begin,
+    check_arrays,
     check_finite,
     check_needs,
     finish,
@@ -72,7 +73,7 @@ def run_stream(
 
     Raises:
       ValueError: the learner needs what the stream lacks; `evaluate_every` does not divide the steps; unknown
-        `evaluate_at`.
+        `evaluate_at`; weights that are not those of the model.
       NonFiniteError: a loss or penalty was not finite; names task, step and likely cause.
 
     Example:
@@ -92,6 +93,7 @@ def run_stream(
         evaluation_batches=evaluation_batches,
         evaluate_at=evaluate_at,
     )
+    check_arrays(weights)
     result = program(stream.tasks, stream.data, key, weights)
     check_finite(result.metrics, result.state.params, stream.steps)
     return result._replace(state=with_weights(result.state, weights))
@@ -244,6 +246,7 @@ def sweep(
     if paired and orders != "per_seed":
         raise ValueError(f"sweep: orders is {orders!r}, but it must be None, 'per_seed' or an array of keys")
     check_needs(jax.eval_shape(lambda s: _Held(make(jax.tree.map(lambda leaf: leaf[0], s))), settings).learner, stream)
+    check_arrays(weights)
     shape = (*lengths.pop(), len(keys), *(() if orders is None or paired else (len(orders),)))
     if batch_size is None:
         batch_size = _runs_that_fit(make, settings, stream, keys, shape, weights)

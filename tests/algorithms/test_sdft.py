@@ -194,9 +194,13 @@ def test_what_is_refused() -> None:
         ({"skip": 4}, "skip"),
         ({"length": 0}, "length"),
         ({"temperature": -1.0}, "temperature"),
+        ({"stop": 2}, "stop is 2, but it must be a sequence of tokens"),
+        ({"stop": "end"}, "stop is 'end'"),
     ):
         with pytest.raises(ValueError, match=field):
             sdft(NET, **({"length": N} | wrong))
+    with pytest.raises(ValueError, match="sdft: decoder is Model, but it must be a Decoder"):
+        sdft(NET.model, length=N)  # type: ignore[arg-type]
     learner = compose(NET.model, optax.sgd(0.1), sdft(NET, length=N))
     with pytest.raises(ValueError, match="must be Demonstrated"):
         learner.init(KEY, Batch(jnp.zeros((2, 3), jnp.int32), None, None, jnp.ones(2)))

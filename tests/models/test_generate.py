@@ -136,11 +136,22 @@ def test_errors_before_anything_compiles() -> None:
         ({"length": 1, "top_k": 0}, "top_k"),
         ({"length": 1, "top_p": 1.5}, "top_p"),
         ({"length": 1, "temperature": jnp.ones(())}, "temperature"),
+        ({"length": 1, "stop": 3}, "stop is 3"),
+        ({"length": 1, "stop": (999,)}, "stop is 999"),
+        ({"length": 1, "padding": jnp.zeros(2, jnp.int32)}, r"padding is int32 of the shape \(2,\)"),
+        ({"length": 1, "padding": jnp.zeros(3)}, "padding is float32"),
+        ({"length": 1, "padding": np.array([0, 99, 0])}, "padding is 99"),
     ):
         with pytest.raises(ValueError, match=field):
             generate(made, params, PROMPTS, KEY, **wrong)
     with pytest.raises(ValueError, match="prompts"):
         generate(made, params, PROMPTS[:, :0], KEY, length=1)
+    with pytest.raises(ValueError, match="prompts is 999"):
+        generate(made, params, np.full((3, 2), 999), KEY, length=1)
+    with pytest.raises(ValueError, match="merge_adapters"):
+        generate(made, {"blocks": {}}, PROMPTS, KEY, length=1)
+    with pytest.raises(ValueError, match="decoder is Model"):
+        generate(made.model, params, PROMPTS, KEY, length=1)  # type: ignore[arg-type]
     other, its = net(delta_rule(8, 2))
     with pytest.raises(ValueError, match="delta_rule"):
         generate(other, its, PROMPTS, KEY, length=1, padding=jnp.ones(3, jnp.int32))

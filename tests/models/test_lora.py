@@ -113,6 +113,16 @@ def test_what_is_refused() -> None:
             lora(NET.model, **wrong)
     with pytest.raises(ValueError, match="no kernels named nothing"):
         lora(NET.model, 2, targets=("nothing",)).init(jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match="no kernels named v_proj; those that it has: .*query, up, value"):
+        lora(NET.model, 2, targets=("query", "v_proj")).init(jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match="must be a sequence of names"):
+        lora(NET.model, 2, targets="query,key")
+    with pytest.raises(ValueError, match="lora: model is Decoder"):
+        lora(NET, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not that of a model which lora made"):
+        merge_adapters(WEIGHTS, {})
+    with pytest.raises(ValueError, match="weights holds a str"):
+        run_stream(learner(COMPONENTS["ewc"]()), stream(), jax.random.key(0), weights="model")
     with pytest.raises(ValueError, match="must be a matrix"):
         lora(mlp((4, 4), 3), 2, targets=("bias",)).init(jax.random.key(0), jnp.zeros((1, 4, 4)))
 

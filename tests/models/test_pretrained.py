@@ -45,7 +45,7 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_and_loaded_again_is_the_same(name: str, tmp_path: Path) -> None:
     loaded = load_pretrained(FOLDER / name)
-    save_pretrained(tmp_path, loaded.params, loaded.config, tokenizer_from=FOLDER / name)
+    save_pretrained(tmp_path, loaded.params, loaded.config, tokenizer=loaded.tokenizer)
     again = load_pretrained(tmp_path)
     assert again.config == loaded.config
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
@@ -259,16 +259,61 @@ def test_a_path_that_is_nothing(tmp_path: Path) -> None:
         load_pretrained(tmp_path / "weights.bin")
 
 
+def test_a_saved_tokenizer_reads_and_ends_as_before(tmp_path: Path) -> None:
+    loaded = load_pretrained(FOLDER / "llama")
+    assert loaded.tokenizer is not None
+    save_pretrained(tmp_path, loaded.params, loaded.config, tokenizer=loaded.tokenizer)
+    again = load_pretrained(tmp_path).tokenizer
+    assert again is not None
+    text = "the cat sat on 12 mats."
+    assert again.encode(text) == loaded.tokenizer.encode(text)
+    assert again[1:] == loaded.tokenizer[1:]
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "whoever may read the config may read the weights"
+    with pytest.raises(ValueError, match="tokenizer is str"):
+        save_pretrained(tmp_path, loaded.params, loaded.config, tokenizer="llama")  # type: ignore[arg-type]
+
+
+def test_published_weights_cannot_be_forgotten_or_of_another_net() -> None:
+    loaded = load_pretrained(FOLDER / "llama")
+    init, key, x = loaded.decoder.model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match="weights=loaded.params"):
+        init(key, x)
+    params = loaded.params
+    for wrong, words in (
+        (params | {"embedding": params["embedding"][:-1]}, "'embedding' has the shape"),
+        (
+            params | {"embedding": params["embedding"].astype(int)},
+            "'embedding' is int64, but it must be floating point",
+        ),
+        ({name: value for name, value in params.items() if name != "norm"}, "have no 'norm/scale'"),
+        (params | {"more": params["norm"]}, "have 'more/scale', for which the net has no place"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            init(key, x, wrong)
+    assert init(key, x, params)[0] is params
+
+
+def test_a_folder_around_a_gguf_file_and_types_that_are_no_floats(tmp_path: Path) -> None:
+    (tmp_path / "it.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match="give its file it.gguf instead"):
+        load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights_dtype is .*int8.*floating point"):
+        load_pretrained(FOLDER / "llama", weights_dtype=jnp.int8)
+
+
 def test_weights_are_saved_back_into_their_folder(tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "llama", tmp_path / "it")
     loaded = load_pretrained(tmp_path / "it")
     changed = loaded.params | {"embedding": loaded.params["embedding"] + 1}
-    save_pretrained(tmp_path / "it", changed, loaded.config, tokenizer_from=tmp_path / "it")
+    save_pretrained(tmp_path / "it", changed, loaded.config, tokenizer=loaded.tokenizer)
     np.testing.assert_array_equal(load_pretrained(tmp_path / "it").params["embedding"], changed["embedding"])
 
 
 def test_parameters_of_another_shape_are_not_saved(tmp_path: Path) -> None:
     loaded = load_pretrained(FOLDER / "llama")
-    with pytest.raises(ValueError, match="tree and shapes"):
+    with pytest.raises(
+        ValueError, match=r"save_pretrained: the weights' 'blocks/.*' has the shape \(2, .*but it must be \(3,"
+    ):
         save_pretrained(tmp_path, loaded.params, loaded.config._replace(layers=3))
     assert not (tmp_path / "model.safetensors").exists()

@@ -91,6 +91,6 @@ def test_left_padded() -> None:
     np.testing.assert_array_equal(padding, [3, 1])
     assert left_padded([[1] * 16])[0].shape == (1, 16)
     assert left_padded([[1] * 17])[0].shape == (1, 32)
-    for rows, length in (([], None), ([[]], None), ([[1, 2]], 1)):
+    for rows, length in (([], None), ([[]], None), ([[1, 2]], 1), (["a cat"], None), ([[1.7]], None)):
         with pytest.raises(ValueError, match="left_padded"):
-            left_padded(rows, length)
+            left_padded(rows, length)  # type: ignore[arg-type]

@@ -78,13 +78,30 @@ def test_all_tokens_right() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"tasks": []}, "every task needs train examples"),
-        ({"tasks": [{"train": [Example([1], [1], [1])]}]}, "every task needs test examples"),
+        ({"tasks": []}, "must be a sequence of"),
+        ({"tasks": {"train": [Example([1], [1], [1])]}}, "must be a sequence of"),
+        ({"tasks": [[Example([1], [1], [1])]]}, "must be a sequence of"),
+        ({"tasks": [{"train": [Example([1], [1], [1])]}]}, "task 0 has no test examples; it has train"),
+        (
+            {"tasks": [{"train": [], "validate": []}]},
+            "task 0 has the split 'validate', but there are",
+        ),
+        ({"prompt_length": 0}, "prompt_length is 0"),
+        ({"answer_length": -2}, "answer_length is -2"),
+        (
+            {"tasks": [{"train": [Example("a", [1], [1])], "test": [Example([1], [1], [1])]}]},
+            "prompt is 'a'",
+        ),  # type: ignore[arg-type]
+        ({"tasks": [{"train": [([1], [1], [1])], "test": [Example([1], [1], [1])]}]}, "an example's prompt is None"),
+        ({"tasks": [{"train": [Example([1], [1.5], [1])], "test": [Example([1], [1], [1])]}]}, "must be whole numbers"),  # type: ignore[list-item]
         ({"vocabulary": 5}, "token 5"),
-        ({"prompt_length": 1}, "length is 1"),
+        ({"prompt_length": 1}, "a prompt has 2 tokens, but prompt_length is 1"),
         ({"answer_length": 1}, "an answer has 2 tokens"),
         ({"tasks": [{"train": [Example([-1], [1], [1])] * 2, "test": [Example([1], [1], [1])]}]}, "the token -1"),
-        ({"tasks": [{"train": [Example([], [1], [1])] * 2, "test": [Example([1], [1], [1])]}]}, "an empty prompt"),
+        (
+            {"tasks": [{"train": [Example([], [1], [1])] * 2, "test": [Example([1], [1], [1])]}]},
+            "prompt is empty",
+        ),
     ],
 )
 def test_what_is_refused(changed: dict[str, object], words: str) -> None:
