@@ -669,10 +669,15 @@ def write_record(
 ) -> None:
     """The result file: ours in this setting, and the paper's in theirs, which is another."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    fields = {"new": "new skills", "retained": "known skills, at the end", "per gain": "forgetting per unit of gain"}
+    fields = {
+        "new": "new skills",
+        "retained": "known skills, at the end",
+        "per gain": "forgetting per unit of gain",
+        "drift": "drift, nats per token of text",
+    }
     for field, setting in fields.items():
         for method, rate in best.items():
-            factor = 1 if field == "per gain" else 100
+            factor = 1 if field in ("per gain", "drift") else 100
             values = factor * np.array([summary(cell)[field] for cell in cells[method, rate]])
             if np.isfinite(values).all():
                 rows[setting, method] = {"scores": values, "seconds": [cell["seconds"] for cell in cells[method, rate]]}
