@@ -1,9 +1,10 @@
 """Does a language model that learns from its own answers forget less of what it knew? Self-distillation and its rivals.
 
 Command                                                        hardware    time     expected
-python -m experiments.self_distillation --seeds 5 --record     1 CPU core  40 min   TODO
+python -m experiments.self_distillation --seeds 5 --record     1 CPU core  40 min   forgetting per gain: ewc 0.44, sdft 0.47,
+                                                               replay 0.51, context 0.55, sft and offline 0.57
 python -m experiments.self_distillation --model MODEL --seeds 3 --record
-                                                               1 CPU core  50 min   TODO
+                                                               1 CPU core  50 min   sft 0.67, sdft 0.77; drift 1.47, 0.25
 python -m experiments.self_distillation --model QWEN --lora 64 --steps 60 --rates 1e-4 3e-4 --dtype bfloat16
                                                                1 GPU, 80 GB not run published: Shenfeld et al. 2026
 
