@@ -1,10 +1,10 @@
 """Does a language model that learns from its own answers forget less of what it knew? Self-distillation and its rivals.
 
 Command                                                        hardware    time     expected
-python -m experiments.self_distillation --seeds 5 --record     1 CPU core  40 min   forgetting per gain: ewc 0.44, sdft 0.47,
-                                                               replay 0.51, context 0.55, sft and offline 0.57
+python -m experiments.self_distillation --seeds 5 --record     1 CPU core  40 min   forgetting per gain: ewc 0.44, sdft
+                                                               0.47, replay 0.51, context 0.55, sft, offline 0.57
 python -m experiments.self_distillation --model MODEL --seeds 3 --record
-                                                               1 CPU core  50 min   sft 0.67, sdft 0.77; drift 1.47, 0.25
+                                                               1 CPU core  50 min   sft 0.67, sdft 0.77 (drift 1.5, 0.2)
 python -m experiments.self_distillation --model QWEN --lora 64 --steps 60 --rates 1e-4 3e-4 --dtype bfloat16
                                                                1 GPU, 80 GB not run published: Shenfeld et al. 2026
 
@@ -16,7 +16,8 @@ not without; that is asserted before anything is learned. Two settings:
 
 - By default, a decoder of 2 blocks learns a small language of symbols in this script: two dozen known cues, each with
   its permutation, and to follow any permutation that a demonstration shows. Then come three new cues. What may be
-  forgotten are the known cues and the following of demonstrations; text is held-out rows of the language.
+  forgotten are the known cues and the following of demonstrations; text is held-out rows of the language, but for
+  those that the new cues are to change.
 - With --model, a published one learns words of an invented language with adapters of low rank. It is asked 'In Zorgish,
   cat is called "', where a demonstration is the line 'cat -> "boda"' of a dictionary before the question; and is tested
   by another question, 'The Zorgish word for cat is "'. What may be forgotten are capitals of countries, opposites and
