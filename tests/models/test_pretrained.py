@@ -15,9 +15,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from cl_zoo import DecoderConfig, config_of, load_pretrained, save_pretrained
+from cl_zoo import (
+    DecoderConfig,
+    Example,
+    answering,
+    compose,
+    config_of,
+    load_pretrained,
+    lora,
+    next_token_loss,
+    save_pretrained,
+    skills,
+    supervised,
+)
 from cl_zoo.models.decoder_config import settings_of
 
 FOLDER = Path(__file__).parents[1] / "data" / "pretrained"
@@ -317,3 +330,15 @@ def test_parameters_of_another_shape_are_not_saved(tmp_path: Path) -> None:
     ):
         save_pretrained(tmp_path, loaded.params, loaded.config._replace(layers=3))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_still_numpy_arrays_serve_a_learner() -> None:
+    loaded = load_pretrained(FOLDER / "llama")
+    one = Example([1, 2], [3, 1, 2], [4, 5])
+    stream = skills([{"train": [one] * 2, "test": [one]}], vocabulary=loaded.config.vocabulary, steps=1, batch_size=2)
+    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    model = lora(answering(loaded.decoder), 2)
+    learner = compose(model, optax.adam(1e-3), supervised(next_token_loss), tasks=stream.tasks)
+    state = learner.init(jax.random.key(0), batch, loaded.params)
+    eager = learner.predict(state, batch.x)
+    np.testing.assert_allclose(jax.jit(lambda x: learner.predict(state, x))(batch.x), eager, atol=1e-5)
