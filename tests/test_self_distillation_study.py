@@ -66,9 +66,8 @@ def test_methods_run_and_a_finished_run_is_not_run_again(
 
 
 def test_a_published_model_with_adapters(helpful: None, tmp_path: Path) -> None:
-    config = study.Config(
-        model=str(PRETRAINED), directory=str(tmp_path), methods=("sft", "sdft forward"), steps=2, batch_size=4
-    )
+    few = {"methods": ("sft", "sdft forward"), "rates": (1e-3,), "steps": 2, "batch_size": 4}
+    config = study.Config(model=str(PRETRAINED), directory=str(tmp_path), **few)  # type: ignore[arg-type]
     study.main(config)
     cell = json.loads((tmp_path / "cells" / "sdft_forward-0.001-0.json").read_text())
     assert np.isfinite(cell["loss"]).all() and cell["after"]["drift"][0] > 0
