@@ -297,7 +297,7 @@ def small_language(config: Config, directory: Path, seed: int) -> Bench:
             write_array(path, np.asarray(leaf))
     leaves = [jnp.asarray(np.load(path, allow_pickle=False)) for path in paths]
     rows = jax.tree.map(lambda leaf: leaf[0], language.evaluation(language.data, jnp.int32(0), "test"))
-    overwritten = (rows.x[:, 0] >= 4 + config.known) & (rows.x[:, 0] < 4 + config.known + (config.new or 1))
+    overwritten = rows.x[:, 0] >= 4 + config.known  # a row begins with a demonstration's sign, or with its cue
     text = rows.x, jnp.where(overwritten[:, None], -1, rows.y)  # a new cue alone is what a skill is to change
     return Bench(
         net,

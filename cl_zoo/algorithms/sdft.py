@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cl_zoo.estimators.distillation import divergence
 from cl_zoo.estimators.interpolation import interpolate
 from cl_zoo.estimators.tokens import token_losses
-from cl_zoo.models.answers import Demonstrated, answer_logits
+from cl_zoo.models.answers import Demonstrated, answer_logits, check_demonstrated
 from cl_zoo.models.decoder import Decoder, check_decoder
 from cl_zoo.models.generate import check_stop, generate
 from cl_zoo.types import (
@@ -202,10 +202,7 @@ def _distillation(
     check_range(name, "temperature", temperature, 0)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SdftState:
-        if not isinstance(batch.x, Demonstrated):
-            raise ValueError(f"{name}: x is {type(batch.x).__name__}, but it must be Demonstrated, as in `skills`")
-        if batch.x.shown is None:
-            raise ValueError(f"{name}: x.shown is None, but it must be tokens [B, Q]")
+        check_demonstrated(name, batch.x, shown=True)
         return SdftState({} if teacher == "live" else state.params)
 
     def loss(

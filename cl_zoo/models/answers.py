@@ -30,6 +30,14 @@ class Demonstrated(NamedTuple):
     answer: Array
 
 
+def check_demonstrated(owner: str, x: PyTree, shown: bool) -> None:
+    """Refuses what is no `Demonstrated`, or, where it will be shown, has no demonstration."""
+    if not isinstance(x, Demonstrated):
+        raise ValueError(f"{owner}: x is {type(x).__name__}, but it must be Demonstrated, as in `skills`")
+    if shown and x.shown is None:
+        raise ValueError(f"{owner}: x.shown is None, but it must be tokens [B, Q]")
+
+
 def answer_logits(decoder: Decoder, params: PyTree, prompt: Array, padding: Array | None, answer: Array) -> Array:
     """Logits of every token of an answer, from the prompt and the tokens before it.
 
@@ -77,23 +85,16 @@ def answering(decoder: Decoder, *, shown: bool = False) -> Model:
       >>> model.apply(params, model_state, x)[0].shape
       (2, 3, 32)
     """
-
     check_decoder("answering", decoder)
 
-    def check(x: PyTree) -> None:
-        if not isinstance(x, Demonstrated):
-            raise ValueError(f"answering: x is {type(x).__name__}, but it must be Demonstrated, as in `skills`")
-        if shown and x.shown is None:
-            raise ValueError("answering: x.shown is None, but with shown=True it must be tokens [B, Q]")
-
     def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
-        check(x)
+        check_demonstrated("answering", x, shown)
         return decoder.model.init(key, x.prompt, *(() if weights is None else (weights,)))
 
     def apply(
         params: PyTree, model_state: PyTree, x: PyTree, **options: Any
     ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
-        check(x)
+        check_demonstrated("answering", x, shown)
         prompt = (x.shown, x.shown_padding) if shown else (x.prompt, x.padding)
         return answer_logits(decoder, params, *prompt, x.answer), model_state, {}
 

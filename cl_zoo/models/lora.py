@@ -98,19 +98,18 @@ def lora(
     def init(key: Key, x: PyTree, *weights: PyTree) -> tuple[PyTree, PyTree]:
         frozen, inner = model.init(key, x, *weights)
         found: list[tuple[list[str], Array]] = []
-        others: set[str] = set()
+        there: set[str] = set()
         for path, leaf in jax.tree_util.tree_flatten_with_path(frozen)[0]:
             names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+            there.add(names[-1])
             if names[-1] in targets and not {"bias", "convolution"} & set(names[:-1]):
                 if leaf.ndim < 2:
                     raise ValueError(f"lora: {'/'.join(names)} has the shape {leaf.shape}, but must be a matrix")
                 found.append((names, leaf))
-            elif names[-1] in (*KERNELS, "kernel"):
-                others.add(names[-1])
         absent = sorted(set(targets) - {names[-1] for names, _ in found})
         if absent and (not found or targets is not KERNELS):
-            there = ", ".join(sorted(others | {names[-1] for names, _ in found})) or "none"
-            raise ValueError(f"lora: the model has no kernels named {', '.join(absent)}; those that it has: {there}")
+            kernels = ", ".join(sorted(there & {*KERNELS, "kernel"})) or "none"
+            raise ValueError(f"lora: the model has no kernels named {', '.join(absent)}; those that it has: {kernels}")
         params: dict[str, Any] = {}
         for i, (names, leaf) in enumerate(found):
             *stack, n_in, n_out = leaf.shape

@@ -5,7 +5,6 @@ Only JSON, safetensors and GGUF are read. Nothing in a checkpoint is ever execut
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_zoo.files import write_json
 from cl_zoo.models.decoder import Decoder, check_weights
 from cl_zoo.models.decoder_config import DecoderConfig, config_of, settings_of
 from cl_zoo.models.gguf_files import Tensors, read_gguf
@@ -135,6 +135,11 @@ def load_pretrained(
     return Pretrained(config, net._replace(model=net.model._replace(init=init)), params, tokenizer)
 
 
+def _shapes(net: Decoder) -> PyTree:
+    """Of its parameters."""
+    return jax.eval_shape(net.model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))[0]
+
+
 def _assemble(
     path: Path,
     net: Decoder,
@@ -147,8 +152,7 @@ def _assemble(
         raise ValueError(
             f"{path}: config.json tells of {config.layers} blocks, but there are only {len(tensors.names)} tensors"
         )
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    wanted, _ = jax.eval_shape(net.model.init, jax.random.key(0), tokens)
+    wanted = _shapes(net)
     leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)
     places: list[tuple[_Place, list[str], tuple[int, ...]]] = []
     for keys, leaf in leaves:
@@ -234,9 +238,7 @@ def save_pretrained(
     library = optional("safetensors.numpy")
     if not isinstance(tokenizer, TextTokenizer | None):
         raise ValueError(f"save_pretrained: tokenizer is {type(tokenizer).__name__}, but it must be a TextTokenizer")
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    wanted, _ = jax.eval_shape(config.decoder().model.init, jax.random.key(0), tokens)
-    check_weights("save_pretrained", params, wanted)
+    check_weights("save_pretrained", params, _shapes(config.decoder()))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
@@ -245,7 +247,7 @@ def save_pretrained(
         blocks = enumerate(array) if "{}" in place.name else [(0, array)]
         for i, one in blocks:
             tensors[place.name.format(i)] = np.ascontiguousarray(one.T if place.turned else one)
-    _write_json(folder / "config.json", settings_of(config))
+    write_json(folder / "config.json", settings_of(config))
     partial = folder / "model.safetensors.partial"
     library.save_file(tensors, str(partial), metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", partial)  # the library lets its owner alone read it
@@ -256,11 +258,5 @@ def save_pretrained(
         partial.replace(folder / "tokenizer.json")
         template = {} if tokenizer.template is None else {"chat_template": tokenizer.template}
         kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        _write_json(folder / "tokenizer_config.json", kind | dict(tokenizer.words) | template)
-        _write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.stop)})
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+        write_json(folder / "tokenizer_config.json", kind | dict(tokenizer.words) | template)
+        write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.stop)})

@@ -101,15 +101,16 @@ def skills(
     rows = [example for split in found for task in split for example in task]
     for example in rows:
         for field in Example._fields:
-            tokens = getattr(example, field, None)
-            if isinstance(tokens, str) or tokens is None or not np.issubdtype(np.asarray(tokens).dtype, np.number):
+            tokens: Any = getattr(example, field, None)
+            kind = np.asarray(tokens).dtype
+            if not np.issubdtype(kind, np.number):  # text and None are none either
                 raise ValueError(
                     f"skills: an example's {field} is {tokens!r:.60}, but it must be tokens: encode texts first, and"
                     " make Example(prompt=, shown=, answer=) of them"
                 )
             if not len(tokens):
                 raise ValueError(f"skills: an example's {field} is empty")
-            if not np.issubdtype(np.asarray(tokens).dtype, np.integer):
+            if not np.issubdtype(kind, np.integer):
                 raise ValueError(f"skills: an example's {field} is {tokens!r:.60}, but tokens must be whole numbers")
             for token in (min(tokens), max(tokens)):
                 if not 0 <= token < vocabulary:
@@ -223,7 +224,8 @@ class SymbolWorld(NamedTuple):
         fifth = max(len(questions) // 5, 1)
         parts = (questions[2 * fifth :], questions[:fifth], questions[fifth : 2 * fifth])
         asked = np.resize(parts[_SPLITS.index(split)], (n, self.length))
-        return [self._example(random, cue, self.permutations[cue], each) for each in asked]
+        f = self.permutations[cue]
+        return [self._example(random, cue, f, each) for each in asked]
 
     def fresh(self, n: int, seed: int) -> list[Example]:
         """n questions of any cue that only the demonstration answers: each has a permutation of its own; the prompt

@@ -105,9 +105,8 @@ def fit(
     check_arrays(weights)
     check_whole("fit", "checkpoint_every", checkpoint_every, 1)
     check_whole("fit", "keep", keep, 1)
-    if not (config is None or isinstance(config, Mapping) or dataclasses.is_dataclass(config)) or isinstance(
-        config, type
-    ):
+    described = isinstance(config, Mapping) or (dataclasses.is_dataclass(config) and not isinstance(config, type))
+    if config is not None and not described:
         raise ValueError(f"fit: config is {type(config).__name__}, but it must be a dataclass or a mapping")
     directory = Path(directory).resolve()
     events = EventLog(directory) if tensorboard else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import platform
@@ -15,32 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["ConfigError", "MetricsLog", "environment", "read_metrics", "settle_config", "write_json"]
+from cl_zoo.files import write_array, write_json
+
+__all__ = ["ConfigError", "MetricsLog", "environment", "read_metrics", "settle_config", "write_array", "write_json"]
 
 
 class ConfigError(ValueError):
     """A run directory holds a run of another configuration."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside, then renames: a reader sees the old file or the new one, never half of one."""
-    _replace(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def write_array(path: Path, value: np.ndarray) -> None:
-    """As `write_json`, for a .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, value, allow_pickle=False)
-    _replace(path, buffer.getvalue())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def environment() -> dict[str, Any]:

@@ -102,8 +102,8 @@ def main(config: Config) -> None:
                 print(f"batch {batch_size}: {100 * cell['same_tokens']:.0f} % of tokens are the same")
     if config.record:
         path = Path(__file__).parent / "results" / f"decoding_{jax.default_backend()}.json"
-        name = {"model": Path(config.model).stem, "prompt": config.prompt, "tokens": config.tokens}
-        name["dtype"] = config.dtype
+        fields = ("prompt", "tokens", "dtype")
+        name = {"model": Path(config.model).stem} | {field: getattr(config, field) for field in fields}
         measured = {"weights_bytes": size, "bytes_per_second": bandwidth, "flop_per_second": operations}
         write_json(path, {"environment": environment(), "settings": name, **measured, "cells": cells})
 

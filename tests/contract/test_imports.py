@@ -9,18 +9,19 @@ ROOT = Path(__file__).parents[2] / "cl_zoo"
 # What each part may import, beside itself.
 ALLOWED = {
     "types": set(),
+    "files": set(),
     "frozen": {"types"},
     "shuffle": {"types"},
     "estimators": {"types"},
     "buffers": {"types", "shuffle"},
     "layers": {"types", "estimators"},
-    "models": {"types", "layers"},
+    "models": {"types", "files", "layers"},
     "compose": {"types", "frozen", "estimators", "buffers"},
     "algorithms": {"types", "shuffle", "estimators", "buffers", "compose", "models"},
     "catalogue": {"types", "algorithms", "models", "layers"},
     "streams": {"types", "shuffle", "estimators", "buffers", "models", "compose", "algorithms", "catalogue"},
     "evaluation": {"types", "estimators", "buffers", "models", "compose", "algorithms", "catalogue", "streams"},
-    "training": {"types", "frozen", "evaluation", "streams", "compose", "algorithms", "catalogue", "models"},
+    "training": {"types", "files", "frozen", "evaluation", "streams", "compose", "algorithms", "catalogue", "models"},
     "plots": {"types", "evaluation"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
