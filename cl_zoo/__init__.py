@@ -30,6 +30,7 @@ from cl_zoo.algorithms.ttt import crop_and_flip, ttt
 from cl_zoo.algorithms.weight_interpolation import weight_interpolation
 from cl_zoo.algorithms.wise_ft import wise_ft
 from cl_zoo.catalogue import Entry, catalogue, cite
+from cl_zoo.compilation import enable_compilation_cache
 from cl_zoo.compose import compose
 from cl_zoo.estimators.distillation import divergence
 from cl_zoo.estimators.tokens import (
@@ -76,7 +77,6 @@ from cl_zoo.streams.skills import Example, SymbolWorld, skills
 from cl_zoo.streams.sources import LabelledImages, load_digits
 from cl_zoo.streams.text import text_domains
 from cl_zoo.streams.text_sources import python_library, read_text_domains
-from cl_zoo.training.compilation import enable_compilation_cache
 from cl_zoo.training.fit import fit
 from cl_zoo.training.loop import NonFiniteError, Result
 from cl_zoo.training.run_stream import run_stream, stream_program, sweep

@@ -65,6 +65,7 @@ from cl_zoo import (
     ttt,
     with_rotation_head,
 )
+from cl_zoo.compilation import jit
 from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.streams.cifar import load_cifar10
 from cl_zoo.streams.corrupted_images import conditions, corrupted_images
@@ -285,7 +286,7 @@ class Conditions:
             program = functools.partial(
                 evaluate_adapting, answers, part, reset=reset, rows=rows, together=together, by_row=True
             )
-            scores, _ = jax.jit(program)(part.data, state)
+            scores, _ = jit(program)(part.data, state)
             found |= zip((names[i] for i in places), 100 * (1 - np.asarray(scores)), strict=True)
         return found
 
@@ -306,7 +307,7 @@ def model(config: Config, kind: str) -> Model:
         scaled = lambda x: x.astype(jnp.float32) / 127.5 - 1  # noqa: E731
         net, tail = resnet26((32, 32, 3), 10, norm=norm, preprocess=scaled), resnet_tail(4, norm=norm)
         return with_rotation_head(net, tail, "group_3") if kind == "joint" else net
-    options: dict[str, Any] = {"hidden": 32, "norm": norm, "groups": 2, "patches": True}
+    options: dict[str, Any] = {"hidden": 32, "norm": norm, "groups": 2}
     net, head = cnn((28, 28), 10, channels=(8, 16), **options), cnn((14, 14, 8), 4, channels=(16,), **options)
     return with_rotation_head(net, head, "conv_1") if kind == "joint" else net
 
@@ -338,7 +339,7 @@ def trained(config: Config, protocol: Protocol, images: LabelledImages, seed: in
     def batch(x: Array, y: Array, key: Key) -> Batch:
         return Batch(augment(x, key), y, None, jnp.ones(y.shape[0]))
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jit, donate_argnums=0)
     def epoch(state: TrainState, x: Array, y: Array, key: Key) -> TrainState:
         order = jax.random.permutation(key, kept)[: kept // protocol.batch * protocol.batch]
 
@@ -349,7 +350,7 @@ def trained(config: Config, protocol: Protocol, images: LabelledImages, seed: in
 
     x, y = jnp.asarray(images.train_images[:kept]), jnp.asarray(images.train_labels[:kept], jnp.int32)
     keys = jax.random.split(jax.random.key(seed), protocol.epochs + 1)
-    state = jax.jit(teacher.init)(keys[0], batch(x[:1], y[:1], keys[0]))
+    state = jit(teacher.init)(keys[0], batch(x[:1], y[:1], keys[0]))
     for key in keys[1:]:
         state = epoch(state, x, y, key)
     return state

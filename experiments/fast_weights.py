@@ -46,6 +46,7 @@ from cl_zoo import (
     token_losses,
     ttt_linear,
 )
+from cl_zoo.compilation import jit
 from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from experiments.common import RESULTS, record, shown_command, warmed_up_adamw
@@ -192,7 +193,7 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
 def document_scores(config: Config, net: Decoder, params: Any, tests: Any) -> dict[str, Any]:
     """Of all test documents; in bits."""
 
-    @jax.jit
+    @jit
     def losses(params: Any, tests: Any) -> jax.Array:
         def one(batch: Any) -> jax.Array:
             return token_losses(net.model.apply(params, {}, batch.x)[0], batch.y)
@@ -219,7 +220,7 @@ def movement(net: Decoder, params: Any, document: jax.Array) -> np.ndarray:
     what the parallel one gives.
     """
 
-    @jax.jit
+    @jit
     def read(params: Any, document: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         cache = net.start(params, 1, document.shape[0])
         first = cache["block_0"].state.weights[0].kernel

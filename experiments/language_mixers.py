@@ -54,6 +54,7 @@ from cl_zoo import (
     ttt_linear,
     ttt_mlp,
 )
+from cl_zoo.compilation import jit
 from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from experiments.common import RESULTS, record, shown_command
@@ -192,7 +193,7 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
     result = run_stream(learner, stream, jax.random.key(seed), split=config.split, evaluate_at="end")
     seconds = time.perf_counter() - begun
 
-    @jax.jit
+    @jit
     def by_position(state: Any, data: Any) -> jax.Array:
         batches = stream.evaluation(data, jnp.int32(0), config.split)
         losses = jax.lax.map(lambda b: token_losses(learner.predict(state, b.x), b.y), batches)

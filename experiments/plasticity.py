@@ -57,6 +57,7 @@ from cl_zoo import (
     squared_error,
     supervised,
 )
+from cl_zoo.compilation import jit
 from cl_zoo.estimators.units import unit_activations
 from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.evaluation.probes import dormant_share, effective_rank, mean_absolute_weight
@@ -193,7 +194,7 @@ def study_permuted(config: Permuted, images: LabelledImages, directory: Path) ->
         for method in config.methods:
             bar.set_description(method)
             learner = compose(model, optax.sgd(rate), supervised(), *components[method], online_score(stream.score))
-            program = jax.jit(course_of(learner, stream, probe, "online_score/score"))
+            program = jit(course_of(learner, stream, probe, "online_score/score"))
             parts = []
             for seed in range(config.seeds):
                 run = functools.partial(program, stream.tasks, stream.data, jax.random.key(seed))
@@ -223,7 +224,7 @@ def study_regression(config: Regression, directory: Path) -> dict[str, dict[str,
         learner = compose(
             model, optax.sgd(config.learning_rate), supervised(squared_error), *components[method], tasks=stream.tasks
         )
-        program = jax.jit(jax.vmap(course_of(learner, stream, probe, "loss"), in_axes=(None, None, 0)))
+        program = jit(jax.vmap(course_of(learner, stream, probe, "loss"), in_axes=(None, None, 0)))
         keys = jax.vmap(jax.random.key)(jnp.arange(config.runs))
         run = functools.partial(program, stream.tasks, stream.data, keys)
         part = kept(directory / f"{method}.json".replace(" ", "_"), run)

@@ -81,10 +81,10 @@ from cl_zoo import (
     supervised,
     wise_ft,
 )
+from cl_zoo.compilation import jit
 from cl_zoo.estimators.tokens import token_losses
 from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.frozen import join_state, learner_with, split_state
-from cl_zoo.training.compilation import compiler_options
 from cl_zoo.training.loop import begin, finish, start, train_steps
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_array, write_json
 from cl_zoo.types import check_range, check_whole
@@ -267,7 +267,7 @@ def scores(bench: Bench, model: Model, params: Any, stream: Stream) -> np.ndarra
     """Of every skill, with all weights of the net."""
     learner = compose(model, optax.sgd(0.0), supervised(next_token_loss))
 
-    @jax.jit
+    @jit
     def score(params: Any, data: Any) -> Any:
         state, _ = start(learner, stream, data, jax.random.key(0), params)
         return evaluate(learner, stream, data, state)
@@ -460,7 +460,7 @@ def program(config: Config, bench: Bench, method: str) -> Callable[..., dict[str
         _, found = jax.lax.scan(task, (state, cursor), jnp.arange(stream.n_tasks, dtype=jnp.int32))
         return {"before": before, **found}
 
-    return jax.jit(whole, compiler_options=compiler_options())
+    return jit(whole)
 
 
 def on_text(net: Decoder, text: Any, before: Any, after: Any) -> tuple[Any, Any]:
@@ -481,7 +481,7 @@ def measured_in_context(bench: Bench) -> dict[str, Any]:
     shown, plain = answering(bench.net, shown=True), answering(bench.net)
     new, held = scores(bench, shown, bench.weights, bench.stream), scores(bench, plain, bench.weights, bench.held)
     without = scores(bench, plain, bench.weights, bench.stream)
-    _, perplexity = jax.jit(partial(on_text, bench.net))(bench.text, bench.weights, bench.weights)
+    _, perplexity = jit(partial(on_text, bench.net))(bench.text, bench.weights, bench.weights)
     still = {"held": held, "drift": np.zeros(()), "perplexity": np.asarray(perplexity)}
     t = bench.stream.n_tasks
     again = jax.tree.map(lambda leaf: np.stack([leaf] * t), still | {"new": new, "validation": new})

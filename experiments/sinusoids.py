@@ -43,6 +43,7 @@ from cl_zoo import (
     squared_error,
     with_learning_rates,
 )
+from cl_zoo.compilation import jit
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.training.loop import start, train_steps
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
@@ -145,7 +146,7 @@ def run(config: Config, method: str, shots: int, directory: Path) -> dict[str, A
     stream = sinusoids(steps=config.iterations, shots=shots, queries=shots, batch_size=config.meta_batch)
     learner, inner = learner_of(method, shots, config.iterations)
 
-    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jit, static_argnums=2)
     def train(data: Any, key: Any, iterations: int) -> Any:
         carry = start(learner, stream, data, key)
         (state, _), metrics = train_steps(learner, stream, data, carry, iterations)
@@ -160,7 +161,7 @@ def run(config: Config, method: str, shots: int, directory: Path) -> dict[str, A
             shots=tested, queries=100, evaluation_size=config.test_tasks, evaluation_batch=config.test_tasks
         )
         tests = jax.tree.map(lambda leaf: leaf[0], other.evaluation(other.data, 0, "test"))
-        errors = jax.jit(lambda p, t: errors_along(inner, p, t, config.test_steps))(params, tests)
+        errors = jit(lambda p, t: errors_along(inner, p, t, config.test_steps))(params, tests)
         kept["errors"][str(tested)] = np.asarray(errors).tolist()
         if tested == shots:
             x = jax.tree.map(lambda leaf: leaf[2], tests.x)

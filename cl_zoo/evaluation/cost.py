@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from cl_zoo.compilation import jit
 from cl_zoo.types import Batch, Learner, PyTree, TrainState
 
 __all__ = ["Timing", "state_bytes", "timed", "update_flops"]
@@ -40,7 +41,7 @@ def timed(function: Callable[..., Any], *arguments: Any, repeats: int = 1) -> Ti
 
 def update_flops(learner: Learner, state: TrainState, batch: Batch) -> float:
     """Floating-point operations of one update by XLA's cost analysis (a multiply-add is two)."""
-    analysis = jax.jit(learner.update).lower(state, batch).compile().cost_analysis()
+    analysis = jit(learner.update).lower(state, batch).compile().cost_analysis()
     return float((analysis or {}).get("flops", float("nan")))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
+from cl_zoo.models.rewriting import fast_convolutions
 from cl_zoo.types import Array, Key, Model, PyTree
 
 __all__ = ["from_linen", "from_nnx"]
@@ -21,7 +23,8 @@ class _Tap:
 
     def __init__(self, perturb: dict[str, Array] | None):
         self.perturb = perturb or {}
-        self.taps: dict[str, tuple[Array, Array]] = {}
+        # Plain dicts lose their order in transformations; the last layer is the last here.
+        self.taps: dict[str, tuple[Array, Array]] = OrderedDict()
 
     def __call__(self, name: str, layer: Callable[[Array], Array], x: Array) -> Array:
         if name in self.taps:
@@ -115,7 +118,7 @@ def from_nnx(
         _, _, _, rest = _split(module)
         return outputs, nnx.to_pure_dict(rest), tap.taps
 
-    return Model(init, apply, units)
+    return Model(init, fast_convolutions(apply), units)
 
 
 def from_linen(
@@ -179,7 +182,7 @@ def from_linen(
         )
         return outputs, {**model_state, **changed}, tap.taps
 
-    return Model(init, apply, units)
+    return Model(init, fast_convolutions(apply), units)
 
 
 def _accepted(call: Callable[..., Any], *more: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.normalisation import check_norm, normalise, normalising
-from cl_zoo.models.patches import convolve, max_pool
+from cl_zoo.models.pooling import max_pool
 from cl_zoo.models.preprocess import scale_images
 from cl_zoo.types import Array, Model, PyTree, check_whole
 
@@ -30,21 +30,16 @@ class Cnn(nnx.Module):
         rngs: nnx.Rngs,
         norm: str | None,
         groups: int,
-        patches: bool,
     ):
         height, width, depth = shape
         self.shape = shape
         for i, features in enumerate(channels):
             # A bias before batch normalisation does nothing.
-            convolution = nnx.Conv(depth, features, (3, 3), use_bias=norm != "batch", rngs=rngs)
-            if patches:
-                convolution.conv_general_dilated = convolve
-            setattr(self, f"conv_{i}", convolution)
+            setattr(self, f"conv_{i}", nnx.Conv(depth, features, (3, 3), use_bias=norm != "batch", rngs=rngs))
             height, width, depth = height // 2, width // 2, features
         self.layers = len(channels)
         self.hidden = nnx.Linear(height * width * depth, hidden, use_bias=norm != "batch", rngs=rngs)
         self.output = nnx.Linear(hidden, outputs, rngs=rngs)
-        self.patches = patches
         self.normed = norm is not None
         if norm is not None:
             for i, features in enumerate((*channels, hidden)):
@@ -62,8 +57,7 @@ class Cnn(nnx.Module):
 
         x = x.reshape((x.shape[0], *self.shape))
         for i in range(self.layers):
-            x = activate(i, tap(f"conv_{i}", getattr(self, f"conv_{i}"), x))
-            x = max_pool(x) if self.patches else nnx.max_pool(x, (2, 2), (2, 2))
+            x = max_pool(activate(i, tap(f"conv_{i}", getattr(self, f"conv_{i}"), x)))
         x = x.reshape((x.shape[0], -1))
         x = activate(self.layers, tap("hidden", self.hidden, x))
         return tap("output", self.output, x)
@@ -77,7 +71,6 @@ def cnn(
     hidden: int = 128,
     norm: str | None = None,
     groups: int = 8,
-    patches: bool = False,
     preprocess: Callable[[PyTree], PyTree] = scale_images,
 ) -> Model:
     """Convolutions, then two dense layers, with taps and units of every layer.
@@ -90,8 +83,6 @@ def cnn(
       norm: of each hidden pre-activation, before the ReLU: "batch", with running statistics in `model_state`; "group";
         or None.
       groups: of channels, for norm="group".
-      patches: convolve by a matrix product over patches: the same up to rounding, and on a CPU several times faster
-        inside a `scan`, where XLA compiles the gradients of convolutions badly.
       preprocess: of x; by default uint8 images become floats in [0, 1] and floats stay.
 
     Returns:
@@ -138,7 +129,7 @@ def cnn(
     )
     shape = (height, width, depth[0] if depth else 1)
     return from_nnx(
-        lambda rngs: Cnn(shape, channels, hidden, outputs, rngs, norm, groups, patches),
+        lambda rngs: Cnn(shape, channels, hidden, outputs, rngs, norm, groups),
         preprocess=preprocess,
         input_shape=tuple(input_shape),
         units=units,

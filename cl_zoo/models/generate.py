@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_zoo.compilation import jit
 from cl_zoo.models.decoder import Decoder, check_decoder, unstacked
 from cl_zoo.types import Array, Key, PyTree, check_range, check_whole
 
@@ -154,7 +155,7 @@ def _program(
             jnp.int32
         )
 
-    @jax.jit
+    @jit
     def program(params: PyTree, prompts: Array, padding: Array | None, key: Key) -> Generated:
         params = unstacked(params)
         batch_size, time = prompts.shape

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from cl_zoo.types import Array, check_choice
 
@@ -34,9 +37,49 @@ def normalising(norm: str, features: int, groups: int, rngs: nnx.Rngs) -> nnx.Mo
 
 
 def normalise(layer: nnx.Module, x: Array, weight: Array | None) -> Array:
-    """What the layer makes of x; rows of weight 0 take no part in the statistics of a batch."""
-    if not isinstance(layer, nnx.BatchNorm) or weight is None:
+    """What the layer makes of `x: [B, *S, C]`; examples of weight 0 take no part in the statistics of a batch.
+
+    The same as the layers' own `__call__`, whose reductions (over a few channels of a last axis, or under a mask) take
+    two to four times as long on a CPU as these, which are over places first.
+    """
+    if not isinstance(layer, (nnx.BatchNorm, nnx.GroupNorm)):
         return layer(x)
-    # Where no row counts all do: statistics of nothing would be no numbers.
-    counts = (weight > 0) | ~jnp.any(weight > 0)
-    return layer(x, mask=counts.reshape((-1,) + (1,) * (x.ndim - 1)))
+    flat = x.reshape((x.shape[0], -1, x.shape[-1])).astype(jnp.promote_types(x.dtype, jnp.float32))
+    over = _over_groups(layer.num_groups) if isinstance(layer, nnx.GroupNorm) else _over_batch(weight, flat)
+    if isinstance(layer, nnx.BatchNorm) and layer.use_running_average:
+        mean, variance = layer.mean[...], layer.var[...]
+        centred = flat - mean
+    else:
+        mean = over(jnp.mean(flat, 1, keepdims=True))
+        centred = flat - mean
+        variance = over(jnp.mean(jnp.square(centred), 1, keepdims=True))
+        if isinstance(layer, nnx.BatchNorm):
+            for running, now in ((layer.mean, mean), (layer.var, variance)):
+                running[...] = layer.momentum * running[...] + (1 - layer.momentum) * now.ravel()
+    scale, bias = layer.scale, layer.bias
+    assert scale is not None and bias is not None
+    found = centred * (lax.rsqrt(variance + EPSILON) * scale[...]) + bias[...]
+    return found.reshape(x.shape).astype(jnp.promote_types(x.dtype, scale.dtype))
+
+
+def _over_groups(groups: int) -> Callable[[Array], Array]:
+    """`[B, 1, C]` -> the means over each group of channels, at each of its channels."""
+
+    def over(means: Array) -> Array:
+        grouped = means.reshape((*means.shape[:-1], groups, -1))
+        return jnp.broadcast_to(jnp.mean(grouped, -1, keepdims=True), grouped.shape).reshape(means.shape)
+
+    return over
+
+
+def _over_batch(weight: Array | None, x: Array) -> Callable[[Array], Array]:
+    """`[B, 1, C]` -> the means over the examples that count, `[1, 1, C]`."""
+    # Where no example counts all do: statistics of nothing would be no numbers.
+    counts = jnp.ones(x.shape[:1], bool) if weight is None else (weight > 0) | ~jnp.any(weight > 0)
+    fraction = counts / jnp.sum(counts, dtype=x.dtype)
+
+    def over(means: Array) -> Array:
+        # What an example of weight 0 holds may be no number: 0 times it would be none either.
+        return jnp.tensordot(fraction, jnp.where(counts[:, None, None], means, 0), 1)[None]
+
+    return over

@@ -10,6 +10,7 @@ from flax import nnx
 
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.normalisation import check_norm, normalise, normalising
+from cl_zoo.models.pooling import mean_pool
 from cl_zoo.models.preprocess import scale_images
 from cl_zoo.types import Array, Model, PyTree, check_whole
 
@@ -37,7 +38,7 @@ class Block(nnx.Module):
         h = tap(f"{path}/conv_0", self.conv_0, nnx.relu(normalise(self.norm_0, x, weight)))
         h = tap(f"{path}/conv_1", self.conv_1, nnx.relu(normalise(self.norm_1, h, weight)))
         if self.stride > 1:
-            x = nnx.avg_pool(x, (self.stride, self.stride), (self.stride, self.stride))
+            x = mean_pool(x, (self.stride, self.stride))
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.more))) + h
 
 

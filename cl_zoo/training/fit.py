@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from cl_zoo.compilation import jit
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.frozen import join_state, learner_with, split_state, with_weights, without_weights
 from cl_zoo.training.checkpoint import Checkpoints
@@ -230,11 +231,11 @@ def _programs(learner: Learner, stream: Stream, split: str) -> dict[str, Callabl
         return evaluate(learner_with(learner, frozen), stream, data, state, split)
 
     return {
-        "start": jax.jit(start_all),
-        "begin": jax.jit(begin_task, donate_argnums=3),
-        "train": jax.jit(train, static_argnums=2, donate_argnums=1),
-        "finish": jax.jit(end_task, donate_argnums=2),
-        "evaluate": jax.jit(score),
+        "start": jit(start_all),
+        "begin": jit(begin_task, donate_argnums=3),
+        "train": jit(train, static_argnums=2, donate_argnums=1),
+        "finish": jit(end_task, donate_argnums=2),
+        "evaluate": jit(score),
     }
 
 

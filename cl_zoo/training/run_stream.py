@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.compilation import jit
 from cl_zoo.evaluation.evaluate import evaluate
 from cl_zoo.frozen import learner_with, split_state, with_weights, without_weights
-from cl_zoo.training.compilation import compiler_options
 from cl_zoo.training.loop import (
     Result,
     begin,
@@ -130,10 +130,7 @@ def _check_options(stream: Stream, evaluate_every: int | None = None, evaluate_a
 
 @functools.lru_cache(maxsize=64)
 def _program(learner: Learner, stream: Stream, *options: Any) -> Callable[..., Result]:
-    return jax.jit(
-        lambda tasks, data, key, weights=None: _run(learner, stream, tasks, data, key, weights, *options),
-        compiler_options=compiler_options(),
-    )
+    return jit(lambda tasks, data, key, weights=None: _run(learner, stream, tasks, data, key, weights, *options))
 
 
 def _run(
@@ -274,7 +271,7 @@ def _sweep_program(
     keep_states: bool,
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Result]:
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @jit
     def program(
         tasks: TaskInfo, data: PyTree, settings: PyTree, keys: Key, orders: Key | None, weights: PyTree
     ) -> Result:

@@ -22,6 +22,7 @@ import optax
 import tyro
 
 from cl_zoo import Batch, compose, mlp, supervised
+from cl_zoo.compilation import jit
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.training.run_directory import environment, write_json
 
@@ -39,7 +40,7 @@ class Config:
 
 def seconds(function: Callable[..., Any], *arguments: Any, repeats: int, n: int) -> float:
     """The median over `repeats` of one of the `n` rounds of a compiled function."""
-    compiled = jax.jit(function).lower(*arguments).compile()
+    compiled = jit(function).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
     times = []
     for _ in range(repeats):

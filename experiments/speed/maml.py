@@ -26,7 +26,7 @@ import optax
 import tyro
 
 from cl_zoo import Learner, Stream, compose, episodic, maml, mlp, sinusoids, squared_error
-from cl_zoo.training.compilation import compiler_options
+from cl_zoo.compilation import jit
 from cl_zoo.training.loop import start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
 from experiments.speed.compare import run
@@ -72,12 +72,11 @@ def cl_zoo_report(threads: int, rounds: int) -> dict[str, Any]:
     learner, stream = problem(inner_steps=1)
 
     def compiled(n: int, carry: Any) -> Any:
-        return jax.jit(lambda data, carry: train_steps(learner, stream, data, carry, n)).lower(stream.data, carry)
+        return jit(lambda data, carry: train_steps(learner, stream, data, carry, n)).lower(stream.data, carry)
 
-    carry = jax.jit(lambda data, key: start(learner, stream, data, key))(stream.data, jax.random.key(0))
-    options = compiler_options()  # as `run_stream` compiles
-    carry, metrics = compiled(WARM_UP, carry).compile(options)(stream.data, carry)
-    first, steps = float(metrics["loss"].mean()), compiled(ITERATIONS, carry).compile(options)
+    carry = jit(lambda data, key: start(learner, stream, data, key))(stream.data, jax.random.key(0))
+    carry, metrics = compiled(WARM_UP, carry).compile()(stream.data, carry)
+    first, steps = float(metrics["loss"].mean()), compiled(ITERATIONS, carry).compile()
     seconds = []
     for _ in range(rounds):
         begun = time.perf_counter()

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import tyro
 
+from cl_zoo.compilation import jit
 from cl_zoo.training.loop import start
 from cl_zoo.training.run_directory import environment, write_json
 from experiments.speed.maml import problem
@@ -36,7 +37,7 @@ def temporary_bytes(inner_steps: int, rematerialise: bool) -> int:
     learner, stream = problem(inner_steps=inner_steps, rematerialise=rematerialise)
     state, cursor = jax.eval_shape(lambda data, key: start(learner, stream, data, key), stream.data, jax.random.key(0))
     batch, _ = jax.eval_shape(lambda data, cursor: stream.next(data, cursor, lambda x: None), stream.data, cursor)
-    plan = jax.jit(learner.update).lower(state, batch).compile().memory_analysis()
+    plan = jit(learner.update).lower(state, batch).compile().memory_analysis()
     if plan is None:
         raise SystemExit("this device does not tell how much memory a program takes")
     return int(plan.temp_size_in_bytes)

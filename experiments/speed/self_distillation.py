@@ -21,6 +21,7 @@ import optax
 import tyro
 
 from cl_zoo import SymbolWorld, answer_logits, answering, compose, generate
+from cl_zoo.compilation import jit
 from cl_zoo.frozen import split_state
 from cl_zoo.training.loop import start
 from cl_zoo.training.run_directory import environment, write_json
@@ -65,7 +66,7 @@ def main(measure: Measure) -> None:
         batch, _ = stream.next(stream.data, cursor, lambda x: None)
         batch = jax.tree.map(lambda leaf: jnp.resize(leaf, (rows, *leaf.shape[1:])), batch)
 
-        @jax.jit
+        @jit
         def update(state: Any, batch: Any, learner: Any = learner) -> Any:
             after, metrics = learner.update(state, batch)
             return split_state(after)[0], metrics
@@ -73,10 +74,10 @@ def main(measure: Measure) -> None:
         calls[f"{method}, update"] = (update, (state, batch))
     params = state.params if model.parameters is None else model.parameters(state.params, state.model_state)
     x, n = batch.x, bench.length
-    draw = jax.jit(
+    draw = jit(
         lambda params, x: generate(bench.net, params, x.prompt, jax.random.key(0), length=n, padding=x.padding).tokens
     )
-    teach = jax.jit(lambda params, x: answer_logits(bench.net, params, x.shown, x.shown_padding, x.answer))
+    teach = jit(lambda params, x: answer_logits(bench.net, params, x.shown, x.shown_padding, x.answer))
     calls |= {"drawing the answers": (draw, (params, x)), "the teacher's pass": (teach, (params, x))}
     seconds = timed(calls, measure.rounds)
     sized = dataclasses.replace(config, batch_size=rows)

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from cl_zoo.compilation import jit
 from cl_zoo.layers.attention import softmax_attention, window_attention
 from cl_zoo.layers.delta_rule import delta_rule, gated_delta_rule
 from cl_zoo.layers.fast_weights import FastLayer
@@ -85,7 +86,7 @@ def rates(dtype: Any = jnp.float32) -> tuple[float, float]:
     size = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((size, size), dtype)
     long = jnp.ones(2**25)
-    product, add = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + 1.0)
+    product, add = jit(lambda a: a @ a), jit(lambda a: a + 1.0)
     found = timed({"product": (product, (a,)), "add": (add, (long,))}, 9)
     return 2 * size**3 / found["product"], 2 * long.nbytes / found["add"]
 
@@ -128,7 +129,7 @@ def by_length(config: Config, rate: float) -> dict[str, dict[str, float]]:
         params = mixer.init(jax.random.key(0))
         # Equal numbers of tokens at once, so that all lengths find as much of their work in the processor's cache.
         total = max(config.lengths)
-        apply = jax.jit(mixer.apply)
+        apply = jit(mixer.apply)
         calls = {
             str(n): (apply, (params, jax.random.normal(jax.random.key(1), (total // n, n, config.width))))
             for n in config.lengths
@@ -177,12 +178,12 @@ def dual(config: Config) -> dict[str, float]:
         return jnp.moveaxis(z, 0, 2)
 
     calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "linear attention, core": (jax.jit(linear_attention_chunked), (q, k, v)),
+        "linear attention, core": (jit(linear_attention_chunked), (q, k, v)),
         "TTT-Linear, dual core": (
-            jax.jit(lambda q, k, v: ttt_chunked(q, k, v, weights, row, token, loss, mini_batch=16)),
+            jit(lambda q, k, v: ttt_chunked(q, k, v, weights, row, token, loss, mini_batch=16)),
             (q, k, v),
         ),
-        "TTT-Linear, primal core": (jax.jit(primal), (q, k, v)),
+        "TTT-Linear, primal core": (jit(primal), (q, k, v)),
     }
     x = jax.random.normal(jax.random.key(2), (config.batch_size, config.time, config.width))
     primal_layer = ttt_linear(config.width, config.heads)
@@ -192,15 +193,15 @@ def dual(config: Config) -> dict[str, float]:
         _, y = jax.lax.scan(lambda c, each: primal_layer.step(params, c, each)[::-1], cache, jnp.moveaxis(x, 1, 0))
         return jnp.moveaxis(y, 0, 1)
 
-    calls["TTT-Linear, primal, layer"] = (jax.jit(token_by_token), (primal_layer.init(jax.random.key(3)), x))
+    calls["TTT-Linear, primal, layer"] = (jit(token_by_token), (primal_layer.init(jax.random.key(3)), x))
     for name, mixer in (
         ("linear attention", linear_attention(config.width, config.heads)),
         ("TTT-Linear, dual", ttt_linear(config.width, config.heads)),
     ):
         params = mixer.init(jax.random.key(3))
-        calls[f"{name}, layer"] = (jax.jit(mixer.apply), (params, x))
+        calls[f"{name}, layer"] = (jit(mixer.apply), (params, x))
         gradient = jax.grad(lambda p, x, mixer=mixer: jnp.sum(jnp.square(mixer.apply(p, x))))
-        calls[f"{name}, layer with gradient"] = (jax.jit(gradient), (params, x))
+        calls[f"{name}, layer with gradient"] = (jit(gradient), (params, x))
     found = timed(calls, config.rounds)
     for name, seconds in found.items():
         print(f"{name:44s}{1e3 * seconds:9.1f} ms")
@@ -223,7 +224,7 @@ def decoding(config: Config, bandwidth: float) -> dict[str, dict[str, float]]:
         params = mixer.init(jax.random.key(0))
         x = jax.random.normal(jax.random.key(1), (256, 1, config.width))
 
-        @jax.jit
+        @jit
         def run(params: Any, cache: Any, x: Any, mixer: Mixer = mixer) -> Any:
             return jax.lax.scan(lambda c, each: mixer.step(params, c, each)[::-1], cache, x)[1]
 

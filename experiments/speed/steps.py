@@ -22,6 +22,7 @@ import tyro
 
 from cl_zoo import Learner, catalogue, compose, load_digits, mlp, split_mnist, supervised, with_rotation_head
 from cl_zoo.catalogue import Entry
+from cl_zoo.compilation import jit
 from cl_zoo.evaluation.cost import state_bytes
 from cl_zoo.training.loop import begin, finish, start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
@@ -66,7 +67,7 @@ def prepare(entry: Entry, config: Config, images: Any) -> tuple[Any, tuple[Any, 
     stream = split_mnist(scenario=entry.scenarios[0], images=images, batch_size=config.batch_size, sample_size=1000)
     learner, key = learner_of(entry, config, stream), jax.random.key(0)
 
-    @jax.jit
+    @jit
     def first_task(tasks: Any, data: Any) -> Any:
         state, cursor = start(learner, stream, data, key)
         state = begin(learner, stream, tasks, data, key, state, 0)
@@ -75,9 +76,9 @@ def prepare(entry: Entry, config: Config, images: Any) -> tuple[Any, tuple[Any, 
         return begin(learner, stream, tasks, data, key, state, 1), cursor
 
     carry = first_task(stream.tasks, stream.data)
-    batch, _ = jax.jit(lambda data, cursor: stream.next(data, cursor, lambda x: None))(stream.data, carry[1])
-    flops = (jax.jit(learner.update).lower(carry[0], batch).cost_analysis() or {}).get("flops", float("nan"))
-    run = jax.jit(lambda data, carry: train_steps(learner, stream, data, carry, config.steps)[0])
+    batch, _ = jit(lambda data, cursor: stream.next(data, cursor, lambda x: None))(stream.data, carry[1])
+    flops = (jit(learner.update).lower(carry[0], batch).cost_analysis() or {}).get("flops", float("nan"))
+    run = jit(lambda data, carry: train_steps(learner, stream, data, carry, config.steps)[0])
     compiled = run.lower(stream.data, carry).compile()
     jax.block_until_ready(compiled(stream.data, carry))
     return compiled, (stream.data, carry), float(flops), state_bytes(carry[0])

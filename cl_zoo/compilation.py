@@ -1,0 +1,89 @@
+"""How programs are compiled, and the cache of them between processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+__all__ = ["compiler_options", "enable_compilation_cache", "jit"]
+
+
+def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path:
+    """Keeps every compiled program on disk, so that a second process compiles nothing that the first did.
+
+    Args:
+      directory: None takes `$CL_ZOO_CACHE_DIR`, else `cl_zoo` in the user's cache folder.
+
+    Returns:
+      The directory.
+    """
+    fallback = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cl_zoo"
+    path = Path(directory or os.environ.get("CL_ZOO_CACHE_DIR") or fallback)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+_CPU_OPTIONS = {
+    # A quarter off the compile time of a stream, and nothing off its speed.
+    "xla_backend_optimization_level": 1,
+    # Else what a loop carries, reads and writes (a memory, parameters) is copied whole, twice a step.
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+    # The default but for convolutions, which this library does at half the speed of the other one.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+}
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """For `jax.jit`: how every program of this package is compiled on a CPU (`experiments/speed`); None elsewhere.
+
+    What XLA_FLAGS sets is left as it is, and what this version of XLA does not know is left out.
+    """
+    return dict(_known_options(os.environ.get("XLA_FLAGS", ""))) or None if jax.default_backend() == "cpu" else None
+
+
+def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
+    """`jax.jit` with `compiler_options()`; where an argument is traced, the outer program's options hold.
+
+    Args:
+      function: as for `jax.jit`.
+      **kwargs: of `jax.jit`.
+
+    Returns:
+      A function, and its `lower`.
+
+    Example:
+      >>> jit(lambda x: x + 1)(1)
+      Array(2, dtype=int32, weak_type=True)
+    """
+    inside = jax.jit(function, **kwargs)
+
+    @functools.cache  # a device is asked for when first called, not before
+    def outermost() -> Any:
+        return jax.jit(function, compiler_options=compiler_options(), **kwargs)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+        return (inside if traced else outermost())(*args, **kwargs)
+
+    call.lower = lambda *args, **kwargs: outermost().lower(*args, **kwargs)  # type: ignore[attr-defined]
+    return call
+
+
+@functools.lru_cache(maxsize=8)
+def _known_options(flags: str) -> tuple[tuple[str, Any], ...]:
+    def known(name: str, value: Any) -> bool:
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return tuple((name, value) for name, value in _CPU_OPTIONS.items() if name not in flags and known(name, value))

@@ -1,0 +1,338 @@
+"""A convolution whose derivatives are as fast inside of loops as outside, also on CPUs.
+
+XLA's compiler for CPUs has a fast routine for convolutions `[B, *S, I]`, `[*K, I, O]` -> `[B, *S', O]`. Those in any
+other form are brought into that one in the outermost computation alone; in the body of a loop or a `cond` they become
+naive nests of loops, 10 to 30 times slower. Gradients of `lax.conv_general_dilated` are of other forms.
+
+Here a convolution is one of the three maps that belong to y = conv(x, k), each linear in both of its operands:
+
+    output(x, k) = y        input(y, k) = (dy/dx)^T y        kernel(x, y) = (dy/dk)^T y
+
+The derivatives of each are the others, so three ways to compute them serve every order, forward and reverse.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from cl_zoo.types import Array
+
+__all__ = ["conv_general_dilated"]
+
+Pairs = tuple[tuple[int, int], ...]
+CHUNK = 16
+"""Examples of which the kernel's gradient is taken at once on a CPU: so many fit its cache."""
+
+
+class _Geometry(NamedTuple):
+    """y = conv(x, k) with `x: [B, *S, I]`, `k: [*K, I / groups, O]`, `y: [B, *S', O]`, of one dtype but for y's."""
+
+    x_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: Pairs
+    x_dilation: tuple[int, ...]
+    k_dilation: tuple[int, ...]
+    groups: int
+    dtype: Any
+    y_dtype: Any
+    precision: Any
+
+    @property
+    def numbers(self) -> tuple[str, str, str]:
+        places = "DHW"[-len(self.strides) :]
+        return f"N{places}C", f"{places}IO", f"N{places}C"
+
+    @property
+    def dilated(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths of x, of k, and of y with zeros between its places, as strides leave them out."""
+        x = (np.array(self.x_shape[1:-1]) - 1) * self.x_dilation + 1
+        k = (np.array(self.k_shape[:-2]) - 1) * self.k_dilation + 1
+        y = (x + np.array(self.padding).sum(1) - k) // self.strides * self.strides + 1
+        return x, k, y
+
+    @property
+    def y_places(self) -> tuple[int, ...]:
+        return tuple(((self.dilated[2] - 1) // self.strides + 1).tolist())
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> Array:
+    """`jax.lax.conv_general_dilated`, with the same arguments, results and derivatives.
+
+    On a CPU, derivatives of every order keep the form that its fast routine takes; with several kernels (`vmap` over
+    kernels, feature groups) one convolution follows another; each channel for itself (depthwise) is a sum of shifted
+    products; kernels of one place are products of matrices; and float16 and bfloat16 are added up in float32. On other
+    devices all is as in `lax`, and also here for complex and whole numbers, batch groups and explicit shardings.
+
+    Give it to Flax's `Conv` as `conv_general_dilated=`, or leave that to `from_nnx` and `from_linen`.
+
+    Example:
+      >>> x = jnp.arange(4.0).reshape((1, 1, 2, 2))
+      >>> conv_general_dilated(x, jnp.ones((1, 1, 3, 3)), (1, 1), "SAME").ravel()
+      Array([6., 6., 6., 6.], dtype=float32)
+    """
+    options = (lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count)
+    plain = functools.partial(
+        lax.conv_general_dilated, lhs, rhs, window_strides, padding, *options, precision, preferred_element_type
+    )
+    # `lax` checks them.
+    y = jax.eval_shape(plain)
+    ndim = len(window_strides)
+    if (
+        batch_group_count != 1
+        or out_sharding is not None
+        or not jnp.issubdtype(y.dtype, jnp.floating)
+        or not jnp.issubdtype(lhs.dtype, jnp.floating)
+        or not 1 <= ndim <= 3
+        or 0 in (*lhs.shape, *rhs.shape, *y.shape)
+    ):
+        return plain(out_sharding=out_sharding)
+    x_spec, k_spec, y_spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    x_order, k_order, y_order = (
+        (x_spec[0], *x_spec[2:], x_spec[1]),
+        (*k_spec[2:], k_spec[1], k_spec[0]),
+        (y_spec[0], *y_spec[2:], y_spec[1]),
+    )
+    x, k = lax.transpose(lhs, x_order), lax.transpose(rhs, k_order)
+    ones = (1,) * ndim
+    k_dilation = tuple(rhs_dilation or ones)
+    if isinstance(padding, str):
+        lengths = [(length - 1) * d + 1 for length, d in zip(k.shape, k_dilation)]
+        padding = lax.padtype_to_pads(x.shape[1:-1], lengths, window_strides, padding)
+    geometry = _Geometry(
+        x.shape,
+        k.shape,
+        tuple(window_strides),
+        tuple((int(low), int(high)) for low, high in padding),
+        tuple(lhs_dilation or ones),
+        k_dilation,
+        feature_group_count,
+        x.dtype,
+        y.dtype,
+        precision,
+    )
+    return lax.transpose(_bind("output", x, k, geometry), np.argsort(y_order))
+
+
+# The primitive: what it gives, in which of `levels` of vmap its two operands take part, and the geometry without vmap.
+_convolution = Primitive("cl_zoo_convolution")
+Levels = tuple[tuple[bool, bool], ...]
+
+
+def _bind(gives: str, a: Array, b: Array, geometry: _Geometry, levels: Levels = ()) -> Array:
+    return _convolution.bind(a, b, gives=gives, geometry=geometry, levels=levels)
+
+
+def _plain(a: Array, b: Array, gives: str, geometry: _Geometry, levels: Levels) -> Array:
+    """By `lax`, for devices other than CPUs, and for shapes."""
+    if levels:
+        axes = tuple(0 if here else None for here in levels[0])
+        return jax.vmap(functools.partial(_plain, gives=gives, geometry=geometry, levels=levels[1:]), axes)(a, b)
+    g = geometry
+
+    def output(x: Array, k: Array) -> Array:
+        return lax.conv_general_dilated(
+            x, k, g.strides, g.padding, g.x_dilation, g.k_dilation, g.numbers, g.groups, 1, g.precision, g.y_dtype
+        )
+
+    if gives == "output":
+        return output(a, b)
+    if gives == "input":
+        return jax.linear_transpose(lambda x: output(x, b), jax.ShapeDtypeStruct(g.x_shape, g.dtype))(a)[0]
+    return jax.linear_transpose(lambda k: output(a, k), jax.ShapeDtypeStruct(g.k_shape, g.dtype))(b)[0]
+
+
+@_convolution.def_abstract_eval
+def _abstract(a: Any, b: Any, **params: Any) -> Any:
+    shape = jax.eval_shape(
+        functools.partial(_plain, **params), *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (a, b))
+    )
+    return a.update(shape=shape.shape, dtype=shape.dtype, weak_type=False)
+
+
+_convolution.def_impl(jax.jit(_convolution.bind, static_argnames=("gives", "geometry", "levels")))
+
+# What the cotangent c of a result gives: to the first operand, and to the second.
+_TRANSPOSED: dict[str, tuple[tuple[str, Callable[..., Any]], tuple[str, Callable[..., Any]]]] = {
+    "output": (("input", lambda c, x, k: (c, k)), ("kernel", lambda c, x, k: (x, c))),
+    "input": (("output", lambda c, y, k: (c, k)), ("kernel", lambda c, y, k: (c, y))),
+    "kernel": (("input", lambda c, x, y: (y, c)), ("output", lambda c, x, y: (x, c))),
+}
+
+
+def _transpose(which: int, c: Array, a: Any, b: Any, *, gives: str, geometry: _Geometry, levels: Levels) -> Array:
+    to, operands = _TRANSPOSED[gives][which]
+    after = tuple(operands(True, *pair) for pair in levels)
+    first, second = operands(c, a, b)
+    found = _bind(to, first, second, geometry, after)
+    # An operand that took no part in a level was the same all along it.
+    return jnp.sum(found, [i for i, pair in enumerate(levels) if not pair[which]], dtype=found.dtype)
+
+
+ad.defbilinear(_convolution, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
+
+
+def _batch(
+    operands: Sequence[Array], axes: Sequence[int | None], *, gives: str, geometry: _Geometry, levels: Levels
+) -> tuple[Array, int]:
+    a, b = (v if axis is None else jnp.moveaxis(v, axis, 0) for v, axis in zip(operands, axes))
+    if axes[1] is None and gives != "kernel" and not levels:
+        # Examples of one kernel: a larger batch.
+        n = a.shape[0]
+        larger = geometry._replace(x_shape=(n * geometry.x_shape[0], *geometry.x_shape[1:]))
+        found = _bind(gives, a.reshape((-1, *a.shape[2:])), b, larger)
+        return found.reshape((n, -1, *found.shape[1:])), 0
+    return _bind(gives, a, b, geometry, ((axes[0] is not None, axes[1] is not None), *levels)), 0
+
+
+batching.primitive_batchers[_convolution] = _batch
+
+
+def _on_cpu(a: Array, b: Array, gives: str, geometry: _Geometry, levels: Levels) -> Array:
+    """By convolutions in the form of the fast routine, one for each kernel."""
+    if levels:
+        (here_a, here_b), rest = levels[0], levels[1:]
+        one = functools.partial(_on_cpu, gives=gives, geometry=geometry, levels=rest)
+        if here_a and here_b:
+            return lax.map(lambda ab: one(*ab), (a, b))
+        return lax.map(lambda v: one(v, b) if here_a else one(a, v), a if here_a else b)
+    g = geometry
+    kind = jnp.promote_types(g.y_dtype, jnp.float32)
+    a, b = a.astype(kind), b.astype(kind)
+    if g.k_shape[-2] == 1 and g.groups > 1:
+        way = _depthwise
+    elif g.groups > 1:
+        way = _grouped
+    elif math.prod(g.k_shape[:-2]) == 1 and not np.any(g.padding) and math.prod(g.x_dilation) == 1:
+        way = _pointwise
+    else:
+        way = _dense
+    return way(gives, a, b, g).astype(g.y_dtype if gives == "output" else g.dtype)
+
+
+def _dense(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
+    def convolve(x: Array, k: Array, strides: Any, padding: Pairs, x_dilation: Any, k_dilation: Any) -> Array:
+        if math.prod(k.shape[:-2]) > math.prod(x.shape[1:-1]):
+            # The compiler would let a smaller x and its kernel change places. With its zeros, x is never smaller.
+            edges = [(low, high, d - 1) for (low, high), d in zip(padding, x_dilation)]
+            x = lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)]))
+            padding, x_dilation = ((0, 0),) * len(padding), None
+        return lax.conv_general_dilated(
+            x, k, strides, padding, x_dilation, k_dilation, g.numbers, precision=g.precision
+        )
+
+    if gives == "output":
+        return convolve(a, b, g.strides, g.padding, g.x_dilation, g.k_dilation)
+    x, k, y = g.dilated
+    low = np.array(g.padding)[:, 0]
+    if gives == "input":
+        before = k - 1 - low
+        padding = tuple(zip(before.tolist(), (x + k - 1 - y - before).tolist()))
+        # A transposition right before a convolution would be made part of its form again.
+        turned = lax.optimization_barrier(jnp.swapaxes(jnp.flip(b, range(len(k))), -1, -2))
+        return convolve(a, turned, g.x_dilation, padding, g.strides, g.k_dilation)
+    padding = tuple(zip(low.tolist(), (y - x + k - 1 - low).tolist()))
+
+    def some(x: Array, y: Array) -> Array:
+        """Examples take the channels' place, channels that of examples, and y is the kernel."""
+        x, y = lax.optimization_barrier((jnp.swapaxes(x, 0, -1), jnp.moveaxis(y, 0, -2)))
+        found = convolve(x, y, g.k_dilation, padding, g.x_dilation, g.strides)
+        return jnp.moveaxis(lax.optimization_barrier(found), 0, -2)
+
+    n, rest = divmod(a.shape[0], CHUNK)
+    if n + (rest > 0) < 2:
+        return some(a, b)
+    cut = n * CHUNK
+    chunks = tuple(v[:cut].reshape((n, CHUNK, *v.shape[1:])) for v in (a, b))
+    start = some(a[cut:], b[cut:]) if rest else jnp.zeros(g.k_shape, a.dtype)
+    return lax.scan(lambda total, chunk: (total + some(*chunk), None), start, chunks)[0]
+
+
+def _grouped(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
+    """Group after group."""
+    n = g.groups
+
+    def split(v: Array) -> Array:
+        return jnp.moveaxis(v.reshape((*v.shape[:-1], n, v.shape[-1] // n)), -2, 0)
+
+    alone = g._replace(
+        x_shape=(*g.x_shape[:-1], g.x_shape[-1] // n), k_shape=(*g.k_shape[:-1], g.k_shape[-1] // n), groups=1
+    )
+    found = lax.map(lambda ab: _dense(gives, ab[0], ab[1], alone), (split(a), split(b)))
+    found = jnp.moveaxis(found, 0, -2)
+    return found.reshape((*found.shape[:-2], -1))
+
+
+def _pointwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
+    """A kernel of one place is a matrix."""
+    places = tuple(range(len(g.strides) + 1))
+    strides = (1, *g.strides, 1)
+
+    def seen(x: Array) -> Array:
+        return lax.slice(x, (0,) * x.ndim, x.shape, strides)
+
+    if gives == "output":
+        return jnp.matmul(seen(a), b.reshape(b.shape[-2:]), precision=g.precision)
+    if gives == "kernel":
+        return jnp.tensordot(seen(a), b, (places, places), precision=g.precision).reshape(g.k_shape)
+    found = jnp.matmul(a, b.reshape(b.shape[-2:]).T, precision=g.precision)
+    return jax.linear_transpose(seen, jax.ShapeDtypeStruct(g.x_shape, found.dtype))(found)[0]
+
+
+def _depthwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
+    """A sum over the kernel's places of products of shifted x."""
+    channels, more = g.x_shape[-1], g.k_shape[-1] // g.x_shape[-1]
+    shape = (g.x_shape[0], *g.y_places)
+
+    def shifted(x: Array, place: tuple[int, ...]) -> Array:
+        start = np.array(place) * g.k_dilation
+        stop = start + g.dilated[2]
+        return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *g.strides, 1))
+
+    def padded(x: Array) -> Array:
+        edges = [(low, high, d - 1) for (low, high), d in zip(g.padding, g.x_dilation)]
+        return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+
+    places = list(np.ndindex(*g.k_shape[:-2]))
+    if gives == "kernel":
+        x, y = padded(a), b.reshape((*shape, channels, more))
+        ones = jnp.ones((math.prod(shape),), x.dtype)
+        # As products: a sum over the first axes is slow on CPUs.
+        sums = [ones @ (shifted(x, place)[..., None] * y).reshape((ones.size, -1)) for place in places]
+        return jnp.stack(sums).reshape(g.k_shape)
+
+    def output(x: Array, k: Array) -> Array:
+        x = padded(x)
+        found = sum(shifted(x, place)[..., None] * k[place].reshape((channels, more)) for place in places)
+        return jnp.asarray(found).reshape((*shape, -1))
+
+    if gives == "output":
+        return output(a, b)
+    return jax.linear_transpose(lambda x: output(x, b), jax.ShapeDtypeStruct(g.x_shape, a.dtype))(a)[0]
+
+
+mlir.register_lowering(_convolution, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(_convolution, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
