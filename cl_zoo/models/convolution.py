@@ -32,6 +32,8 @@ __all__ = ["conv_general_dilated"]
 Pairs = tuple[tuple[int, int], ...]
 CHUNK = 16
 """Examples of which the kernel's gradient is taken at once on a CPU: so many fit its cache."""
+DENSE = 64
+"""Channels up to which groups of them are convolved at once on a CPU, with a kernel that has zeros for all others."""
 
 
 class _Geometry(NamedTuple):
@@ -83,9 +85,10 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, with the same arguments, results and derivatives.
 
     On a CPU, derivatives of every order keep the form that its fast routine takes; with several kernels (`vmap` over
-    kernels, feature groups) one convolution follows another; each channel for itself (depthwise) is a sum of shifted
-    products; kernels of one place are products of matrices; and float16 and bfloat16 are added up in float32. On other
-    devices all is as in `lax`, and also here for complex and whole numbers, batch groups and explicit shardings.
+    kernels, groups of many channels) one convolution follows another, and groups of few are one with zeros (a number
+    that is not finite is then seen by all groups); each channel for itself (depthwise) is a sum of shifted products;
+    kernels of one place are products of matrices; and float16 and bfloat16 are added up in float32. On other devices
+    all is as in `lax`, and also here for complex and whole numbers, batch groups and explicit shardings.
 
     Give it to Flax's `Conv` as `conv_general_dilated=`, or leave that to `from_nnx` and `from_linen`.
 
@@ -272,15 +275,20 @@ def _dense(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
 
 
 def _grouped(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
-    """Group after group."""
-    n = g.groups
+    """Few channels: as one group, zeros where others are not read. Many: group after group."""
+    n, (inputs, outputs) = g.groups, g.k_shape[-2:]
+    if outputs <= DENSE:
+        whole = g._replace(k_shape=(*g.k_shape[:-2], n * inputs, outputs), groups=1)
+        own = np.arange(n * inputs)[:, None] // inputs == np.arange(outputs) // (outputs // n)
+        if gives == "kernel":
+            found = jnp.where(own, _dense(gives, a, b, whole), 0)
+            return jnp.sum(found.reshape((*g.k_shape[:-2], n, inputs, outputs)), -3)
+        return _dense(gives, a, jnp.where(own, jnp.concatenate([b] * n, -2), 0), whole)
 
     def split(v: Array) -> Array:
         return jnp.moveaxis(v.reshape((*v.shape[:-1], n, v.shape[-1] // n)), -2, 0)
 
-    alone = g._replace(
-        x_shape=(*g.x_shape[:-1], g.x_shape[-1] // n), k_shape=(*g.k_shape[:-1], g.k_shape[-1] // n), groups=1
-    )
+    alone = g._replace(x_shape=(*g.x_shape[:-1], inputs), k_shape=(*g.k_shape[:-1], outputs // n), groups=1)
     found = lax.map(lambda ab: _dense(gives, ab[0], ab[1], alone), (split(a), split(b)))
     found = jnp.moveaxis(found, 0, -2)
     return found.reshape((*found.shape[:-2], -1))
@@ -303,35 +311,43 @@ def _pointwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
 
 
 def _depthwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
-    """A sum over the kernel's places of products of shifted x."""
+    """A sum over the kernel's places of products of shifted x, or of shifted y."""
     channels, more = g.x_shape[-1], g.k_shape[-1] // g.x_shape[-1]
-    shape = (g.x_shape[0], *g.y_places)
-
-    def shifted(x: Array, place: tuple[int, ...]) -> Array:
-        start = np.array(place) * g.k_dilation
-        stop = start + g.dilated[2]
-        return lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *g.strides, 1))
-
-    def padded(x: Array) -> Array:
-        edges = [(low, high, d - 1) for (low, high), d in zip(g.padding, g.x_dilation)]
-        return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-
+    x_length, k_length, y_length = g.dilated
+    low = np.array(g.padding)[:, 0]
     places = list(np.ndindex(*g.k_shape[:-2]))
-    if gives == "kernel":
-        x, y = padded(a), b.reshape((*shape, channels, more))
-        ones = jnp.ones((math.prod(shape),), x.dtype)
-        # As products: a sum over the first axes is slow on CPUs.
-        sums = [ones @ (shifted(x, place)[..., None] * y).reshape((ones.size, -1)) for place in places]
-        return jnp.stack(sums).reshape(g.k_shape)
 
-    def output(x: Array, k: Array) -> Array:
-        x = padded(x)
-        found = sum(shifted(x, place)[..., None] * k[place].reshape((channels, more)) for place in places)
-        return jnp.asarray(found).reshape((*shape, -1))
+    def padded(v: Array, edges: Any, dilation: tuple[int, ...]) -> Array:
+        between = [(int(before), int(after), d - 1) for (before, after), d in zip(edges, dilation)]
+        return lax.pad(v, jnp.zeros((), v.dtype), [(0, 0, 0), *between, *((0, 0, 0),) * (v.ndim - len(between) - 1)])
 
+    def shifted(v: Array, place: Sequence[int], length: np.ndarray, strides: tuple[int, ...]) -> Array:
+        start = np.array(place) * g.k_dilation
+        rest = v.shape[len(strides) + 1 :]
+        return lax.slice(
+            v, (0, *start, *(0 for _ in rest)), (len(v), *(start + length), *rest), (1, *strides, *(1 for _ in rest))
+        )
+
+    if gives == "input":
+        before = k_length - 1 - low
+        edges = zip(before, x_length + k_length - 1 - y_length - before)
+        y = padded(a.reshape((*a.shape[:-1], channels, more)), edges, g.strides)
+        turned = jnp.flip(b, range(len(k_length)))
+        return jnp.asarray(
+            sum(
+                jnp.sum(shifted(y, place, x_length, g.x_dilation) * turned[place].reshape((channels, more)), -1)
+                for place in places
+            )
+        )
+    x = padded(a, g.padding, g.x_dilation)
+    seen = (shifted(x, place, y_length, g.strides)[..., None] for place in places)
     if gives == "output":
-        return output(a, b)
-    return jax.linear_transpose(lambda x: output(x, b), jax.ShapeDtypeStruct(g.x_shape, a.dtype))(a)[0]
+        found = jnp.asarray(sum(v * b[place].reshape((channels, more)) for v, place in zip(seen, places)))
+        return found.reshape((*found.shape[:-2], -1))
+    y = b.reshape((*b.shape[:-1], channels, more))
+    # As products: a sum over the first axes is slow on CPUs.
+    ones = jnp.ones((math.prod(y.shape[:-2]),), y.dtype)
+    return jnp.stack([ones @ (v * y).reshape((ones.size, -1)) for v in seen]).reshape(g.k_shape)
 
 
 mlir.register_lowering(_convolution, mlir.lower_fun(_plain, multiple_results=False))

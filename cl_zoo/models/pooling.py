@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,10 +21,7 @@ def max_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
       >>> max_pool(jnp.arange(9.0).reshape((1, 3, 3, 1))).ravel().tolist()
       [4.0]
     """
-    blocks = _blocks(x, window)
-    # Not by `max`: its gradient looks for the place of the maximum, and where x is computed anew it may find none.
-    places = [blocks[_place(place)] for place in np.ndindex(*window)]
-    return functools.reduce(lambda a, b: jnp.where(a >= b, a, b), places)
+    return _largest(_blocks(x, window))
 
 
 def mean_pool(x: Array, window: Sequence[int] = (2, 2)) -> Array:
@@ -44,5 +41,32 @@ def _blocks(x: Array, window: Sequence[int]) -> Array:
     return x.reshape((x.shape[0], *(length for pair in zip(counts, window) for length in pair), x.shape[-1]))
 
 
-def _place(place: tuple[int, ...]) -> tuple[slice | int, ...]:
-    return (slice(None), *(index for i in place for index in (slice(None), i)))
+def _first_largest(blocks: Array) -> tuple[Array, Array]:
+    """The largest of each window, and the number of its place."""
+    windows = blocks.shape[2:-1:2]
+    y, place = None, None
+    for number, index in enumerate(np.ndindex(*windows)):
+        here = blocks[(slice(None), *(part for i in index for part in (slice(None), i)))]
+        if y is None or place is None:
+            y, place = here, jnp.zeros(here.shape, jnp.int32)
+        else:
+            # A number that is not one is larger than all others, as in `lax.max`.
+            more = (here > y) | (jnp.isnan(here) & ~jnp.isnan(y))
+            y, place = jnp.where(more, here, y), jnp.where(more, number, place)
+    assert y is not None and place is not None
+    return y, place
+
+
+@jax.custom_jvp
+def _largest(blocks: Array) -> Array:
+    return _first_largest(blocks)[0]
+
+
+@_largest.defjvp
+def _(blocks: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # So that its transpose is a product with a mask. That of the selection, a sum of padded arrays, is slow in loops.
+    y, place = _first_largest(blocks[0])
+    windows, axes = blocks[0].shape[2:-1:2], tuple(range(2, blocks[0].ndim - 1, 2))
+    numbers = np.arange(np.prod(windows)).reshape(windows)
+    here = np.expand_dims(numbers, (0, *range(1, 2 * len(windows), 2), 2 * len(windows) + 1))
+    return y, jnp.sum(jnp.where(here == jnp.expand_dims(place, axes), tangents[0], 0), axes)

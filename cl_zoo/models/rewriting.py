@@ -10,6 +10,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, jaxprs_in_params
 
 from cl_zoo.models.convolution import conv_general_dilated
+from cl_zoo.models.pooling import max_pool
 from cl_zoo.types import Array
 
 __all__ = ["fast_convolutions", "has_plain_convolutions"]
@@ -26,7 +27,8 @@ def has_plain_convolutions(jaxpr: Any) -> bool:
 
 
 def fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, with `conv_general_dilated` of `models.convolution` wherever it uses that of `lax`.
+    """The same function, with `conv_general_dilated` of `models.convolution` wherever it uses that of `lax`, and maxima
+    over windows that do not overlap by `models.pooling`.
 
     It reads what the function does from its trace, so that layers of any library serve as they are. Derivatives that
     the function defines itself (`custom_jvp`, `custom_vjp`) are left alone. On devices other than CPUs, and outside of
@@ -76,12 +78,23 @@ def _evaluate(closed: Any, *arrays: Array) -> list[Array]:
         params = eqn.primitive.get_bind_params(eqn.params)
         if eqn.primitive.name == _PLAIN:
             found: Any = conv_general_dilated(*operands, **params)
+        elif (window := _pooled(eqn)) is not None:
+            found = max_pool(operands[0], window)
         else:
             if not eqn.primitive.name.startswith("custom_"):
                 params = {name: _replaced(value) for name, value in params.items()}
             found = eqn.primitive.bind(*operands, **params)
         values.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True))
     return list(map(read, closed.jaxpr.outvars))
+
+
+def _pooled(eqn: Any) -> tuple[int, ...] | None:
+    """The window of a maximum over windows of `[B, *S, C]` that do not overlap; None of any other operation."""
+    if eqn.primitive.name != "reduce_window_max":
+        return None
+    p, (first, *window, last) = eqn.params, eqn.params["window_dimensions"]
+    plain = not any(map(any, p["padding"])) and {*p["base_dilation"], *p["window_dilation"], first, last} == {1}
+    return tuple(window) if plain and window and p["window_strides"] == p["window_dimensions"] else None
 
 
 def _replaced(value: Any) -> Any:

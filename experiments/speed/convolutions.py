@@ -3,7 +3,7 @@
     bash experiments/speed/make_peer_env.sh PEER                    once: the peers' own environment
     python -m experiments.speed.convolutions --peer PEER            with nothing else running; about 10 minutes
 
-An update of SGD on random images: jitted alone; in the loops of `run_stream` and of `fit`; and PyTorch's eager step with
+An update of SGD on random images: jitted alone; in the loops of `run_stream` and `fit`; and PyTorch's eager step with
 1 and 2 threads, of which the better counts. Then two computations over a convolutional net, alone and in a loop: a step
 of second-order MAML, and the Fisher of a batch. All sides take turns, `repeats` times, and medians are compared.
 """

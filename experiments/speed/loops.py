@@ -4,7 +4,7 @@
 
 Each operation is jitted alone, as the body of a `scan`, and as a branch of a `cond`, on arrays that come from outside.
 Convolutions are here twice, by `lax` and by `cl_zoo.models.convolution`. Then the step of `replay` against the number
-of rows in memory, compiled as `run_stream` does and by plain `jax.jit`: what a loop reads and writes is not to be copied.
+of rows in memory, compiled as `run_stream` does and by plain `jax.jit`: no loop is to copy what it reads and writes.
 """
 
 from __future__ import annotations
@@ -115,13 +115,15 @@ def operations() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 def milliseconds(function: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> dict[str, float]:
     """Of one call: alone, in a loop, and in a branch."""
 
-    def loop(c: jax.Array, n: int, arguments: tuple[Any, ...]) -> jax.Array:
-        def body(c: jax.Array, _: None) -> tuple[jax.Array, None]:
-            # So that nothing is taken out of the loop, nor left out.
-            out = lax.optimization_barrier(function(arguments[0] + c.astype(arguments[0].dtype), *arguments[1:]))
-            return 0 * jnp.ravel(out)[0].astype(jnp.float32), None
+    def loop(c: jax.Array, n: int, arguments: tuple[Any, ...]) -> Any:
+        """Its result is carried, and its first argument depends on it: nothing can be left out, or out of the loop."""
 
-        return lax.scan(body, c, length=n)[0]
+        def body(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+            out = function(arguments[0] + carry[0].astype(arguments[0].dtype), *arguments[1:])
+            return (0 * jnp.ravel(out)[0].astype(jnp.float32), out), None
+
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *arguments))
+        return lax.scan(body, (c, nothing), length=n)[0]
 
     def branch(flag: jax.Array, arguments: tuple[Any, ...]) -> jax.Array:
         return lax.cond(flag, lambda a: function(*a), lambda a: jnp.zeros_like(function(*a)), arguments)
@@ -141,6 +143,17 @@ def milliseconds(function: Callable[..., Any], arguments: tuple[Any, ...], repea
     return {side: statistics.median(r[side] for r in rounds) for side in calls}
 
 
+class Continued:
+    """Goes on from where the last call ended; the old carry's memory is given to the new one, as in a run."""
+
+    def __init__(self, program: Callable[..., Any], data: Any, carry: Any):
+        self.program, self.data, self.carry = program, data, carry
+
+    def __call__(self) -> Any:
+        self.carry = self.program(self.data, self.carry)
+        return self.carry
+
+
 def replay_steps(repeats: int) -> dict[str, dict[str, float]]:
     """Microseconds of a step against rows in memory, with the compiler's options and without."""
     stream = split_mnist(scenario="class", steps=100, batch_size=64)
@@ -152,9 +165,7 @@ def replay_steps(repeats: int) -> dict[str, dict[str, float]]:
         carry = jit(lambda data, learner=learner: start(learner, stream, data, jax.random.key(0)))(stream.data)
         steps = lambda data, carry, learner=learner: train_steps(learner, stream, data, carry, 100)[0]  # noqa: E731
         for name, compiled in (("as run_stream", jit), ("jax.jit", jax.jit)):
-            # The old carry's memory is given to the new one, as in a run.
-            program = compiled(steps, donate_argnums=1)
-            calls[name, rows] = lambda program=program, carry=carry: program(stream.data, jax.tree.map(jnp.copy, carry))
+            calls[name, rows] = Continued(compiled(steps, donate_argnums=1), stream.data, jax.tree.map(jnp.copy, carry))
     for call in calls.values():
         call()
 

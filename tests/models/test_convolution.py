@@ -132,6 +132,12 @@ def test_many_convolutions_equal_the_oracle(block: int) -> None:
         jax.clear_caches()
 
 
+def test_groups_of_many_channels(monkeypatch) -> None:
+    monkeypatch.setattr("cl_zoo.models.convolution.DENSE", 0)
+    random = np.random.default_rng(0)
+    check(Convolution((3, 6, 5, 4), (3, 2, 2, 6), (1, 2), ((1, 1), (0, 1)), (1, 1), (1, 1), 2), random, np.float32)
+
+
 def test_other_orders_of_axes_and_named_padding() -> None:
     x, k = jax.random.normal(KEY, (2, 3, 9, 8)), jax.random.normal(KEY, (4, 3, 2, 3))
     for numbers, order in ((None, (0, 1, 2, 3)), (("NHCW", "OIHW", "CNWH"), (0, 2, 1, 3))):
@@ -262,6 +268,8 @@ def test_rewritten_functions_keep_branches_loops_and_their_own_derivatives() -> 
 
     def function(x, flag):
         y = lax.cond(x[0, 0, 0, 0] > 0, lambda x: lax.conv(x, kernel, (1, 1), "SAME"), lambda x: -x, x)
+        y = nnx.max_pool(jnp.moveaxis(y, 1, -1), (2, 1), (2, 1)).repeat(2, 1).transpose((0, 3, 1, 2))
+        y = nnx.max_pool(y, (3, 1), (1, 1), "SAME")
         y = lax.while_loop(lambda y: jnp.sum(y) < 40, lambda y: 2 * lax.conv(y, kernel, (1, 1), "SAME") + 1, y)
         return {"b": own(y), "a": y if flag else x}
 

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cl_zoo import cnn, mlp, resnet26, resnet_tail, with_rotation_head
 from cl_zoo.estimators.alignment import permute, permute_statistics
 from cl_zoo.estimators.units import group_size
+from cl_zoo.models.normalisation import normalise, normalising
 from tests.tiny import close, same_bytes
 
 KEY = jax.random.key(0)
@@ -103,17 +105,32 @@ def test_rows_of_weight_zero_take_no_part_in_statistics(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(train(X, 0 * weight)))
 
 
-def test_convolution_by_patches_is_the_same():
-    x = np.random.default_rng(0).integers(0, 256, (3, 7, 6, 2)).astype(np.uint8)
-    plain, by_patches = (cnn((7, 6, 2), 3, channels=(4, 3), hidden=5, patches=patches) for patches in (False, True))
-    params, state = start(plain, x)
-    same_bytes(jax.jit(plain.init)(KEY, x), jax.jit(by_patches.init)(KEY, x))
+@pytest.mark.parametrize("kind", ["batch", "group"])
+@pytest.mark.parametrize("shape", [(5, 12), (5, 3, 4, 12)])
+def test_normalising_is_what_the_layers_do(kind: str, shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(0)
+    x, scale, bias = (jnp.asarray(random.normal(size=s), jnp.float32) for s in (shape, 12, 12))
+    weight = jnp.array([1.0, 0.5, 1, 1, 0])
+    counts = (weight > 0).reshape((5,) + (1,) * (len(shape) - 1))
 
-    def found(model):
-        loss = lambda p: jnp.sum(model.apply(p, state, x)[0] ** 2)  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(params), jax.jit(lambda p: model.apply(p, state, x)[2])(params)
+    def run(x, scale, bias, by_layer: bool):
+        layer = normalising(kind, 12, 4, nnx.Rngs(0))
+        layer.scale, layer.bias = nnx.Param(scale), nnx.Param(bias)
+        if not by_layer:
+            y = normalise(layer, x, weight)
+        else:
+            y = layer(x, mask=counts) if kind == "batch" else layer(x)
+        statistics = (layer.mean[...], layer.var[...]) if kind == "batch" else ()
+        return jnp.where(counts, y, 0), statistics
 
-    close(found(by_patches), found(plain), 1e-4, 1e-4)
+    def all_of(by_layer: bool):
+        def loss(x, scale, bias):
+            y, statistics = run(x, scale, bias, by_layer)
+            return jnp.sum(jnp.sin(y)), (y, statistics)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(x, scale, bias)
+
+    close(all_of(False), all_of(True), 1e-4, 1e-5)
 
 
 def test_residual_network():

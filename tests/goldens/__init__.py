@@ -1,0 +1,1 @@
+"""What runs gave before, kept: `make.py` says of what, `test_goldens.py` compares."""

@@ -1,0 +1,129 @@
+"""What every entry of the catalogue, every layer and three studies give, kept.
+
+    python -m tests.goldens.make        writes tests/goldens/goldens.npz
+
+Run it only if the mathematics changed, and say why in the commit. Everything is computed in float64, where the
+mathematics allows it, on the tiny stream of the tests; numbers are those of the JAX version that the file names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cl_zoo import run_stream, sequence_layers
+from cl_zoo.types import Model
+from experiments import anytime, split_mnist, text_domains
+from tests.conftest import tiny_images
+from tests.contract import test_laws, test_layers
+from tests.tiny import entry_learner, raw, tiny_stream
+
+FILE = Path(__file__).with_name("goldens.npz")
+KEY = jax.random.key(3)
+
+
+def wide(model: Model) -> Model:
+    """The same model with parameters and inputs in float64."""
+
+    def init(*arguments: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+            model.init(*arguments),
+        )
+
+    return model._replace(init=init)
+
+
+def flattened(name: str, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Every leaf under its path."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield name + jax.tree_util.keystr(path, simple=True, separator="/"), raw(leaf)
+
+
+def of_entry(name: str, images: Any) -> dict[str, np.ndarray]:
+    """Final parameters, parts and optimiser, all metrics, and R."""
+    entry = test_laws.SUBJECTS[name]
+    stream = tiny_stream(images, entry.scenarios[0])
+    net = entry.net
+    learner = entry_learner(stream, entry._replace(net=lambda *args, **kwargs: wide(net(*args, **kwargs))))
+    result = run_stream(learner, stream, KEY)
+    state = result.state
+    kept = {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "parts": state.parts,
+        "metrics": result.metrics,
+        "R": result.accuracy,
+    }
+    return dict(flattened(f"entries/{name}/", kept))
+
+
+def of_layer(name: str) -> dict[str, np.ndarray]:
+    """Both forms of a layer, the cache that they leave, and the gradient to its parameters."""
+    mixer = test_layers.make(sequence_layers()[name])
+    params = jax.tree.map(lambda leaf: leaf.astype(float), test_layers.off_centre(jax.jit(mixer.init)(test_layers.KEY)))
+    x = jnp.asarray(test_layers.draw(test_layers.B, test_layers.T, test_layers.WIDTH), jnp.float64)
+    parallel, recurrent, _, end = test_layers.two_forms(mixer)(params, x)
+    slope = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(mixer.apply(p, x)))))(params)
+    kept = {"parallel": parallel, "recurrent": recurrent, "cache": end, "gradient": slope}
+    return dict(flattened(f"layers/{name}/", kept))
+
+
+STUDIES = {
+    "split_mnist": lambda d: split_mnist.main(split_mnist.Config(protocol="smoke", seeds=1, directory=d)),
+    "anytime": lambda d: anytime.main(anytime.Config(protocol="smoke", seeds=1, directory=d)),
+    "text_domains": lambda d: text_domains.main(text_domains.Config(protocol="smoke", seeds=1, directory=d)),
+}
+
+
+def of_study(name: str) -> dict[str, np.ndarray]:
+    """The mean of every row, in the studies' own float32."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
+        STUDIES[name](directory)
+        rows = json.loads((Path(directory) / "results.json").read_text())["rows"]
+    label = lambda row: "/".join(str(row[part]) for part in ("setting", "algorithm", "metric") if part in row)  # noqa: E731
+    return {f"studies/{name}/{label(row)}": np.array(row["ours"]["mean"]) for row in rows if row["ours"]}
+
+
+def names() -> list[str]:
+    """Of all that is kept."""
+    return (
+        [f"entries/{name}" for name in test_laws.SUBJECTS]
+        + [f"layers/{n}" for n in sequence_layers()]
+        + [f"studies/{name}" for name in STUDIES]
+    )
+
+
+def found(name: str, images: Any) -> dict[str, np.ndarray]:
+    """What is computed now under that name."""
+    kind, _, name = name.partition("/")
+    if kind == "studies":
+        return of_study(name)
+    with jax.enable_x64(True):
+        return of_entry(name, images) if kind == "entries" else of_layer(name)
+
+
+def main() -> None:
+    """Writes the file."""
+    images = tiny_images.__wrapped__()  # type: ignore[attr-defined]
+    arrays: dict[str, np.ndarray] = {"jax_version": np.array(jax.__version__)}
+    for name in names():
+        new = found(name, images)
+        print(f"{name:40s} {len(new):4d} arrays, {sum(a.nbytes for a in new.values()):8d} bytes", flush=True)
+        arrays |= new
+        jax.clear_caches()
+    np.savez_compressed(FILE, **arrays)
+    print(f"{FILE}: {FILE.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
