@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-__all__ = ["compiler_options", "enable_compilation_cache", "jit"]
+__all__ = ["compiler_options", "enable_compilation_cache", "jit", "staged"]
 
 
 def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path:
@@ -49,14 +50,14 @@ def compiler_options() -> dict[str, Any] | None:
 
 
 def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
-    """`jax.jit` with `compiler_options()`; where an argument is traced, the outer program's options hold.
+    """`jax.jit` with `compiler_options()`; inside of another program, or of `grad` and `vmap`, without them.
 
     Args:
       function: as for `jax.jit`.
       **kwargs: of `jax.jit`.
 
     Returns:
-      A function, and its `lower`.
+      A function, with `lower`, `trace`, `eval_shape` and `clear_cache` as `jax.jit` has them.
 
     Example:
       >>> jit(lambda x: x + 1)(1)
@@ -71,10 +72,19 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
-        return (inside if traced else outermost())(*args, **kwargs)
+        return (inside if traced or staged() else outermost())(*args, **kwargs)
 
-    call.lower = lambda *args, **kwargs: outermost().lower(*args, **kwargs)  # type: ignore[attr-defined]
+    def of_outermost(name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: getattr(outermost(), name)(*args, **kwargs)
+
+    for name in ("lower", "trace", "eval_shape", "clear_cache", "_cache_size"):
+        setattr(call, name, of_outermost(name))
     return call
+
+
+def staged() -> bool:
+    """Whether operations are being recorded for a program, and not carried out."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 @functools.lru_cache(maxsize=8)

@@ -32,7 +32,7 @@ def called(lines: list[str], parts: dict[str, list[str]]) -> set[str]:
 
 
 def bodies(text: str) -> list[list[str]]:
-    """The lines of each loop's body, with all that it calls; or of those loops alone that hold no other."""
+    """The lines of each loop's body, with all that it calls."""
     parts = computations(text)
     names = set(re.findall(r" while\(.*body=%?([\w.\-]+)", text))
     return [[line for part in {name, *called(parts[name], parts)} for line in parts[part]] for name in names]

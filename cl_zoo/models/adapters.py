@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from cl_zoo.models.rewriting import fast_convolutions
@@ -56,7 +57,8 @@ def from_nnx(
     `nnx.Param` variables become `params`, all others but keys (normalisation statistics, ...) `model_state`; both are
     nested dicts. A module whose `__call__` takes `tap` calls its dense and convolution layers as
     `tap("path/to/layer", self.layer, x)`, and so gives taps; any other module simply has none. One that takes `task`
-    or `weight` is given them. Dropout draws from the key of the call.
+    or `weight` is given them. Dropout draws from the key of the call. Inside of a program on a CPU, convolutions are
+    made fast (`fast_convolutions`): what `__call__` keeps elsewhere than in variables and outputs is lost there.
 
     Args:
       make: `(rngs) -> module`.
@@ -105,7 +107,11 @@ def from_nnx(
             nnx.replace_by_pure_dict(state, values)
             states.append(state)
         keys = jax.tree.map(
-            lambda leaf: jax.random.key(0) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 0,
+            lambda leaf: (
+                jnp.broadcast_to(jax.random.key(0), leaf.shape)
+                if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+                else jnp.zeros(leaf.shape, leaf.dtype)
+            ),
             abstract_keys,
         )
         module: Any = nnx.merge(graph, states[0], keys, states[1])

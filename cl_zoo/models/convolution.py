@@ -24,16 +24,19 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 from cl_zoo.types import Array
 
-__all__ = ["conv_general_dilated"]
+__all__ = ["accumulator", "conv_general_dilated", "typed"]
 
 Pairs = tuple[tuple[int, int], ...]
 CHUNK = 16
 """Examples of which the kernel's gradient is taken at once on a CPU: so many fit its cache."""
 DENSE = 64
-"""Channels up to which groups of them are convolved at once on a CPU, with a kernel that has zeros for all others."""
+"""Channels, in and out, up to which groups of them are convolved at once on a CPU, with zeros in between."""
+UNROLLED = 64
+"""Places of a kernel up to which a depthwise convolution is a sum of so many products: each takes time to compile."""
 
 
 class _Geometry(NamedTuple):
@@ -63,9 +66,15 @@ class _Geometry(NamedTuple):
         y = (x + np.array(self.padding).sum(1) - k) // self.strides * self.strides + 1
         return x, k, y
 
-    @property
-    def y_places(self) -> tuple[int, ...]:
-        return tuple(((self.dilated[2] - 1) // self.strides + 1).tolist())
+
+def typed(v: Any) -> bool:
+    """Whether the type of an array says how it lies on devices (explicit axes of a mesh, `shard_map`)."""
+    return bool(set(jax.typeof(v).sharding.mesh.axis_types) - {AxisType.Auto})
+
+
+def accumulator(dtype: Any) -> Any:
+    """The type to add up numbers of `dtype` in: float32, or itself where that is wider."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def conv_general_dilated(
@@ -82,7 +91,7 @@ def conv_general_dilated(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
 ) -> Array:
-    """`jax.lax.conv_general_dilated`, with the same arguments, results and derivatives.
+    """`jax.lax.conv_general_dilated`, with the same arguments, values and derivatives.
 
     On a CPU, derivatives of every order keep the form that its fast routine takes; with several kernels (`vmap` over
     kernels, groups of many channels) one convolution follows another, and groups of few are one with zeros (a number
@@ -101,16 +110,18 @@ def conv_general_dilated(
     plain = functools.partial(
         lax.conv_general_dilated, lhs, rhs, window_strides, padding, *options, precision, preferred_element_type
     )
-    # `lax` checks them.
+    # `lax` checks the arguments.
     y = jax.eval_shape(plain)
-    ndim = len(window_strides)
+    ndim, lengths = len(window_strides), (*lhs.shape, *rhs.shape, *y.shape)
     if (
         batch_group_count != 1
         or out_sharding is not None
+        or typed(lhs)
+        or typed(rhs)
         or not jnp.issubdtype(y.dtype, jnp.floating)
         or not jnp.issubdtype(lhs.dtype, jnp.floating)
         or not 1 <= ndim <= 3
-        or 0 in (*lhs.shape, *rhs.shape, *y.shape)
+        or not all(isinstance(length, int) and length for length in lengths)
     ):
         return plain(out_sharding=out_sharding)
     x_spec, k_spec, y_spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -121,16 +132,16 @@ def conv_general_dilated(
     )
     x, k = lax.transpose(lhs, x_order), lax.transpose(rhs, k_order)
     ones = (1,) * ndim
-    k_dilation = tuple(rhs_dilation or ones)
+    x_dilation, k_dilation = (ones if d is None else tuple(map(int, d)) for d in (lhs_dilation, rhs_dilation))
     if isinstance(padding, str):
-        lengths = [(length - 1) * d + 1 for length, d in zip(k.shape, k_dilation)]
-        padding = lax.padtype_to_pads(x.shape[1:-1], lengths, window_strides, padding)
+        extents = [(length - 1) * d + 1 for length, d in zip(k.shape, k_dilation)]
+        padding = lax.padtype_to_pads(x.shape[1:-1], extents, window_strides, padding)
     geometry = _Geometry(
         x.shape,
         k.shape,
-        tuple(window_strides),
+        tuple(map(int, window_strides)),
         tuple((int(low), int(high)) for low, high in padding),
-        tuple(lhs_dilation or ones),
+        x_dilation,
         k_dilation,
         feature_group_count,
         x.dtype,
@@ -176,7 +187,14 @@ def _abstract(a: Any, b: Any, **params: Any) -> Any:
     return a.update(shape=shape.shape, dtype=shape.dtype, weak_type=False)
 
 
-_convolution.def_impl(jax.jit(_convolution.bind, static_argnames=("gives", "geometry", "levels")))
+_compiled = jax.jit(_convolution.bind, static_argnames=("gives", "geometry", "levels"))
+
+
+@_convolution.def_impl
+def _at_once(a: Array, b: Array, **params: Any) -> Array:
+    at_once = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    return _plain(a, b, **params) if at_once else _compiled(a, b, **params)
+
 
 # What the cotangent c of a result gives: to the first operand, and to the second.
 _TRANSPOSED: dict[str, tuple[tuple[str, Callable[..., Any]], tuple[str, Callable[..., Any]]]] = {
@@ -206,37 +224,41 @@ def _batch(
         # Examples of one kernel: a larger batch.
         n = a.shape[0]
         larger = geometry._replace(x_shape=(n * geometry.x_shape[0], *geometry.x_shape[1:]))
-        found = _bind(gives, a.reshape((-1, *a.shape[2:])), b, larger)
-        return found.reshape((n, -1, *found.shape[1:])), 0
+        found = _bind(gives, a.reshape((n * a.shape[1], *a.shape[2:])), b, larger)
+        return found.reshape((n, geometry.x_shape[0], *found.shape[1:])), 0
     return _bind(gives, a, b, geometry, ((axes[0] is not None, axes[1] is not None), *levels)), 0
 
 
 batching.primitive_batchers[_convolution] = _batch
 
 
-def _on_cpu(a: Array, b: Array, gives: str, geometry: _Geometry, levels: Levels) -> Array:
+def _on_cpu(a: Array, b: Array, gives: str, geometry: _Geometry, levels: Levels, chunk: int | None) -> Array:
     """By convolutions in the form of the fast routine, one for each kernel."""
+    if 0 in (*a.shape, *b.shape):
+        shape = jax.eval_shape(functools.partial(_plain, gives=gives, geometry=geometry, levels=levels), a, b)
+        return jnp.zeros(shape.shape, shape.dtype)
     if levels:
         (here_a, here_b), rest = levels[0], levels[1:]
-        one = functools.partial(_on_cpu, gives=gives, geometry=geometry, levels=rest)
+        one = functools.partial(_on_cpu, gives=gives, geometry=geometry, levels=rest, chunk=chunk)
         if here_a and here_b:
             return lax.map(lambda ab: one(*ab), (a, b))
         return lax.map(lambda v: one(v, b) if here_a else one(a, v), a if here_a else b)
     g = geometry
-    kind = jnp.promote_types(g.y_dtype, jnp.float32)
+    kind = accumulator(g.y_dtype)
     a, b = a.astype(kind), b.astype(kind)
-    if g.k_shape[-2] == 1 and g.groups > 1:
-        way = _depthwise
+    places = math.prod(g.k_shape[:-2])
+    if g.k_shape[-2] == 1 and g.groups > 1 and places <= UNROLLED:
+        found = _depthwise(gives, a, b, g)
     elif g.groups > 1:
-        way = _grouped
-    elif math.prod(g.k_shape[:-2]) == 1 and not np.any(g.padding) and math.prod(g.x_dilation) == 1:
-        way = _pointwise
+        found = _grouped(gives, a, b, g, chunk)
+    elif places == 1 and not np.any(g.padding) and math.prod(g.x_dilation) == 1:
+        found = _pointwise(gives, a, b, g)
     else:
-        way = _dense
-    return way(gives, a, b, g).astype(g.y_dtype if gives == "output" else g.dtype)
+        found = _dense(gives, a, b, g, chunk)
+    return found.astype(g.y_dtype if gives == "output" else g.dtype)
 
 
-def _dense(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
+def _dense(gives: str, a: Array, b: Array, g: _Geometry, chunk: int | None) -> Array:
     def convolve(x: Array, k: Array, strides: Any, padding: Pairs, x_dilation: Any, k_dilation: Any) -> Array:
         if math.prod(k.shape[:-2]) > math.prod(x.shape[1:-1]):
             # The compiler would let a smaller x and its kernel change places. With its zeros, x is never smaller.
@@ -265,31 +287,31 @@ def _dense(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
         found = convolve(x, y, g.k_dilation, padding, g.x_dilation, g.strides)
         return jnp.moveaxis(lax.optimization_barrier(found), 0, -2)
 
-    n, rest = divmod(a.shape[0], CHUNK)
-    if n + (rest > 0) < 2:
+    if chunk is None or a.shape[0] <= chunk:
         return some(a, b)
-    cut = n * CHUNK
-    chunks = tuple(v[:cut].reshape((n, CHUNK, *v.shape[1:])) for v in (a, b))
+    n, rest = divmod(a.shape[0], chunk)
+    cut = n * chunk
+    chunks = tuple(v[:cut].reshape((n, chunk, *v.shape[1:])) for v in (a, b))
     start = some(a[cut:], b[cut:]) if rest else jnp.zeros(g.k_shape, a.dtype)
     return lax.scan(lambda total, chunk: (total + some(*chunk), None), start, chunks)[0]
 
 
-def _grouped(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
+def _grouped(gives: str, a: Array, b: Array, g: _Geometry, chunk: int | None) -> Array:
     """Few channels: as one group, zeros where others are not read. Many: group after group."""
     n, (inputs, outputs) = g.groups, g.k_shape[-2:]
-    if outputs <= DENSE:
+    if max(n * inputs, outputs) <= DENSE:
         whole = g._replace(k_shape=(*g.k_shape[:-2], n * inputs, outputs), groups=1)
         own = np.arange(n * inputs)[:, None] // inputs == np.arange(outputs) // (outputs // n)
         if gives == "kernel":
-            found = jnp.where(own, _dense(gives, a, b, whole), 0)
+            found = jnp.where(own, _dense(gives, a, b, whole, chunk), 0)
             return jnp.sum(found.reshape((*g.k_shape[:-2], n, inputs, outputs)), -3)
-        return _dense(gives, a, jnp.where(own, jnp.concatenate([b] * n, -2), 0), whole)
+        return _dense(gives, a, jnp.where(own, jnp.concatenate([b] * n, -2), 0), whole, chunk)
 
     def split(v: Array) -> Array:
         return jnp.moveaxis(v.reshape((*v.shape[:-1], n, v.shape[-1] // n)), -2, 0)
 
     alone = g._replace(x_shape=(*g.x_shape[:-1], inputs), k_shape=(*g.k_shape[:-1], outputs // n), groups=1)
-    found = lax.map(lambda ab: _dense(gives, ab[0], ab[1], alone), (split(a), split(b)))
+    found = lax.map(lambda ab: _dense(gives, ab[0], ab[1], alone, chunk), (split(a), split(b)))
     found = jnp.moveaxis(found, 0, -2)
     return found.reshape((*found.shape[:-2], -1))
 
@@ -316,6 +338,7 @@ def _depthwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
     x_length, k_length, y_length = g.dilated
     low = np.array(g.padding)[:, 0]
     places = list(np.ndindex(*g.k_shape[:-2]))
+    each = (1,) * (len(places[0]) + 1) + (channels, more)
 
     def padded(v: Array, edges: Any, dilation: tuple[int, ...]) -> Array:
         between = [(int(before), int(after), d - 1) for (before, after), d in zip(edges, dilation)]
@@ -335,14 +358,13 @@ def _depthwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
         turned = jnp.flip(b, range(len(k_length)))
         return jnp.asarray(
             sum(
-                jnp.sum(shifted(y, place, x_length, g.x_dilation) * turned[place].reshape((channels, more)), -1)
-                for place in places
+                jnp.sum(shifted(y, place, x_length, g.x_dilation) * turned[place].reshape(each), -1) for place in places
             )
         )
     x = padded(a, g.padding, g.x_dilation)
     seen = (shifted(x, place, y_length, g.strides)[..., None] for place in places)
     if gives == "output":
-        found = jnp.asarray(sum(v * b[place].reshape((channels, more)) for v, place in zip(seen, places)))
+        found = jnp.asarray(sum(v * b[place].reshape(each) for v, place in zip(seen, places)))
         return found.reshape((*found.shape[:-2], -1))
     y = b.reshape((*b.shape[:-1], channels, more))
     # As products: a sum over the first axes is slow on CPUs.
@@ -350,5 +372,12 @@ def _depthwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
     return jnp.stack([ones @ (v * y).reshape((ones.size, -1)) for v in seen]).reshape(g.k_shape)
 
 
+def _lower_on_cpu(ctx: Any, a: Any, b: Any, **params: Any) -> Any:
+    # Examples that lie on several devices stay there: cutting them into chunks would gather them.
+    alone = getattr(ctx.module_context.axis_context, "num_devices", 1) == 1
+    rule = functools.partial(_on_cpu, chunk=CHUNK if alone else None)
+    return mlir.lower_fun(rule, multiple_results=False)(ctx, a, b, **params)
+
+
 mlir.register_lowering(_convolution, mlir.lower_fun(_plain, multiple_results=False))
-mlir.register_lowering(_convolution, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
+mlir.register_lowering(_convolution, _lower_on_cpu, platform="cpu")

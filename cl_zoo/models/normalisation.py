@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from cl_zoo.models.convolution import accumulator
 from cl_zoo.types import Array, check_choice
 
 __all__ = ["check_norm", "normalise", "normalising"]
@@ -44,10 +45,10 @@ def normalise(layer: nnx.Module, x: Array, weight: Array | None) -> Array:
     """
     if not isinstance(layer, (nnx.BatchNorm, nnx.GroupNorm)):
         return layer(x)
-    flat = x.reshape((x.shape[0], -1, x.shape[-1])).astype(jnp.promote_types(x.dtype, jnp.float32))
+    flat = x.reshape((x.shape[0], -1, x.shape[-1])).astype(accumulator(x.dtype))
     over = _over_groups(layer.num_groups) if isinstance(layer, nnx.GroupNorm) else _over_batch(weight, flat)
     if isinstance(layer, nnx.BatchNorm) and layer.use_running_average:
-        mean, variance = layer.mean[...], layer.var[...]
+        mean, variance = (v[...].reshape((1, 1, -1)) for v in (layer.mean, layer.var))
         centred = flat - mean
     else:
         mean = over(jnp.mean(flat, 1, keepdims=True))
@@ -58,7 +59,8 @@ def normalise(layer: nnx.Module, x: Array, weight: Array | None) -> Array:
                 running[...] = layer.momentum * running[...] + (1 - layer.momentum) * now.ravel()
     scale, bias = layer.scale, layer.bias
     assert scale is not None and bias is not None
-    found = centred * (lax.rsqrt(variance + EPSILON) * scale[...]) + bias[...]
+    a, b = (v[...].reshape((1, 1, -1)) for v in (scale, bias))
+    found = centred * (lax.rsqrt(variance + EPSILON) * a) + b
     return found.reshape(x.shape).astype(jnp.promote_types(x.dtype, scale.dtype))
 
 

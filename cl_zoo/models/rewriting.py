@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, jaxprs_in_params
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
-from cl_zoo.models.convolution import conv_general_dilated
+from cl_zoo.compilation import staged
+from cl_zoo.models.convolution import conv_general_dilated, typed
 from cl_zoo.models.pooling import max_pool
 from cl_zoo.types import Array
 
 __all__ = ["fast_convolutions", "has_plain_convolutions"]
 
 _PLAIN = "conv_general_dilated"
+WINDOW = 16
+"""Places of a window up to which its maximum is taken place by place: each takes time to compile."""
 
 
 def has_plain_convolutions(jaxpr: Any) -> bool:
-    """Whether a traced function, or one inside of it, convolves by `lax.conv_general_dilated`."""
+    """Whether a traced function, or one inside of it, convolves by `lax.conv_general_dilated`. Those that define their
+    own derivatives (`custom_jvp`, `custom_vjp`) are not looked into."""
     return any(
-        eqn.primitive.name == _PLAIN or any(map(has_plain_convolutions, jaxprs_in_params(eqn.params)))
+        eqn.primitive.name == _PLAIN
+        or (
+            not eqn.primitive.name.startswith("custom_")
+            and any(map(has_plain_convolutions, jaxprs_in_params(eqn.params)))
+        )
         for eqn in jaxpr.eqns
     )
 
@@ -30,12 +40,13 @@ def fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, with `conv_general_dilated` of `models.convolution` wherever it uses that of `lax`, and maxima
     over windows that do not overlap by `models.pooling`.
 
-    It reads what the function does from its trace, so that layers of any library serve as they are. Derivatives that
-    the function defines itself (`custom_jvp`, `custom_vjp`) are left alone. On devices other than CPUs, and outside of
-    traces, the function is called as it is. `from_nnx` and `from_linen` do this already.
+    It reads what the function does from its trace, so that layers of any library serve as they are. Left as they are:
+    functions without convolutions, derivatives that the function defines itself, devices other than CPUs, arrays whose
+    types say how they lie on devices, and calls outside of a program (`grad` and `vmap` alone make none).
+    `from_nnx` and `from_linen` do this already.
 
     Args:
-      function: pure, of pytrees of arrays; other leaves (bools, strings) are constants to it.
+      function: pure, of and to pytrees. What it keeps elsewhere (a list that it fills) is lost.
 
     Example:
       >>> from cl_zoo.types import Model
@@ -43,25 +54,37 @@ def fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
       ...     return jax.lax.conv(x, params, (1, 1), "SAME").mean((2, 3)), model_state, {}
       >>> model = Model(lambda key, x: (jnp.ones((5, 3, 3, 3)), {}), fast_convolutions(apply))
     """
+    without: set[Hashable] = set()  # kinds of calls that are known to convolve nowhere
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
-        if jax.default_backend() != "cpu" or not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+        arrays = [leaves[i] for i in traced]
+        if jax.default_backend() != "cpu" or not staged() or any(map(typed, arrays)):
             return function(*args, **kwargs)
+        kind = (treedef, tuple((np.shape(leaf), str(getattr(leaf, "dtype", leaf))) for leaf in leaves))
+        if kind in without:
+            return function(*args, **kwargs)
+        result: list[Any] = []
 
-        def of_arrays(*arrays: Array) -> Any:
+        def of_arrays(*arrays: Array) -> list[Array]:
+            """The arrays among its results; all else is kept aside."""
             full = list(leaves)
             for i, array in zip(traced, arrays, strict=True):
                 full[i] = array
             args, kwargs = jax.tree.unflatten(treedef, full)
-            return function(*args, **kwargs)
+            found, structure = jax.tree.flatten(function(*args, **kwargs))
+            result[:] = [structure, found]
+            return [leaf for leaf in found if isinstance(leaf, jax.Array)]
 
-        arrays = [leaves[i] for i in traced]
-        jaxpr, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-        run = _evaluate if has_plain_convolutions(jaxpr.jaxpr) else lambda jaxpr, *args: jaxpr_as_fun(jaxpr)(*args)
-        return jax.tree.unflatten(jax.tree.structure(shapes), run(jaxpr, *arrays))
+        jaxpr = jax.make_jaxpr(of_arrays)(*arrays)
+        if not has_plain_convolutions(jaxpr.jaxpr):
+            without.add(kind)
+            return function(*args, **kwargs)
+        structure, found = result
+        new = iter(_evaluate(jaxpr, *arrays))
+        return jax.tree.unflatten(structure, [next(new) if isinstance(v, jax.Array) else v for v in found])
 
     return call
 
@@ -83,7 +106,8 @@ def _evaluate(closed: Any, *arrays: Array) -> list[Array]:
         else:
             if not eqn.primitive.name.startswith("custom_"):
                 params = {name: _replaced(value) for name, value in params.items()}
-            found = eqn.primitive.bind(*operands, **params)
+            with eqn.ctx.manager:
+                found = eqn.primitive.bind(*operands, **params)
         values.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True))
     return list(map(read, closed.jaxpr.outvars))
 
@@ -94,15 +118,21 @@ def _pooled(eqn: Any) -> tuple[int, ...] | None:
         return None
     p, (first, *window, last) = eqn.params, eqn.params["window_dimensions"]
     plain = not any(map(any, p["padding"])) and {*p["base_dilation"], *p["window_dilation"], first, last} == {1}
-    return tuple(window) if plain and window and p["window_strides"] == p["window_dimensions"] else None
+    apart = p["window_strides"] == p["window_dimensions"] and window and math.prod(window) <= WINDOW
+    return tuple(window) if plain and apart else None
 
 
 def _replaced(value: Any) -> Any:
     """A parameter of an operation; a traced function (the body of a loop, a branch) with its convolutions replaced."""
-    if isinstance(value, tuple):
+    if type(value) is tuple:  # not of those with names, which are something else
         return tuple(map(_replaced, value))
     if not isinstance(value, (ClosedJaxpr, Jaxpr)) or not has_plain_convolutions(value):
         return value
+    return _rewritten.__wrapped__(value) if getattr(value, "consts", ()) else _rewritten(value)
+
+
+@functools.lru_cache(maxsize=256)  # what is the same stays the same, so that it is lowered once
+def _rewritten(value: Any) -> Any:
     closed: Any = value if hasattr(value, "consts") else ClosedJaxpr(value, [])
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in closed.jaxpr.invars]
     found = jax.make_jaxpr(functools.partial(_evaluate, closed))(*shapes)

@@ -246,6 +246,69 @@ def bare_apply(params, model_state, x, **_):
     return jnp.mean(lax.conv(x, params, (1, 1), "SAME"), (2, 3)), model_state, {}
 
 
+class Indexing(nnx.Module):
+    """Reads places, writes places, and draws from a key, beside a convolution; some outputs are no arrays."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, task=None):
+        h = self.dropout(self.conv(x)).reshape((len(x), -1))
+        h = h[:, jnp.array([0, 5, 7])].at[:, jnp.array([1])].set(2.0)
+        return {"h": h + jax.random.normal(jax.random.key(1), h.shape), "name": "net", "task": task}
+
+
+def test_indexing_draws_and_what_is_no_array_pass_through() -> None:
+    model = from_nnx(Indexing)
+    params, state = model.init(KEY, X)
+
+    def outputs(apply, task):
+        found = apply(params, state, X, key=KEY, train=True, task=task)[0]
+        assert found["name"] == "net" and found["task"] is task
+        return found["h"]
+
+    for task in (None, np.int32(1)):
+        fast = jax.jit(lambda x, task=task: outputs(model.apply, task) + 0 * x[0, 0, 0, 0])(X)
+        plain = jax.jit(lambda x, task=task: outputs(model.apply.__wrapped__, task) + 0 * x[0, 0, 0, 0])(X)  # type: ignore[attr-defined]
+        close(fast, plain, 1e-4, 1e-4)
+
+
+SMALL = Convolution((8, 6, 6, 3), (3, 3, 3, 8), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize("split", ["examples", "kernel"])
+def test_inside_of_shard_map(split: str) -> None:
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, k = jax.random.normal(KEY, SMALL.x_shape), jax.random.normal(KEY, SMALL.k_shape)
+    spec, everywhere = jax.sharding.PartitionSpec, jax.sharding.PartitionSpec()
+    if split == "examples":
+        specs = (spec("d"), everywhere)
+        gradient = jax.grad(lambda x, k: lax.psum(jnp.sum(jnp.sin(ours(SMALL)(x, k))), "d"), 1)
+    else:
+        specs = (everywhere, spec(None, None, None, "d"))
+        gradient = jax.grad(lambda x, k: jnp.sum(jnp.sin(ours(SMALL)(x, k))))
+    found = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=everywhere))(x, k)
+    whole = jax.grad(lambda x, k: jnp.sum(jnp.sin(ours(SMALL)(x, k))), 1 if split == "examples" else 0)(x, k)
+    close(found, whole, 1e-4, 1e-4)
+
+
+def test_modes_of_jax() -> None:
+    x, k = jax.random.normal(KEY, SMALL.x_shape), jax.random.normal(KEY, SMALL.k_shape)
+    value = lambda x, k: jnp.sum(jnp.sin(ours(SMALL)(x, k)))  # noqa: E731
+    expected = jax.grad(value, (0, 1))(x, k)
+    with jax.disable_jit():
+        close(jax.grad(value, (0, 1))(x, k), expected, 1e-4, 1e-4)
+    depthwise = jax.random.normal(KEY, (3, 3, 1, 3))
+    groups = Convolution((8, 6, 6, 3), (3, 3, 1, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1), 3)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        low = [v.astype(jnp.bfloat16) for v in (x, k)]
+        jax.jit(jax.grad(lambda x, k: jnp.sum(ours(SMALL)(x, k)), (0, 1)))(*low)
+        jax.jit(jax.grad(lambda x, k: jnp.sum(ours(groups)(x, k)), (0, 1)))(x, depthwise)
+    none = jax.vmap(jax.grad(value, (0, 1)), (0, None))(jnp.zeros((0, *x.shape)), k)
+    assert [leaf.shape for leaf in none] == [(0, *x.shape), (0, *k.shape)]
+
+
 def test_plain_convolutions_are_told_of() -> None:
     plain = Model(lambda key, x: (jnp.ones((5, 3, 3, 3)), {}), bare_apply)
     batch = Batch(jnp.ones((2, 3, 4, 4)), jnp.zeros(2, jnp.int32), None, jnp.ones(2))

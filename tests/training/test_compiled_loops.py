@@ -57,6 +57,9 @@ def test_jit_inside_of_other_programs() -> None:
     assert float(jax.jit(lambda x: double(x) + 1)(1.0)) == 3
     assert jax.vmap(double)(jnp.arange(3)).tolist() == [0, 2, 4]
     assert float(jax.grad(lambda x: double(x) ** 2)(1.0)) == 8
+    # What is traced may come from outside of its arguments.
+    assert float(jax.jit(lambda x: jit(lambda y: x + y)(1.0))(2.0)) == 3
+    assert jax.eval_shape(lambda: double(1.0)).shape == ()
 
 
 def test_importing_starts_no_device() -> None:
