@@ -91,9 +91,9 @@ def operations() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "permutation of 20 000": (lambda a: jax.random.permutation(key, 20_000) + a[0, 0], (rows,)),
         "FFT": (lambda a: jnp.abs(jnp.fft.fft(a)), (normal(256, 1024),)),
         "max pooling, windowed": (lambda x: nnx.max_pool(x, (2, 2), (2, 2)), (image,)),
-        "its gradient": (gradient(lambda x: nnx.max_pool(x, (2, 2), (2, 2)), 0), (image,)),
+        "max pooling, windowed, gradient": (gradient(lambda x: nnx.max_pool(x, (2, 2), (2, 2)), 0), (image,)),
         "max pooling, reshaped": (max_pool, (image,)),
-        "its gradient ": (gradient(max_pool, 0), (image,)),
+        "max pooling, reshaped, gradient": (gradient(max_pool, 0), (image,)),
     }
     for by, convolve in (("lax", lax.conv_general_dilated), ("cl_zoo", conv_general_dilated)):
         found |= {
@@ -183,7 +183,7 @@ def main(config: Config) -> None:
     table = {}
     print(f"{'':52s}{'alone, ms':>10s}{'loop':>8s}{'branch':>8s}  (times as long)")
     for name, (function, arguments) in operations().items():
-        row = table[name.strip()] = milliseconds(function, arguments, config.repeats)
+        row = table[name] = milliseconds(function, arguments, config.repeats)
         ratios = row["loop"] / row["alone"], row["branch"] / row["alone"]
         print(f"{name:52s}{row['alone']:10.3f}{ratios[0]:8.2f}{ratios[1]:8.2f}", flush=True)
     steps = replay_steps(config.repeats)
