@@ -66,6 +66,13 @@ class _Geometry(NamedTuple):
         y = (x + np.array(self.padding).sum(1) - k) // self.strides * self.strides + 1
         return x, k, y
 
+    @property
+    def input_padding(self) -> Pairs:
+        """Of y, with zeros between its places, where `input` is its convolution with the turned kernel."""
+        x, k, y = self.dilated
+        before = k - 1 - np.array(self.padding)[:, 0]
+        return tuple(zip(before.tolist(), (x + k - 1 - y - before).tolist()))
+
 
 def typed(v: Any) -> bool:
     """Whether the type of an array says how it lies on devices (explicit axes of a mesh, `shard_map`)."""
@@ -258,12 +265,17 @@ def _on_cpu(a: Array, b: Array, gives: str, geometry: _Geometry, levels: Levels,
     return found.astype(g.y_dtype if gives == "output" else g.dtype)
 
 
+def _padded(v: Array, padding: Pairs, dilation: tuple[int, ...]) -> Array:
+    """`[B, *S, ...]` with zeros at the edges of its places and between them."""
+    places = [(low, high, d - 1) for (low, high), d in zip(padding, dilation)]
+    return lax.pad(v, jnp.zeros((), v.dtype), [(0, 0, 0), *places, *((0, 0, 0),) * (v.ndim - len(places) - 1)])
+
+
 def _dense(gives: str, a: Array, b: Array, g: _Geometry, chunk: int | None) -> Array:
     def convolve(x: Array, k: Array, strides: Any, padding: Pairs, x_dilation: Any, k_dilation: Any) -> Array:
         if math.prod(k.shape[:-2]) > math.prod(x.shape[1:-1]):
             # The compiler would let a smaller x and its kernel change places. With its zeros, x is never smaller.
-            edges = [(low, high, d - 1) for (low, high), d in zip(padding, x_dilation)]
-            x = lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)]))
+            x = lax.optimization_barrier(_padded(x, padding, x_dilation))
             padding, x_dilation = ((0, 0),) * len(padding), None
         return lax.conv_general_dilated(
             x, k, strides, padding, x_dilation, k_dilation, g.numbers, precision=g.precision
@@ -271,14 +283,12 @@ def _dense(gives: str, a: Array, b: Array, g: _Geometry, chunk: int | None) -> A
 
     if gives == "output":
         return convolve(a, b, g.strides, g.padding, g.x_dilation, g.k_dilation)
+    if gives == "input":
+        # A transposition right before a convolution would be made part of its form again.
+        turned = lax.optimization_barrier(jnp.swapaxes(jnp.flip(b, range(len(g.strides))), -1, -2))
+        return convolve(a, turned, g.x_dilation, g.input_padding, g.strides, g.k_dilation)
     x, k, y = g.dilated
     low = np.array(g.padding)[:, 0]
-    if gives == "input":
-        before = k - 1 - low
-        padding = tuple(zip(before.tolist(), (x + k - 1 - y - before).tolist()))
-        # A transposition right before a convolution would be made part of its form again.
-        turned = lax.optimization_barrier(jnp.swapaxes(jnp.flip(b, range(len(k))), -1, -2))
-        return convolve(a, turned, g.x_dilation, padding, g.strides, g.k_dilation)
     padding = tuple(zip(low.tolist(), (y - x + k - 1 - low).tolist()))
 
     def some(x: Array, y: Array) -> Array:
@@ -335,14 +345,9 @@ def _pointwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
 def _depthwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
     """A sum over the kernel's places of products of shifted x, or of shifted y."""
     channels, more = g.x_shape[-1], g.k_shape[-1] // g.x_shape[-1]
-    x_length, k_length, y_length = g.dilated
-    low = np.array(g.padding)[:, 0]
+    x_length, _, y_length = g.dilated
     places = list(np.ndindex(*g.k_shape[:-2]))
     each = (1,) * (len(places[0]) + 1) + (channels, more)
-
-    def padded(v: Array, edges: Any, dilation: tuple[int, ...]) -> Array:
-        between = [(int(before), int(after), d - 1) for (before, after), d in zip(edges, dilation)]
-        return lax.pad(v, jnp.zeros((), v.dtype), [(0, 0, 0), *between, *((0, 0, 0),) * (v.ndim - len(between) - 1)])
 
     def shifted(v: Array, place: Sequence[int], length: np.ndarray, strides: tuple[int, ...]) -> Array:
         start = np.array(place) * g.k_dilation
@@ -352,16 +357,14 @@ def _depthwise(gives: str, a: Array, b: Array, g: _Geometry) -> Array:
         )
 
     if gives == "input":
-        before = k_length - 1 - low
-        edges = zip(before, x_length + k_length - 1 - y_length - before)
-        y = padded(a.reshape((*a.shape[:-1], channels, more)), edges, g.strides)
-        turned = jnp.flip(b, range(len(k_length)))
+        y = _padded(a.reshape((*a.shape[:-1], channels, more)), g.input_padding, g.strides)
+        turned = jnp.flip(b, range(len(g.strides)))
         return jnp.asarray(
             sum(
                 jnp.sum(shifted(y, place, x_length, g.x_dilation) * turned[place].reshape(each), -1) for place in places
             )
         )
-    x = padded(a, g.padding, g.x_dilation)
+    x = _padded(a, g.padding, g.x_dilation)
     seen = (shifted(x, place, y_length, g.strides)[..., None] for place in places)
     if gives == "output":
         found = jnp.asarray(sum(v * b[place].reshape(each) for v, place in zip(seen, places)))

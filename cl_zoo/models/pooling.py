@@ -43,17 +43,15 @@ def _blocks(x: Array, window: Sequence[int]) -> Array:
 
 def _first_largest(blocks: Array) -> tuple[Array, Array]:
     """The largest of each window, and the number of its place."""
-    windows = blocks.shape[2:-1:2]
-    y, place = None, None
-    for number, index in enumerate(np.ndindex(*windows)):
-        here = blocks[(slice(None), *(part for i in index for part in (slice(None), i)))]
-        if y is None or place is None:
-            y, place = here, jnp.zeros(here.shape, jnp.int32)
-        else:
-            # A number that is not one is larger than all others, as in `lax.max`.
-            more = (here > y) | (jnp.isnan(here) & ~jnp.isnan(y))
-            y, place = jnp.where(more, here, y), jnp.where(more, number, place)
-    assert y is not None and place is not None
+    y, *rest = (
+        blocks[(slice(None), *(part for i in index for part in (slice(None), i)))]
+        for index in np.ndindex(*blocks.shape[2:-1:2])
+    )
+    place = jnp.zeros(y.shape, jnp.int32)
+    for number, here in enumerate(rest, 1):
+        # A number that is not one is larger than all others, as in `lax.max`.
+        more = (here > y) | (jnp.isnan(here) & ~jnp.isnan(y))
+        y, place = jnp.where(more, here, y), jnp.where(more, number, place)
     return y, place
 
 

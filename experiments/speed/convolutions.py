@@ -11,6 +11,7 @@ of second-order MAML, and the Fisher of a batch. All sides take turns, `repeats`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 import subprocess
@@ -148,12 +149,9 @@ def main(config: Config) -> None:
     found: dict[str, dict[str, float]] = {}
     cases: dict[str, dict[str, Callable[[], float]]] = {}
     for net, batch, updates in CASES:
-        cases[f"{net}, batch {batch}"] = sides(net, batch, updates) | {
-            f"torch, {threads} threads": lambda arguments=(config.peer, net, batch, updates, threads): in_torch(
-                *arguments
-            )
-            for threads in (1, 2)
-        }
+        each = cases[f"{net}, batch {batch}"] = sides(net, batch, updates)
+        for threads in (1, 2):
+            each[f"torch, {threads} threads"] = functools.partial(in_torch, config.peer, net, batch, updates, threads)
     cases |= {"second-order MAML on a cnn": maml_step(), "Fisher of a cnn": fisher_step()}
     for name, each in cases.items():
         for side, measure in each.items():

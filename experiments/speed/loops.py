@@ -130,8 +130,8 @@ def milliseconds(function: Callable[..., Any], arguments: tuple[Any, ...], repea
 
     alone, looped, branched = jit(lambda a: function(*a)), jit(loop, static_argnums=1), jit(branch)
     zero, true = jnp.zeros(()), jnp.array(True)
-    once = seconds(lambda: alone(arguments)) and seconds(lambda: alone(arguments))
-    n = int(np.clip(0.05 / once, 3, 200))
+    alone(arguments)  # compiles
+    n = int(np.clip(0.05 / seconds(lambda: alone(arguments)), 3, 200))
     calls = {
         "alone": lambda: statistics.median(seconds(lambda: alone(arguments)) for _ in range(n)),
         "loop": lambda: seconds(lambda: looped(zero, n, arguments)) / n,
