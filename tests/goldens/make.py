@@ -49,12 +49,14 @@ def flattened(name: str, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield name + jax.tree_util.keystr(path, simple=True, separator="/"), raw(leaf)
 
 
-def of_entry(name: str, images: Any) -> dict[str, np.ndarray]:
+def of_entry(name: str, images: Any, double: bool) -> dict[str, np.ndarray]:
     """Final parameters, parts and optimiser, all metrics, and R."""
     entry = test_laws.SUBJECTS[name]
     stream = tiny_stream(images, entry.scenarios[0])
     net = entry.net
-    learner = entry_learner(stream, entry._replace(net=lambda *args, **kwargs: wide(net(*args, **kwargs))))
+    if double:
+        entry = entry._replace(net=lambda *args, **kwargs: wide(net(*args, **kwargs)))
+    learner = entry_learner(stream, entry)
     result = run_stream(learner, stream, KEY)
     state = result.state
     kept = {
@@ -103,24 +105,37 @@ def names() -> list[str]:
     )
 
 
-def found(name: str, images: Any) -> dict[str, np.ndarray]:
-    """What is computed now under that name."""
-    kind, _, name = name.partition("/")
+def found(name: str, images: Any, double: bool) -> dict[str, np.ndarray]:
+    """What is computed now under that name, in float64 or in float32."""
+    kind, _, rest = name.partition("/")
     if kind == "studies":
-        return of_study(name)
-    with jax.enable_x64(True):
-        return of_entry(name, images) if kind == "entries" else of_layer(name)
+        return of_study(rest)
+    with jax.enable_x64(double):
+        return of_entry(rest, images, double) if kind == "entries" else of_layer(rest)
+
+
+def first_found(name: str, images: Any) -> tuple[dict[str, np.ndarray], bool]:
+    """The same where nothing is kept yet, and whether it was computed in float64."""
+    if not name.startswith("studies/"):
+        try:
+            return found(name, images, True), True
+        except TypeError as error:  # a part that is float32 by definition: the loop refuses another type
+            print(f"{name}: float32, since in float64 {str(error).strip().splitlines()[-1]}")
+    return found(name, images, False), False
 
 
 def main() -> None:
     """Writes the file."""
     images = tiny_images.__wrapped__()  # type: ignore[attr-defined]
     arrays: dict[str, np.ndarray] = {"jax_version": np.array(jax.__version__)}
+    doubles = []
     for name in names():
-        new = found(name, images)
+        new, double = first_found(name, images)
+        doubles += [name] * double
         print(f"{name:40s} {len(new):4d} arrays, {sum(a.nbytes for a in new.values()):8d} bytes", flush=True)
         arrays |= new
         jax.clear_caches()
+    arrays["in_float64"] = np.array(doubles)
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE}: {FILE.stat().st_size} bytes")
 
