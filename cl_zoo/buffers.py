@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_whole
 from cl_zoo.shuffle import shuffled_index
-from cl_zoo.types import Array, Batch, Key, PyTree, check_whole
+from cl_zoo.types import Array, Batch, Key, PyTree
 
 __all__ = [
     "ClassBalanced",

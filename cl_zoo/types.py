@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+
+from cl_zoo.losses import mask_outputs
 
 Array = jax.Array
 Key = jax.Array
@@ -275,41 +275,3 @@ class Learner(NamedTuple):
     adapt: Callable[[TrainState, Batch], tuple[TrainState, PyTree]]
     predict: Callable[..., PyTree]
     needs: frozenset[tuple[str, str]] = frozenset()
-
-
-def mask_outputs(outputs: Array, active: Array | None) -> Array:
-    """Logits `[B, C]` with the inactive ones so low that they take no part in a softmax and get no gradient.
-
-    They are finite, so that 0 times them is 0.
-    """
-    if active is None:
-        return outputs
-    return jnp.where(active, outputs, jnp.finfo(outputs.dtype).min / 2)
-
-
-def weighted_mean(values: Array, weight: Array) -> Array:
-    """sum(w v) / max(sum w, 1e-12): the mean over the rows that count, 0 where none does."""
-    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-12)
-
-
-def check_range(owner: str, field: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Refuses a concrete number outside `[low, high]`; a tracer (a value of a sweep) passes."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    for number in np.ravel(np.asarray(value)):
-        if not low <= float(number) <= high:
-            allowed = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
-            raise ValueError(f"{owner}: {field} is {float(number):g}, but it must be {allowed}")
-
-
-def check_whole(owner: str, field: str, value: Any, low: int, high: float = float("inf")) -> None:
-    """Refuses what is not a whole number in `[low, high]`: sizes and counts set shapes."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise ValueError(f"{owner}: {field} is {value!r}, but it must be a whole number")
-    check_range(owner, field, value, low, high)
-
-
-def check_choice(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuses a value that is not one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{owner}: {field} is {value!r}, but it must be one of {', '.join(map(repr, allowed))}")

@@ -25,20 +25,11 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import (
-    Component,
-    Mixing,
-    blurry,
-    compose,
-    drifting,
-    enable_compilation_cache,
-    mlp,
-    replay,
-    split_mnist,
-    supervised,
-)
+from cl_zoo import Component, compose, enable_compilation_cache, replay, supervised
 from cl_zoo.evaluation.metrics import average_anytime_accuracy
-from cl_zoo.plots import anytime_curve
+from cl_zoo.evaluation.plots import anytime_curve
+from cl_zoo.models import mlp
+from cl_zoo.streams import Mixing, blurry, drifting, split_mnist
 from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 Setting = Literal["sharp", "blurry", "i-blurry", "gaussian", "linear"]

@@ -27,18 +27,9 @@ from typing import Any, Literal
 import optax
 import tyro
 
-from cl_zoo import (
-    Component,
-    compose,
-    enable_compilation_cache,
-    gdumb,
-    icarl,
-    mlp,
-    replay,
-    slda,
-    split_mnist,
-    supervised,
-)
+from cl_zoo import Component, compose, enable_compilation_cache, gdumb, icarl, replay, slda, supervised
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist
 from experiments.common import (
     RESULTS,
     Cell,

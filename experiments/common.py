@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
-from cl_zoo import LabelledImages, Learner, Stream, load_digits, sweep
+from cl_zoo import Learner, Stream, sweep
+from cl_zoo.datasets import LabelledImages, load_digits
 from cl_zoo.evaluation.metrics import average_accuracy, statistics
-from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy
+from cl_zoo.evaluation.plots import accuracy_heat_map, seen_task_accuracy
 from cl_zoo.training.run_directory import ConfigError, environment, settle_config, write_json
 
 RESULTS = Path(__file__).parent / "results"

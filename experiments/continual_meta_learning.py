@@ -23,22 +23,14 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import (
-    Component,
-    compose,
-    enable_compilation_cache,
-    episodic,
-    ewc,
-    maml,
-    mlp,
-    replay,
-    sinusoids,
-    squared_error,
-    weight_interpolation,
-)
+from cl_zoo import Component, compose, enable_compilation_cache, ewc, maml, replay, weight_interpolation
 from cl_zoo.evaluation.metrics import statistics
-from cl_zoo.plots import course
+from cl_zoo.evaluation.plots import course
+from cl_zoo.losses import squared_error
+from cl_zoo.models import mlp
+from cl_zoo.streams import sinusoids
 from cl_zoo.training.run_directory import ConfigError, settle_config
+from cl_zoo.wrappers import episodic
 from experiments.common import RESULTS, Cell, record, run_cells, shown_command
 
 METHODS: dict[str, list[Component]] = {

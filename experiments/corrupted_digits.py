@@ -47,31 +47,29 @@ from tqdm.auto import tqdm
 
 from cl_zoo import (
     Batch,
-    LabelledImages,
     Learner,
     Model,
     Stream,
     TaskInfo,
     TrainState,
-    cnn,
     compose,
-    crop_and_flip,
     enable_compilation_cache,
-    evaluate_adapting,
-    resnet26,
-    resnet_tail,
     supervised,
     tent,
     ttt,
-    with_rotation_head,
 )
+from cl_zoo.algorithms.ttt import crop_and_flip
 from cl_zoo.compilation import jit
+from cl_zoo.datasets import LabelledImages
+from cl_zoo.datasets.cifar import load_cifar10
+from cl_zoo.datasets.corruptions import CORRUPTIONS, NOISES
+from cl_zoo.evaluation import evaluate_adapting
 from cl_zoo.evaluation.metrics import statistics
-from cl_zoo.streams.cifar import load_cifar10
-from cl_zoo.streams.corrupted_images import conditions, corrupted_images
-from cl_zoo.streams.corruptions import CORRUPTIONS, NOISES
+from cl_zoo.models import cnn, resnet26, resnet_tail
+from cl_zoo.streams._corrupted_images import conditions, corrupted_images
 from cl_zoo.training.run_directory import write_json
 from cl_zoo.types import Array, Key
+from cl_zoo.wrappers import with_rotation_head
 from experiments.common import RESULTS, load_images, record, settle_run, shown_command
 
 

@@ -28,14 +28,13 @@ from cl_zoo import (
     der,
     enable_compilation_cache,
     ewc,
-    mlp,
-    permuted_mnist,
     replay,
-    rotated_mnist,
     supervised,
     synaptic_intelligence,
 )
-from cl_zoo.plots import course
+from cl_zoo.evaluation.plots import course
+from cl_zoo.models import mlp
+from cl_zoo.streams import permuted_mnist, rotated_mnist
 from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 Benchmark = Literal["permuted", "rotated"]

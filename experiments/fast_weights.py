@@ -29,25 +29,13 @@ import numpy as np
 import tyro
 from tqdm.auto import tqdm
 
-from cl_zoo import (
-    Decoder,
-    Mixer,
-    best_dictionary_scores,
-    compose,
-    decoder,
-    delta_rule,
-    enable_compilation_cache,
-    fresh_dictionaries,
-    linear_attention,
-    next_token_loss,
-    run_stream,
-    softmax_attention,
-    supervised,
-    token_losses,
-    ttt_linear,
-)
+from cl_zoo import compose, enable_compilation_cache, run_stream, supervised
 from cl_zoo.compilation import jit
 from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.language import Decoder, decoder
+from cl_zoo.layers import Mixer, delta_rule, linear_attention, softmax_attention, ttt_linear
+from cl_zoo.losses import next_token_loss, token_losses
+from cl_zoo.streams import best_dictionary_scores, fresh_dictionaries
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from experiments.common import RESULTS, record, shown_command, warmed_up_adamw
 

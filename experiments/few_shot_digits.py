@@ -24,8 +24,11 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import Component, compose, enable_compilation_cache, episodic, few_shot, maml, mlp, reptile
+from cl_zoo import Component, compose, enable_compilation_cache, maml, reptile
 from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.models import mlp
+from cl_zoo.streams import few_shot
+from cl_zoo.wrappers import episodic
 from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 METHODS: dict[str, tuple[Any, Component]] = {

@@ -35,27 +35,23 @@ import optax
 import tyro
 from tqdm.auto import tqdm
 
-from cl_zoo import (
+from cl_zoo import compose, enable_compilation_cache, run_stream, supervised
+from cl_zoo.compilation import jit
+from cl_zoo.datasets import python_library
+from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.language import decoder
+from cl_zoo.layers import (
     Mixer,
-    compose,
-    decoder,
     delta_rule,
-    enable_compilation_cache,
     gated_delta_rule,
     linear_attention,
-    next_token_loss,
-    python_library,
-    run_stream,
     softmax_attention,
-    supervised,
-    text_domains,
     titans,
-    token_losses,
     ttt_linear,
     ttt_mlp,
 )
-from cl_zoo.compilation import jit
-from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.losses import next_token_loss, token_losses
+from cl_zoo.streams import text_domains
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from experiments.common import RESULTS, record, shown_command
 

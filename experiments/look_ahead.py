@@ -27,24 +27,13 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import (
-    Learner,
-    Stream,
-    compose,
-    enable_compilation_cache,
-    ewc,
-    la_maml,
-    look_ahead_sgd,
-    mlp,
-    permuted_mnist,
-    replay,
-    rotated_mnist,
-    supervised,
-    sweep,
-    with_learning_rates,
-)
+from cl_zoo import Learner, Stream, compose, enable_compilation_cache, ewc, la_maml, replay, supervised, sweep
+from cl_zoo.algorithms.la_maml import look_ahead_sgd
 from cl_zoo.evaluation.metrics import average_accuracy, backward_transfer, statistics
+from cl_zoo.models import mlp
+from cl_zoo.streams import permuted_mnist, rotated_mnist
 from cl_zoo.training.run_directory import write_json
+from cl_zoo.wrappers import with_learning_rates
 from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 Benchmark = Literal["rotations", "permutations"]

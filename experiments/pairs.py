@@ -30,13 +30,13 @@ from cl_zoo import (
     enable_compilation_cache,
     ewc,
     lwf,
-    mlp,
     replay,
-    split_mnist,
     supervised,
     weight_interpolation,
 )
 from cl_zoo.evaluation.metrics import average_accuracy
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist
 from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 METHODS: dict[str, Component] = {

@@ -27,10 +27,12 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import LabelledImages, compose, enable_compilation_cache, ewc, mlp, supervised, sweep
-from cl_zoo import permuted_mnist as permuted_mnist_stream
+from cl_zoo import compose, enable_compilation_cache, ewc, supervised, sweep
+from cl_zoo.datasets import LabelledImages
 from cl_zoo.evaluation.metrics import average_accuracy, statistics, summary
-from cl_zoo.plots import accuracy_heat_map, seen_task_accuracy, strength_curve
+from cl_zoo.evaluation.plots import accuracy_heat_map, seen_task_accuracy, strength_curve
+from cl_zoo.models import mlp
+from cl_zoo.streams import permuted_mnist as permuted_mnist_stream
 from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
 
 

@@ -41,27 +41,26 @@ from tqdm.auto import tqdm
 
 from cl_zoo import (
     Component,
-    LabelledImages,
     Learner,
     Model,
     Stream,
     compose,
     continual_backprop,
     enable_compilation_cache,
-    mlp,
-    online_score,
-    permuted_mnist,
     redo,
     shrink_and_perturb,
-    slowly_changing_regression,
-    squared_error,
     supervised,
 )
 from cl_zoo.compilation import jit
+from cl_zoo.datasets import LabelledImages
 from cl_zoo.estimators.units import unit_activations
+from cl_zoo.evaluation import online_score
 from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.evaluation.plots import course
 from cl_zoo.evaluation.probes import dormant_share, effective_rank, mean_absolute_weight
-from cl_zoo.plots import course
+from cl_zoo.losses import squared_error
+from cl_zoo.models import mlp
+from cl_zoo.streams import permuted_mnist, slowly_changing_regression
 from cl_zoo.training.loop import begin, finish, start, stream_functions, train_steps
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from experiments.common import RESULTS, load_images, record, settle_run, shown_command

@@ -30,23 +30,20 @@ import numpy as np
 import tyro
 from tqdm.auto import tqdm
 
-from cl_zoo import (
+from cl_zoo import compose, enable_compilation_cache, run_stream, supervised
+from cl_zoo.language import decoder
+from cl_zoo.layers import (
     Mixer,
-    associative_recall,
-    compose,
-    decoder,
     delta_rule,
-    enable_compilation_cache,
     gated_delta_rule,
     gated_linear_attention,
     linear_attention,
-    next_token_loss,
-    run_stream,
     softmax_attention,
-    supervised,
     titans,
     ttt_linear,
 )
+from cl_zoo.losses import next_token_loss
+from cl_zoo.streams import associative_recall
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from experiments.common import RESULTS, record, shown_command, table, warmed_up_adamw
 

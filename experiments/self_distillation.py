@@ -54,40 +54,33 @@ from tqdm.auto import tqdm
 
 from cl_zoo import (
     Component,
-    Decoder,
-    Example,
     Model,
     Stream,
-    SymbolWorld,
-    answering,
     compose,
     context_distillation,
-    decoder,
     dft,
-    divergence,
     enable_compilation_cache,
-    evaluate,
     ewc,
-    load_pretrained,
-    lora,
-    next_token_loss,
     offline_distillation,
-    python_library,
     replay,
     run_stream,
     sdft,
-    skills,
-    softmax_attention,
     supervised,
     wise_ft,
 )
+from cl_zoo.checks import check_range, check_whole
 from cl_zoo.compilation import jit
-from cl_zoo.estimators.tokens import token_losses
+from cl_zoo.datasets import python_library
+from cl_zoo.evaluation import evaluate
 from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.frozen import join_state, learner_with, split_state
+from cl_zoo.language import Decoder, answering, decoder, load_pretrained
+from cl_zoo.layers import softmax_attention
+from cl_zoo.losses import divergence, next_token_loss, token_losses
+from cl_zoo.streams import Example, SymbolWorld, skills
 from cl_zoo.training.loop import begin, finish, start, train_steps
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_array, write_json
-from cl_zoo.types import check_range, check_whole
+from cl_zoo.wrappers import lora
 from experiments.common import RESULTS, record, shown_command, warmed_up_adamw
 
 METHODS = (

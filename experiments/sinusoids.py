@@ -30,23 +30,15 @@ import optax
 import tyro
 from tqdm.auto import tqdm
 
-from cl_zoo import (
-    Batch,
-    Learner,
-    compose,
-    enable_compilation_cache,
-    episodic,
-    maml,
-    mlp,
-    reptile,
-    sinusoids,
-    squared_error,
-    with_learning_rates,
-)
+from cl_zoo import Batch, Learner, compose, enable_compilation_cache, maml, reptile
 from cl_zoo.compilation import jit
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
+from cl_zoo.losses import squared_error
+from cl_zoo.models import mlp
+from cl_zoo.streams import sinusoids
 from cl_zoo.training.loop import start, train_steps
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
+from cl_zoo.wrappers import episodic, with_learning_rates
 from experiments.common import RESULTS, record, shown_command
 
 Method = Literal["maml", "maml 0.001", "fomaml", "fomaml 0.001", "meta-sgd", "reptile"]

@@ -30,12 +30,12 @@ from cl_zoo import (
     enable_compilation_cache,
     ewc,
     lwf,
-    mlp,
     replay,
     supervised,
     synaptic_intelligence,
 )
-from cl_zoo import split_mnist as split_mnist_stream
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist as split_mnist_stream
 from experiments.common import (
     RESULTS,
     Cell,

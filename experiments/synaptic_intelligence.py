@@ -22,7 +22,9 @@ from typing import Any, Literal
 import optax
 import tyro
 
-from cl_zoo import compose, enable_compilation_cache, mlp, permuted_mnist, supervised, synaptic_intelligence
+from cl_zoo import compose, enable_compilation_cache, supervised, synaptic_intelligence
+from cl_zoo.models import mlp
+from cl_zoo.streams import permuted_mnist
 from experiments.common import (
     RESULTS,
     Cell,

@@ -32,24 +32,13 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import (
-    Component,
-    Learner,
-    Stream,
-    compose,
-    decoder,
-    enable_compilation_cache,
-    ewc,
-    next_token_loss,
-    python_library,
-    read_text_domains,
-    replay,
-    supervised,
-    sweep,
-    text_domains,
-)
+from cl_zoo import Component, Learner, Stream, compose, enable_compilation_cache, ewc, replay, supervised, sweep
+from cl_zoo.datasets import python_library, read_text_domains
 from cl_zoo.evaluation.metrics import statistics
-from cl_zoo.plots import course
+from cl_zoo.evaluation.plots import course
+from cl_zoo.language import decoder
+from cl_zoo.losses import next_token_loss
+from cl_zoo.streams import text_domains
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from experiments.common import RESULTS, Cell, record, run_cells, shown_command
 from experiments.language_mixers import MIXERS

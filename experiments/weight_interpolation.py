@@ -31,19 +31,11 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import (
-    Component,
-    compose,
-    enable_compilation_cache,
-    mlp,
-    replay,
-    split_mnist,
-    supervised,
-    sweep,
-    weight_interpolation,
-)
+from cl_zoo import Component, compose, enable_compilation_cache, replay, supervised, sweep, weight_interpolation
 from cl_zoo.evaluation.metrics import average_accuracy, statistics, summary
-from cl_zoo.plots import strength_curve
+from cl_zoo.evaluation.plots import strength_curve
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist
 from experiments.common import (
     RESULTS,
     Cell,

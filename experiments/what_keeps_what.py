@@ -41,13 +41,11 @@ from cl_zoo import (
     l2_init,
     lwf,
     mas,
-    mlp,
     packnet,
     redo,
     replay,
     shrink_and_perturb,
     slda,
-    split_mnist,
     stream_program,
     supervised,
     synaptic_intelligence,
@@ -56,6 +54,8 @@ from cl_zoo import (
 )
 from cl_zoo.evaluation.cost import state_bytes, timed
 from cl_zoo.evaluation.metrics import average_accuracy, forgetting, learning_accuracy, statistics
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist
 from cl_zoo.training.run_directory import write_json
 from experiments.common import RESULTS, load_images, record, settle_run, shown_command
 

@@ -14,17 +14,15 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import gc
-import importlib
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 
-from cl_zoo import LabelledImages, enable_compilation_cache, load_digits
-
-# The functions of these names hide their modules.
-run_stream, fit = (importlib.import_module(f"cl_zoo.training.{name}") for name in ("run_stream", "fit"))
+from cl_zoo import enable_compilation_cache
+from cl_zoo.datasets import LabelledImages, load_digits
+from cl_zoo.training import _fit, _run_stream
 
 if cache := os.environ.get("CL_ZOO_TEST_CACHE"):
     enable_compilation_cache(cache)
@@ -61,7 +59,7 @@ def full_digits() -> LabelledImages:
 
 def forget_programs() -> None:
     """Frees all compiled programs: each takes memory maps, of which Linux gives a process 65 530."""
-    for cached in (run_stream._program, run_stream._sweep_program, fit._programs):
+    for cached in (_run_stream._program, _run_stream._sweep_program, _fit._programs):
         cached.cache_clear()
     jax.clear_caches()
     gc.collect()

@@ -84,7 +84,7 @@ MUTATIONS = (
     Mutation("ttt trains without its rotation loss", "algorithms/ttt.py", "return joint * found,", "return 0 * joint * found,", "ttt"),
     Mutation("sdft teacher moves by the complement", "algorithms/sdft.py", "interpolate(state.params, part.teacher, 1 - rate)", "interpolate(state.params, part.teacher, rate)", "sdft"),
     Mutation("sdft counts skipped tokens", "algorithms/sdft.py", "jnp.arange(length) >= skip", "jnp.arange(length) >= 0 * skip", "sdft"),
-    Mutation("divergence the other way", "estimators/distillation.py", "kl(q, p) if direction", "kl(p, q) if direction", "sdft or distill or divergence", (ALGORITHMS, "tests/estimators")),
+    Mutation("divergence the other way", "losses.py", "kl(q, p) if direction", "kl(p, q) if direction", "sdft or distill or divergence", (ALGORITHMS, "tests/estimators")),
     # Estimators and memories.
     Mutation("Fisher of the batch mean", "estimators/moments.py", "moment(seen[name][0]).T @ total[name]", "moment(seen[name][0].T @ jnp.sqrt(total[name]))", "ewc or fisher or Fisher", (ALGORITHMS, "tests/estimators")),
     Mutation("Fisher ignores weights", "estimators/moments.py", "lambda leaf: leaf * batch.weight[:, None], total)", "lambda leaf: leaf, total)", "ewc or fisher or Fisher", (ALGORITHMS, "tests/estimators", LAWS)),
@@ -94,16 +94,16 @@ MUTATIONS = (
     Mutation("empty places are replayed", "buffers.py", "held = jnp.minimum(reservoir.seen, capacity)", "held = jnp.minimum(capacity, capacity)", "replay or reservoir", (ALGORITHMS, "tests/test_buffers.py", LAWS)),
     Mutation("units reset without their moments", "estimators/units.py", "lambda its, now, start: now if its is False else jnp.where(its, start, now)", "lambda its, now, start: now", "redo or backprop or units", (ALGORITHMS, "tests/estimators")),
     # What composes and runs.
-    Mutation("keys without the step", "compose.py", "jax.random.fold_in(state_key, step), crc32", "jax.random.fold_in(state_key, 0), crc32", "replay", (ALGORITHMS, LAWS, "tests/test_compose.py")),
-    Mutation("keys without the name", "compose.py", 'crc32(f"{name}/{hook}".encode())', 'crc32(f"{hook}".encode())', "key or draw or together or replay", (LAWS, "tests/test_compose.py")),
-    Mutation("padding is not blanked", "compose.py", "return jnp.where(present, leaf, jnp.zeros_like(leaf))", "return leaf", "supervised or replay", (LAWS,)),
-    Mutation("padding alone takes a step", "compose.py", "jax.lax.cond(jnp.any(batch.weight > 0), step, lambda: kept)", "jax.lax.cond(jnp.any(batch.weight >= 0), step, lambda: kept)", "supervised", (LAWS,)),
-    Mutation("penalties are not added", "compose.py", "gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)", "gradient = gradient", "ewc"),
-    Mutation("outputs are not masked", "types.py", "return jnp.where(active, outputs, jnp.finfo(outputs.dtype).min / 2)", "return outputs", "supervised or ewc"),
-    Mutation("fit starts each task at step 1", "training/fit.py", "n = min(checkpoint_every - step % checkpoint_every, steps - step)", "n = min(checkpoint_every, steps - step)", "fit or resume or kill", (LAWS, "tests/training")),
-    Mutation("fit gives away what it reads", "training/fit.py", 'jit(score)', 'jit(score, donate_argnums=1)', "supervised or fit", (LAWS, "tests/training/test_running.py")),
-    Mutation("stream ends the wrong task", "training/run_stream.py", "state = finish(learner, stream, data, key, carry[0], t)", "state = finish(learner, stream, data, key, carry[0], t * 0)", "ewc or supervised", (LAWS, ALGORITHMS)),
-    Mutation("R is a row late", "training/run_stream.py", "scores = score(carry[0])", "scores = score((state, cursor)[0])", "supervised", (LAWS, "tests/training/test_running.py")),
+    Mutation("keys without the step", "_compose.py", "jax.random.fold_in(state_key, step), crc32", "jax.random.fold_in(state_key, 0), crc32", "replay", (ALGORITHMS, LAWS, "tests/test_compose.py")),
+    Mutation("keys without the name", "_compose.py", 'crc32(f"{name}/{hook}".encode())', 'crc32(f"{hook}".encode())', "key or draw or together or replay", (LAWS, "tests/test_compose.py")),
+    Mutation("padding is not blanked", "_compose.py", "return jnp.where(present, leaf, jnp.zeros_like(leaf))", "return leaf", "supervised or replay", (LAWS,)),
+    Mutation("padding alone takes a step", "_compose.py", "jax.lax.cond(jnp.any(batch.weight > 0), step, lambda: kept)", "jax.lax.cond(jnp.any(batch.weight >= 0), step, lambda: kept)", "supervised", (LAWS,)),
+    Mutation("penalties are not added", "_compose.py", "gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)", "gradient = gradient", "ewc"),
+    Mutation("outputs are not masked", "losses.py", "return jnp.where(active, outputs, jnp.finfo(outputs.dtype).min / 2)", "return outputs", "supervised or ewc"),
+    Mutation("fit starts each task at step 1", "training/_fit.py", "n = min(checkpoint_every - step % checkpoint_every, steps - step)", "n = min(checkpoint_every, steps - step)", "fit or resume or kill", (LAWS, "tests/training")),
+    Mutation("fit gives away what it reads", "training/_fit.py", 'jit(score)', 'jit(score, donate_argnums=1)', "supervised or fit", (LAWS, "tests/training/test_running.py")),
+    Mutation("stream ends the wrong task", "training/_run_stream.py", "state = finish(learner, stream, data, key, carry[0], t)", "state = finish(learner, stream, data, key, carry[0], t * 0)", "ewc or supervised", (LAWS, ALGORITHMS)),
+    Mutation("R is a row late", "training/_run_stream.py", "scores = score(carry[0])", "scores = score((state, cursor)[0])", "supervised", (LAWS, "tests/training/test_running.py")),
 )  # fmt: skip
 
 

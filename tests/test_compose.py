@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Component, compose, ewc, lwf, mlp, replay, run_stream, split_mnist, supervised
+from cl_zoo import Component, compose, ewc, lwf, replay, run_stream, supervised
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist
 from cl_zoo.training.loop import check_needs
 from tests.tiny import tiny_learner, tiny_stream
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cl_zoo.catalogue import catalogue, markdown_table
-from cl_zoo.layers import catalogue as layer_catalogue
+from cl_zoo._catalogue import catalogue, markdown_table
+from cl_zoo.layers import _catalogue as layer_catalogue
 from experiments import ledger
 
 ROOT = Path(__file__).parents[1]

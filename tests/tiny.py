@@ -10,23 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cl_zoo import (
-    Component,
-    LabelledImages,
-    Learner,
-    Model,
-    Stream,
-    SymbolWorld,
-    compose,
-    cross_entropy,
-    episodic,
-    few_shot,
-    mlp,
-    next_token_loss,
-    split_mnist,
-    supervised,
-)
-from cl_zoo.catalogue import Entry
+from cl_zoo import Component, Learner, Model, Stream, compose, supervised
+from cl_zoo._catalogue import Entry
+from cl_zoo.datasets import LabelledImages
+from cl_zoo.losses import cross_entropy, next_token_loss
+from cl_zoo.models import mlp
+from cl_zoo.streams import SymbolWorld, few_shot, split_mnist
+from cl_zoo.wrappers import episodic
 
 STEPS, BATCH = 6, 8
 

@@ -1,0 +1,1 @@
+"""One algorithm a file; their factories are names of `cl_zoo` itself."""

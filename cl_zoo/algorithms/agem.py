@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
+from cl_zoo.checks import check_whole
 from cl_zoo.estimators.projection import project_conflict
-from cl_zoo.types import Batch, Component, Context, Key, PyTree, Record, TrainState, check_whole
+from cl_zoo.types import Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["AgemState", "agem"]
 
@@ -41,7 +42,8 @@ def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Compone
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), agem(capacity=200, batch_size=32))
     """
     check_whole(name, "capacity", capacity, 1)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_choice, check_range
 from cl_zoo.estimators.units import (
     check_units,
     group_size,
@@ -16,7 +17,7 @@ from cl_zoo.estimators.units import (
     unit_activations,
     weight_magnitude,
 )
-from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState, check_choice, check_range
+from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState
 
 __all__ = ["ContinualBackpropState", "continual_backprop"]
 
@@ -86,7 +87,8 @@ def continual_backprop(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), continual_backprop(1e-4))
     """
     check_range(name, "replacement_rate", replacement_rate, 0, 1)

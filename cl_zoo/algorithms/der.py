@@ -7,22 +7,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.algorithms.supervised import cross_entropy
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    Record,
-    TrainState,
-    check_range,
-    check_whole,
-    mask_outputs,
-    weighted_mean,
-)
+from cl_zoo.checks import check_range, check_whole
+from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["DerState", "der"]
 
@@ -68,7 +56,8 @@ def der(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), der(200, alpha=0.5, beta=0.5))
     """
     check_whole(name, "capacity", capacity, 1)

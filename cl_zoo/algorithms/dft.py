@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cl_zoo.algorithms.supervised import supervised
-from cl_zoo.estimators.tokens import dynamic_fine_tuning_loss
+from cl_zoo.losses import dynamic_fine_tuning_loss
 from cl_zoo.types import Component
 
 __all__ = ["dft"]
@@ -27,7 +27,9 @@ def dft(*, name: str = "dft") -> Component:
 
     Example:
       >>> import optax
-      >>> from cl_zoo import answering, compose, decoder, dft, softmax_attention
+      >>> from cl_zoo.language import answering, decoder
+      >>> from cl_zoo import compose, dft
+      >>> from cl_zoo.layers import softmax_attention
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
       >>> learner = compose(answering(net), optax.adam(1e-3), dft())
     """

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.estimators.interpolation import interpolate
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState, check_range, mask_outputs
+from cl_zoo.checks import check_range
+from cl_zoo.estimators.averaging import interpolate
+from cl_zoo.losses import mask_outputs
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["EmaState", "ema"]
 
@@ -52,7 +54,8 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), ema(decay=0.99))
     """
     check_range(name, "decay", decay, 0, 1)

@@ -5,21 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_choice, check_range, check_whole
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.estimators.moments import row_gradient_square
 from cl_zoo.estimators.quadratic import Quadratic, add_quadratic, quadratic_penalty, zero_quadratic
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    TrainState,
-    check_choice,
-    check_range,
-    check_whole,
-)
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["EwcState", "ewc"]
 
@@ -77,7 +67,8 @@ def ewc(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), ewc(strength=100.0))
       >>> sorted(learner.needs)
       [('compose(tasks=None)', 'open_outputs'), ('ewc', 'boundaries'), ('ewc', 'end_sample')]

@@ -7,20 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.estimators.averaging import interpolate
 from cl_zoo.estimators.fisher import fisher_diagonal
-from cl_zoo.estimators.interpolation import interpolate
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    TrainState,
-    check_choice,
-    check_range,
-    check_whole,
-)
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["FisherMergingState", "fisher_merging"]
 
@@ -79,7 +69,8 @@ def fisher_merging(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), fisher_merging(balance=0.5))
     """
     check_range(name, "balance", balance, 0, 1)

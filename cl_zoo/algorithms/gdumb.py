@@ -9,22 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.algorithms.supervised import cross_entropy, no_loss
+from cl_zoo.algorithms.supervised import no_loss
 from cl_zoo.buffers import ClassBalanced, batch_rows, class_balanced_memory
+from cl_zoo.checks import check_whole
+from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.shuffle import shuffled_index
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    Record,
-    TrainState,
-    check_whole,
-    mask_outputs,
-    weighted_mean,
-)
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["GdumbState", "gdumb"]
 
@@ -75,7 +65,8 @@ def gdumb(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp
+      >>> from cl_zoo import compose
+      >>> from cl_zoo.models import mlp
       >>> rate = optax.cosine_decay_schedule(0.05, decay_steps=10 * 2)
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), gdumb(capacity=30, n_classes=3, optimiser=optax.sgd(rate)))
     """

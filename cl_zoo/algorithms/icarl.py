@@ -10,23 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.buffers import batch_rows
+from cl_zoo.checks import check_choice, check_range, check_whole
 from cl_zoo.estimators.herding import herding_ranks, unit_rows
+from cl_zoo.losses import mask_outputs, weighted_mean
 from cl_zoo.shuffle import shuffled_index
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    TaskInfo,
-    TrainState,
-    check_choice,
-    check_range,
-    check_whole,
-    mask_outputs,
-    weighted_mean,
-)
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TaskInfo, TrainState
 
 __all__ = ["IcarlState", "icarl"]
 
@@ -111,7 +99,8 @@ def icarl(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp
+      >>> from cl_zoo import compose
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.adam(1e-3), icarl(capacity=30, n_classes=3, batch_size=10))
     """
     check_whole(name, "n_classes", n_classes, 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import optax
 
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, check_range
+from cl_zoo.checks import check_range
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["l2_init"]
 
@@ -30,7 +31,8 @@ def l2_init(strength: Array | float, *, name: str = "l2_init") -> Component:
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), l2_init(strength=1e-3))
     """
     check_range(name, "strength", strength, 0)

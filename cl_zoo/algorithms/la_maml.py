@@ -9,24 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.algorithms.supervised import cross_entropy
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
+from cl_zoo.checks import check_choice, check_range, check_whole
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    Record,
-    TrainState,
-    check_choice,
-    check_range,
-    check_whole,
-    mask_outputs,
-    weighted_mean,
-)
+from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["LaMamlState", "la_maml", "look_ahead_sgd"]
 
@@ -88,7 +75,9 @@ def la_maml(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, with_learning_rates
+      >>> from cl_zoo import compose
+      >>> from cl_zoo.models import mlp
+      >>> from cl_zoo.wrappers import with_learning_rates
       >>> model = with_learning_rates(mlp((4,), 3), 0.15)
       >>> learner = compose(model, look_ahead_sgd(0.3), la_maml(capacity=200, batch_size=10))
     """

@@ -8,19 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.estimators.distillation import soft_cross_entropy
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    TrainState,
-    check_choice,
-    check_range,
-    weighted_mean,
-)
+from cl_zoo.checks import check_choice, check_range
+from cl_zoo.losses import soft_cross_entropy, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["LwfState", "lwf"]
 
@@ -73,7 +63,8 @@ def lwf(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), lwf(temperature=2.0))
     """
     check_range(name, "strength", strength, 0)

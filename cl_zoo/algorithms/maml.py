@@ -9,22 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.algorithms.supervised import cross_entropy
+from cl_zoo.checks import check_choice, check_whole
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Episode,
-    Key,
-    PyTree,
-    TrainState,
-    check_choice,
-    check_whole,
-    mask_outputs,
-    weighted_mean,
-)
+from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree, TrainState
 
 __all__ = ["Adaptation", "maml"]
 
@@ -198,7 +186,10 @@ def maml(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, episodic, mlp, squared_error
+      >>> from cl_zoo import compose
+      >>> from cl_zoo.wrappers import episodic
+      >>> from cl_zoo.models import mlp
+      >>> from cl_zoo.losses import squared_error
       >>> model = episodic(mlp((1,), 1, hidden=(40, 40)))
       >>> learner = compose(model, optax.adam(1e-3), maml(squared_error, inner=optax.sgd(0.01)))
     """

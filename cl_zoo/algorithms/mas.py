@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_range, check_whole
 from cl_zoo.estimators.moments import gradient_moment
 from cl_zoo.estimators.quadratic import Quadratic, quadratic_penalty, zero_quadratic
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, check_range, check_whole
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["MasState", "mas"]
 
@@ -45,7 +46,8 @@ def mas(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), mas(strength=1.0))
     """
     check_range(name, "strength", strength, 0)

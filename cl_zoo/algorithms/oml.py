@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import optax
 
 from cl_zoo.algorithms.maml import maml
-from cl_zoo.algorithms.supervised import cross_entropy
+from cl_zoo.losses import cross_entropy
 from cl_zoo.types import Array, Component, PyTree
 
 __all__ = ["oml"]
@@ -50,7 +50,9 @@ def oml(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, episodic, mlp
+      >>> from cl_zoo import compose
+      >>> from cl_zoo.wrappers import episodic
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(episodic(mlp((28, 28), 10)), optax.adam(1e-4), oml(0.03))
     """
     return maml(loss, inner=optax.sgd(inner_rate), inner_steps=None, rows=1, order=order, only=prediction, name=name)

@@ -9,19 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    Record,
-    TrainState,
-    check_range,
-    check_whole,
-    mask_outputs,
-)
+from cl_zoo.checks import check_range, check_whole
+from cl_zoo.losses import mask_outputs
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["PackNetState", "packnet"]
 
@@ -77,7 +67,9 @@ def packnet(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, split_mnist, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
+      >>> from cl_zoo.streams import split_mnist
       >>> stream = split_mnist(scenario="task", steps=10)
       >>> learner = compose(mlp((28, 28), 10), optax.adam(1e-3), supervised(), packnet(0.5, 50), tasks=stream.tasks)
       >>> sorted(need for name, need in learner.needs if name == "packnet")

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_range, check_whole
 from cl_zoo.estimators.units import check_units, reset_units, row_mean, unit_activations
-from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState, check_range, check_whole
+from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState
 
 __all__ = ["RedoState", "redo"]
 
@@ -53,7 +54,8 @@ def redo(threshold: Array | float, every: int = 1000, *, name: str = "redo") -> 
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.adam(1e-3), supervised(), redo(threshold=0.1, every=1000))
     """
     check_range(name, "threshold", threshold, 0)

@@ -14,7 +14,8 @@ from cl_zoo.buffers import (
     reservoir_memory,
     ring_memory,
 )
-from cl_zoo.types import Batch, Component, Context, Key, Record, TrainState, check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.types import Batch, Component, Context, Key, Record, TrainState
 
 __all__ = ["ReplayState", "replay"]
 
@@ -64,7 +65,8 @@ def replay(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), replay(capacity=500, batch_size=10))
     """
     check_whole(name, "capacity", capacity, 1)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.algorithms.maml import Adaptation, check_adaptation, check_episodes
-from cl_zoo.algorithms.supervised import cross_entropy
-from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree, TrainState, weighted_mean
+from cl_zoo.losses import cross_entropy, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree, TrainState
 
 __all__ = ["reptile"]
 
@@ -54,7 +54,10 @@ def reptile(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, episodic, mlp, squared_error
+      >>> from cl_zoo import compose
+      >>> from cl_zoo.wrappers import episodic
+      >>> from cl_zoo.models import mlp
+      >>> from cl_zoo.losses import squared_error
       >>> learner = compose(
       ...     episodic(mlp((1,), 1)), optax.sgd(0.1), reptile(squared_error, inner=optax.sgd(0.02), rows=10)
       ... )

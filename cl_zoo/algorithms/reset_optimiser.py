@@ -26,7 +26,8 @@ def reset_optimiser(*, name: str = "reset_optimiser") -> Component:
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.adam(1e-3), supervised(), reset_optimiser())
     """
 

@@ -8,26 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.estimators.distillation import divergence
-from cl_zoo.estimators.interpolation import interpolate
-from cl_zoo.estimators.tokens import token_losses
-from cl_zoo.models.answers import Demonstrated, answer_logits, check_demonstrated
-from cl_zoo.models.decoder import Decoder, check_decoder
-from cl_zoo.models.generate import check_stop, generate
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    Record,
-    TrainState,
-    check_choice,
-    check_range,
-    check_whole,
-    weighted_mean,
-)
+from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.estimators.averaging import interpolate
+from cl_zoo.language._decoder import Decoder, check_decoder
+from cl_zoo.language._generate import check_stop, generate
+from cl_zoo.language.answers import Demonstrated, answer_logits, check_demonstrated
+from cl_zoo.losses import divergence, token_losses, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["SdftState", "context_distillation", "offline_distillation", "sdft"]
 
@@ -90,7 +77,9 @@ def sdft(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import answering, compose, decoder, sdft, softmax_attention
+      >>> from cl_zoo.language import answering, decoder
+      >>> from cl_zoo import compose, sdft
+      >>> from cl_zoo.layers import softmax_attention
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
       >>> learner = compose(answering(net), optax.adam(1e-3), sdft(net, length=4, skip=0))
     """
@@ -127,7 +116,9 @@ def context_distillation(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import answering, compose, context_distillation, decoder, softmax_attention
+      >>> from cl_zoo.language import answering, decoder
+      >>> from cl_zoo import compose, context_distillation
+      >>> from cl_zoo.layers import softmax_attention
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
       >>> learner = compose(answering(net), optax.adam(1e-3), context_distillation(net, length=4))
     """
@@ -163,7 +154,9 @@ def offline_distillation(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import answering, compose, decoder, offline_distillation, softmax_attention
+      >>> from cl_zoo.language import answering, decoder
+      >>> from cl_zoo import compose, offline_distillation
+      >>> from cl_zoo.layers import softmax_attention
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
       >>> learner = compose(answering(net), optax.adam(1e-3), offline_distillation(net, length=4))
     """

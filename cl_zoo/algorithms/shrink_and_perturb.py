@@ -5,19 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    Record,
-    TaskInfo,
-    TrainState,
-    check_choice,
-    check_range,
-)
+from cl_zoo.checks import check_choice, check_range
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TaskInfo, TrainState
 
 __all__ = ["shrink_and_perturb"]
 
@@ -58,7 +47,8 @@ def shrink_and_perturb(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), shrink_and_perturb(1e-6, 1e-5))
     """
     check_range(name, "shrink", shrink, 0, 1)

@@ -8,19 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.algorithms.supervised import no_loss
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    Record,
-    TrainState,
-    check_choice,
-    check_range,
-    mask_outputs,
-)
+from cl_zoo.checks import check_choice, check_range
+from cl_zoo.losses import mask_outputs
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["SldaState", "slda"]
 
@@ -83,7 +73,8 @@ def slda(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp
+      >>> from cl_zoo import compose
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), slda(features="penultimate"))
     """
     check_range(name, "shrinkage", shrinkage, 1e-8, 1)

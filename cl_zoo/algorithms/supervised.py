@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, mask_outputs, weighted_mean
+from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["cross_entropy", "no_loss", "supervised"]
-
-
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """- log softmax(logits)_label for each row: `[B, C]`, `i32[B]` -> `f32[B]`.
-
-    Raises:
-      ValueError: other shapes.
-    """
-    if jnp.ndim(logits) != 2 or jnp.shape(labels) != logits.shape[:1]:
-        raise ValueError(
-            f"cross_entropy: outputs are {jnp.shape(logits)} and labels {jnp.shape(labels)}, but must be [B, C] and"
-            " [B]; for tokens take supervised(next_token_loss)"
-        )
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+__all__ = ["no_loss", "supervised"]
 
 
 def no_loss(

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_choice, check_range
 from cl_zoo.estimators.quadratic import Quadratic, quadratic_penalty, zero_quadratic
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState, check_choice, check_range
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["SynapticIntelligenceState", "synaptic_intelligence"]
 
@@ -61,7 +62,8 @@ def synaptic_intelligence(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.adam(1e-3), supervised(), synaptic_intelligence(strength=0.1))
     """
     check_range(name, "strength", strength, 0)

@@ -9,20 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cl_zoo.checks import check_range, check_whole
 from cl_zoo.estimators.inner_loop import movable
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    TrainState,
-    check_range,
-    check_whole,
-    mask_outputs,
-    weighted_mean,
-)
+from cl_zoo.losses import mask_outputs, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["TentState", "tent"]
 
@@ -78,7 +68,8 @@ def tent(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised, tent
+      >>> from cl_zoo import compose, supervised, tent
+      >>> from cl_zoo.models import mlp
       >>> model = mlp((28, 28), 10, norm="batch")
       >>> learner = compose(model, optax.sgd(0.1), supervised(), tent(learning_rate=1e-3))
     """

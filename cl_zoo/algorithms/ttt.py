@@ -9,20 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.algorithms.supervised import cross_entropy
+from cl_zoo.checks import check_range, check_whole
 from cl_zoo.estimators.inner_loop import inner_loop
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    TrainState,
-    check_range,
-    check_whole,
-    weighted_mean,
-)
+from cl_zoo.losses import cross_entropy, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["TttState", "crop_and_flip", "quarter_turns", "ttt"]
 
@@ -138,7 +128,9 @@ def ttt(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised, ttt, with_rotation_head
+      >>> from cl_zoo import compose, supervised, ttt
+      >>> from cl_zoo.models import mlp
+      >>> from cl_zoo.wrappers import with_rotation_head
       >>> model = with_rotation_head(mlp((28, 28), 10, hidden=(64,)), mlp((64,), 4, hidden=()), reads="output")
       >>> learner = compose(model, optax.sgd(0.1), supervised(), ttt(learning_rate=1e-3))
     """

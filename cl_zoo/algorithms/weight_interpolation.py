@@ -8,20 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir
+from cl_zoo.checks import check_choice, check_range, check_whole
 from cl_zoo.estimators.alignment import match_activations, match_weights, permute, permute_statistics, readers
-from cl_zoo.estimators.interpolation import floating, interpolate, recompute_statistics
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Component,
-    Context,
-    Key,
-    PyTree,
-    TrainState,
-    check_choice,
-    check_range,
-    check_whole,
-)
+from cl_zoo.estimators.averaging import floating, interpolate, recompute_statistics
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["WeightInterpolationState", "weight_interpolation"]
 
@@ -85,7 +75,8 @@ def weight_interpolation(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, replay, supervised
+      >>> from cl_zoo import compose, replay, supervised
+      >>> from cl_zoo.models import mlp
       >>> components = supervised(), replay(200), weight_interpolation(alpha=0.3, sample="replay")
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), *components)
     """

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.estimators.interpolation import interpolate
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, check_choice, check_range
+from cl_zoo.checks import check_choice, check_range
+from cl_zoo.estimators.averaging import interpolate
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["WiseFtState", "wise_ft"]
 
@@ -52,7 +53,8 @@ def wise_ft(
 
     Example:
       >>> import optax
-      >>> from cl_zoo import compose, mlp, supervised
+      >>> from cl_zoo import compose, supervised
+      >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), wise_ft(alpha=0.5))
     """
     check_range(name, "alpha", alpha, 0, 1)

@@ -1,0 +1,1 @@
+"""Mathematics that stands under several algorithms, as plain functions."""

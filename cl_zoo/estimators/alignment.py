@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from optax.assignment import hungarian_algorithm
 
+from cl_zoo.checks import check_whole
 from cl_zoo.estimators.units import group_size, parameter
-from cl_zoo.types import Array, Batch, Model, PyTree, check_whole
+from cl_zoo.types import Array, Batch, Model, PyTree
 
 __all__ = [
     "Permutations",

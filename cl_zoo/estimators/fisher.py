@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_choice, check_whole
 from cl_zoo.estimators.moments import Forward, gradient_moment
-from cl_zoo.types import Array, Batch, Key, PyTree, check_choice, check_whole, weighted_mean
+from cl_zoo.losses import weighted_mean
+from cl_zoo.types import Array, Batch, Key, PyTree
 
 __all__ = ["fisher_diagonal"]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.types import Array, Batch, Learner, PyTree, Stream, TrainState, check_choice, check_whole, weighted_mean
+from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.losses import weighted_mean
+from cl_zoo.types import Array, Batch, Learner, PyTree, Stream, TrainState
 
 __all__ = ["evaluate_adapting"]
 
@@ -45,7 +47,10 @@ def evaluate_adapting(
 
     Example:
       >>> import jax, optax
-      >>> from cl_zoo import compose, evaluate_adapting, mlp, split_mnist, supervised, tent
+      >>> from cl_zoo import compose, supervised, tent
+      >>> from cl_zoo.evaluation import evaluate_adapting
+      >>> from cl_zoo.models import mlp
+      >>> from cl_zoo.streams import split_mnist
       >>> stream = split_mnist(scenario="domain", steps=1)
       >>> learner = compose(mlp((28, 28), 2, hidden=(8,), norm="batch"), optax.sgd(0.1), supervised(), tent())
       >>> state = learner.init(jax.random.key(0), stream.next(stream.data, stream.init(jax.random.key(0)), None)[0])

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState, mask_outputs, weighted_mean
+from cl_zoo.losses import mask_outputs, weighted_mean
+from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = [
     "dormant_share",
@@ -128,7 +129,9 @@ def online_score(
 
     Example:
       >>> import jax, optax
-      >>> from cl_zoo import compose, mlp, run_stream, split_mnist, supervised
+      >>> from cl_zoo import compose, run_stream, supervised
+      >>> from cl_zoo.models import mlp
+      >>> from cl_zoo.streams import split_mnist
       >>> stream = split_mnist(n_tasks=2, scenario="domain", steps=20)
       >>> learner = compose(mlp((28, 28), 5), optax.adam(1e-3), supervised(), online_score(stream.score))
       >>> run_stream(learner, stream, jax.random.key(0)).metrics["online_score/score"].shape

@@ -8,19 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.layers.mixer import (
-    EPSILON,
-    Mixer,
-    RotaryScaling,
-    causal_mask,
-    from_chunks,
-    head_mixer,
-    head_width,
-    rms_norm,
-    rotary,
-    to_chunks,
-)
-from cl_zoo.types import Array, Key, PyTree, check_whole
+from cl_zoo.checks import check_whole
+from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, to_chunks
+from cl_zoo.layers.norms import EPSILON, rms_norm
+from cl_zoo.layers.rotary import RotaryScaling, rotary
+from cl_zoo.types import Array, Key, PyTree
 
 __all__ = ["KeyValues", "attend", "attend_window", "softmax_attention", "window_attention"]
 

@@ -12,26 +12,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.types import Array, Key, PyTree, check_whole
+from cl_zoo.checks import check_whole
+from cl_zoo.layers.norms import layer_norm, rms_norm
+from cl_zoo.types import Array, Key, PyTree
 
 __all__ = [
     "HeadCache",
     "Mixer",
-    "RotaryScaling",
     "causal_convolution",
     "causal_mask",
     "from_chunks",
     "head_mixer",
     "head_width",
-    "layer_norm",
     "linear",
-    "normalise",
-    "rms_norm",
-    "rotary",
     "to_chunks",
 ]
-
-EPSILON = 1e-6
 
 
 class Mixer(NamedTuple):
@@ -60,22 +55,6 @@ class Mixer(NamedTuple):
     extend: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]] | None = None
 
 
-class RotaryScaling(NamedTuple):
-    """How rotary wavelengths are stretched for longer rows than a model was first trained on.
-
-    All are `factor` times as long ("linear"); or, with `original_length`, those longer than
-    original_length / low_frequency are, those shorter than original_length / high_frequency stay, and between the two
-    the frequencies are mixed, linearly in original_length / wavelength ("llama3").
-
-    Source: Chen et al. 2023, arXiv 2306.15595; Dubey et al. 2024 (Llama 3.1's code), arXiv 2407.21783.
-    """
-
-    factor: float
-    original_length: int | None = None
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-
-
 class HeadCache(NamedTuple):
     """Attributes:
     position: `i32[]`, tokens seen.
@@ -91,68 +70,6 @@ class HeadCache(NamedTuple):
 def linear(key: Key, n_in: int, n_out: int) -> Array:
     """A kernel `[n_in, n_out]` from N(0, 1 / n_in)."""
     return jax.random.normal(key, (n_in, n_out)) / jnp.sqrt(float(n_in))
-
-
-def rms_norm(x: Array, scale: Array, epsilon: float = EPSILON) -> Array:
-    """scale * x / sqrt(mean x^2 + epsilon) over the last axis, computed in float32 at least."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * scale).astype(x.dtype)
-
-
-def layer_norm(x: Array, scale: Array, bias: Array) -> Array:
-    """scale * (x - mean) / sqrt(var + 1e-6) + bias over the last axis, computed in float32 at least."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
-    return (wide * scale + bias).astype(x.dtype)
-
-
-def normalise(x: Array) -> Array:
-    """x / ||x|| over the last axis; 0 stays 0, and so do its gradients."""
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
-
-
-def rotary(
-    x: Array,
-    positions: Array,
-    theta: float = 10_000.0,
-    period: int | None = None,
-    scaling: RotaryScaling | None = None,
-) -> Array:
-    """Rotary positions: the pair (x_i, x_{i + d/2}) is turned by position * theta^(-2 i / d) radians.
-
-    Args:
-      x: `[..., T, d]`, d even.
-      positions: `i32[T]`, or any shape that broadcasts to `x.shape[:-1]`.
-      theta: the base of wavelengths.
-      period: positions are taken modulo this; None: as they are. So many sines are computed, and no more.
-      scaling: of the wavelengths.
-
-    Raises:
-      ValueError: an odd d.
-
-    Source: Su et al. 2021, arXiv 2104.09864; halves instead of neighbours are paired, as in Llama's Hugging Face code.
-    """
-    if x.shape[-1] % 2:
-        raise ValueError(f"rotary: a head is {x.shape[-1]} wide, but it must be even, as pairs are turned")
-    half = x.shape[-1] // 2
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    table = positions if period is None else jnp.arange(period)
-    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
-    if scaling is not None:
-        kept: Array | float = 0.0  # the share of the frequency as it was
-        if scaling.original_length is not None:
-            turns = scaling.original_length * frequency / (2 * jnp.pi)
-            low, high = scaling.low_frequency, scaling.high_frequency
-            kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequency = frequency * (kept + (1 - kept) / scaling.factor)
-    angle = table[..., None].astype(wide) * frequency
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    if period is not None:
-        cos, sin = cos[positions % period], sin[positions % period]
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def causal_convolution(x: Array, kernel: Array) -> Array:

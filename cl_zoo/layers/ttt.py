@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_whole
+from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers.fast_weights import (
     FastLayer,
     Movement,
@@ -24,20 +26,10 @@ from cl_zoo.layers.fast_weights import (
     scaled,
     token_gradient,
 )
-from cl_zoo.layers.linear_attention import widen
-from cl_zoo.layers.mixer import (
-    EPSILON,
-    Mixer,
-    causal_mask,
-    from_chunks,
-    head_mixer,
-    head_width,
-    layer_norm,
-    linear,
-    rotary,
-    to_chunks,
-)
-from cl_zoo.types import Array, Key, PyTree, check_whole
+from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, linear, to_chunks
+from cl_zoo.layers.norms import EPSILON, layer_norm
+from cl_zoo.layers.rotary import rotary
+from cl_zoo.types import Array, Key, PyTree
 
 __all__ = ["InnerLoss", "TttCache", "ttt_chunked", "ttt_linear", "ttt_mlp", "ttt_start", "ttt_step"]
 

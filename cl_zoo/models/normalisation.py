@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from cl_zoo.checks import check_choice
 from cl_zoo.models.convolution import accumulator
-from cl_zoo.types import Array, check_choice
+from cl_zoo.types import Array
 
 __all__ = ["check_norm", "normalise", "normalising"]
 

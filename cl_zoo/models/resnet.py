@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from cl_zoo.checks import check_whole
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.normalisation import check_norm, normalise, normalising
 from cl_zoo.models.pooling import mean_pool
 from cl_zoo.models.preprocess import scale_images
-from cl_zoo.types import Array, Model, PyTree, check_whole
+from cl_zoo.types import Array, Model, PyTree
 
 __all__ = ["resnet26", "resnet_tail"]
 
@@ -175,7 +176,8 @@ def resnet_tail(outputs: int, *, norm: str = "group", width: int = 1, groups: in
     Source: the branch for self-supervision of Sun et al. 2020, arXiv 1909.13231.
 
     Example:
-      >>> from cl_zoo import resnet26, with_rotation_head
+      >>> from cl_zoo.models import resnet26
+      >>> from cl_zoo.wrappers import with_rotation_head
       >>> model = with_rotation_head(resnet26((32, 32, 3), 10), resnet_tail(4), reads="group_3")
     """
     blocks = _blocks("resnet_tail", depth, outputs=outputs, width=width, groups=groups)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_zoo.checks import check_choice, check_whole
 from cl_zoo.shuffle import shuffled_index
-from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo, check_choice, check_whole
+from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo
 
 __all__ = ["Cursor", "array_stream", "locate", "scenario_tasks"]
 

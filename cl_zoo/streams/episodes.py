@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.datasets.few_shot_images import FewShotImages
+from cl_zoo.datasets.images import LabelledImages, load_digits
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.arrays import Cursor
-from cl_zoo.streams.few_shot_images import FewShotImages
-from cl_zoo.streams.sources import LabelledImages, load_digits
-from cl_zoo.types import Array, Batch, Episode, Key, PyTree, Stream, TaskInfo, check_choice, check_range, check_whole
+from cl_zoo.types import Array, Batch, Episode, Key, PyTree, Stream, TaskInfo
 
 __all__ = ["FewShotData", "SinusoidData", "episode_stream", "few_shot", "sinusoids", "trajectories"]
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_zoo.checks import check_range, check_whole
+from cl_zoo.datasets.images import LabelledImages, load_digits
+from cl_zoo.streams._blurry import Mixing
 from cl_zoo.streams.arrays import array_stream, locate, scenario_tasks
-from cl_zoo.streams.blurry import Mixing
-from cl_zoo.streams.sources import LabelledImages, load_digits
-from cl_zoo.types import Array, Key, PyTree, Stream, check_range, check_whole
+from cl_zoo.types import Array, Key, PyTree, Stream
 
 __all__ = ["ImageData", "permuted_mnist", "rotated_mnist", "split_mnist"]
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.estimators.tokens import token_accuracy
+from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.losses import token_accuracy
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.episodes import episode_stream
-from cl_zoo.types import Array, Batch, Key, PyTree, Stream, check_choice, check_range, check_whole
+from cl_zoo.types import Array, Batch, Key, PyTree, Stream
 
 __all__ = ["RecallData", "associative_recall", "best_dictionary_scores", "fresh_dictionaries"]
 

@@ -8,20 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.losses import squared_error
 from cl_zoo.streams.arrays import Cursor
-from cl_zoo.types import (
-    Array,
-    Batch,
-    Key,
-    PyTree,
-    Stream,
-    TaskInfo,
-    check_choice,
-    check_range,
-    check_whole,
-)
+from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo
 
-__all__ = ["RegressionData", "slowly_changing_regression", "squared_error"]
+__all__ = ["RegressionData", "slowly_changing_regression"]
 
 
 class RegressionData(NamedTuple):
@@ -38,11 +30,6 @@ class RegressionData(NamedTuple):
     threshold: Array
     output: Array
     slow: Array
-
-
-def squared_error(outputs: Array, y: Array) -> Array:
-    """(outputs - y)^2 for each row: `[B, 1]`, `[B]` -> `[B]`. A loss for `supervised`."""
-    return jnp.square(outputs[:, 0] - y)
 
 
 def slowly_changing_regression(
@@ -94,7 +81,8 @@ def slowly_changing_regression(
 
     Example:
       >>> import jax, optax
-      >>> from cl_zoo import compose, mlp, run_stream, supervised
+      >>> from cl_zoo import compose, run_stream, supervised
+      >>> from cl_zoo.models import mlp
       >>> stream = slowly_changing_regression(n_tasks=2, steps=50)
       >>> learner = compose(mlp((20,), 1, hidden=(5,)), optax.sgd(0.01), supervised(squared_error))
       >>> run_stream(learner, stream, jax.random.key(0)).accuracy.shape

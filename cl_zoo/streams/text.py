@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.estimators.tokens import next_token_loss
+from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.datasets.text import python_library
+from cl_zoo.losses import next_token_loss
 from cl_zoo.streams.arrays import array_stream, scenario_tasks
-from cl_zoo.streams.text_sources import python_library
-from cl_zoo.types import Array, Batch, Key, Stream, check_choice, check_range, check_whole
+from cl_zoo.types import Array, Batch, Key, Stream
 
 __all__ = ["TextData", "text_domains"]
 

@@ -16,8 +16,11 @@ import jax
 import numpy as np
 import optax
 
-from cl_zoo import LabelledImages, compose, der, ewc, mlp, permuted_mnist, stream_program, supervised
+from cl_zoo import compose, der, ewc, stream_program, supervised
 from cl_zoo.compilation import enable_compilation_cache
+from cl_zoo.datasets import LabelledImages
+from cl_zoo.models import mlp
+from cl_zoo.streams import permuted_mnist
 
 SETTINGS = {"permuted": (5, 10_000, (256, 256), 64), "online": (10, 2_000, (100, 100), 10)}
 

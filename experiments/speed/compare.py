@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from cl_zoo import load_digits
+from cl_zoo.datasets import load_digits
 from cl_zoo.training.run_directory import environment, write_json
 
 HERE = Path(__file__).parent

@@ -27,13 +27,17 @@ import optax
 import tyro
 from jax import lax
 
-from cl_zoo import Episode, LabelledImages, Model, cnn, compose, episodic, maml, resnet26, split_mnist, supervised
+from cl_zoo import Episode, Model, compose, maml, supervised
 from cl_zoo.compilation import jit
+from cl_zoo.datasets import LabelledImages
 from cl_zoo.estimators.fisher import fisher_diagonal
-from cl_zoo.training.fit import _programs
+from cl_zoo.models import cnn, resnet26
+from cl_zoo.streams import split_mnist
+from cl_zoo.training._fit import _programs
 from cl_zoo.training.loop import start, stream_functions, train_steps
 from cl_zoo.training.run_directory import environment, write_json
 from cl_zoo.types import Batch
+from cl_zoo.wrappers import episodic
 
 HERE = Path(__file__).parent
 NETS: dict[str, tuple[Callable[[], Model], tuple[int, ...]]] = {

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from cl_zoo import Pretrained, generate, load_pretrained, save_pretrained, unstacked
+from cl_zoo.language import Pretrained, generate, load_pretrained, save_pretrained, unstacked
 from cl_zoo.training.run_directory import environment, write_json
 from experiments.speed.sequence_layers import rates, timed
 

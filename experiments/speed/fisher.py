@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from cl_zoo import Batch, compose, mlp, supervised
+from cl_zoo import Batch, compose, supervised
 from cl_zoo.compilation import jit
 from cl_zoo.estimators.fisher import fisher_diagonal
+from cl_zoo.models import mlp
 from cl_zoo.training.run_directory import environment, write_json
 
 

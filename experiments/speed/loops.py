@@ -23,10 +23,12 @@ import tyro
 from flax import nnx
 from jax import lax
 
-from cl_zoo import compose, mlp, replay, split_mnist, supervised
+from cl_zoo import compose, replay, supervised
 from cl_zoo.compilation import jit
+from cl_zoo.models import mlp
 from cl_zoo.models.convolution import conv_general_dilated
 from cl_zoo.models.pooling import max_pool
+from cl_zoo.streams import split_mnist
 from cl_zoo.training.loop import start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
 from experiments.speed.convolutions import seconds

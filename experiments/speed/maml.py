@@ -25,10 +25,14 @@ import jax
 import optax
 import tyro
 
-from cl_zoo import Learner, Stream, compose, episodic, maml, mlp, sinusoids, squared_error
+from cl_zoo import Learner, Stream, compose, maml
 from cl_zoo.compilation import jit
+from cl_zoo.losses import squared_error
+from cl_zoo.models import mlp
+from cl_zoo.streams import sinusoids
 from cl_zoo.training.loop import start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
+from cl_zoo.wrappers import episodic
 from experiments.speed.compare import run
 
 HERE = Path(__file__).parent

@@ -19,7 +19,10 @@ import jax
 import optax
 import tyro
 
-from cl_zoo import compose, ewc, load_digits, mlp, permuted_mnist, stream_program, supervised
+from cl_zoo import compose, ewc, stream_program, supervised
+from cl_zoo.datasets import load_digits
+from cl_zoo.models import mlp
+from cl_zoo.streams import permuted_mnist
 from experiments.speed.cl_zoo_run import SETTINGS
 
 

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from cl_zoo import SymbolWorld, answer_logits, answering, compose, generate
+from cl_zoo import compose
 from cl_zoo.compilation import jit
 from cl_zoo.frozen import split_state
+from cl_zoo.language import answer_logits, answering, generate
+from cl_zoo.streams import SymbolWorld
 from cl_zoo.training.loop import start
 from cl_zoo.training.run_directory import environment, write_json
 from experiments.self_distillation import Bench, Config, components, filled, language_net, published, spent

@@ -20,12 +20,16 @@ import jax
 import optax
 import tyro
 
-from cl_zoo import Learner, catalogue, compose, load_digits, mlp, split_mnist, supervised, with_rotation_head
-from cl_zoo.catalogue import Entry
+from cl_zoo import Learner, catalogue, compose, supervised
+from cl_zoo._catalogue import Entry
 from cl_zoo.compilation import jit
+from cl_zoo.datasets import load_digits
 from cl_zoo.evaluation.cost import state_bytes
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist
 from cl_zoo.training.loop import begin, finish, start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
+from cl_zoo.wrappers import with_rotation_head
 
 # The catalogue's arguments are those of the contract's tests, in which units are reset all the time.
 USUAL = {

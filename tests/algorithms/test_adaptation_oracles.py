@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cl_zoo import Batch, compose, mlp, supervised, tent, ttt, with_rotation_head
-from cl_zoo.compose import _key
+from cl_zoo import Batch, compose, supervised, tent, ttt
+from cl_zoo._compose import _key
+from cl_zoo.models import mlp
+from cl_zoo.wrappers import with_rotation_head
 from tests.oracles import adaptation
 from tests.oracles.differences import agree, check_gradients
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cl_zoo import Batch, compose, mlp, supervised, synaptic_intelligence
+from cl_zoo import Batch, compose, supervised, synaptic_intelligence
 from cl_zoo.estimators.projection import project_conflict
+from cl_zoo.models import mlp
 
 
 def test_path_integral_is_the_drop_of_the_loss() -> None:

@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Batch, cross_entropy, gdumb, icarl, mlp, replay, supervised
-from cl_zoo.compose import _key
-from cl_zoo.training.fit import _programs
+from cl_zoo import Batch, gdumb, icarl, replay, supervised
+from cl_zoo._compose import _key
+from cl_zoo.losses import cross_entropy
+from cl_zoo.models import mlp
+from cl_zoo.training._fit import _programs
 from cl_zoo.training.loop import stream_functions
 from tests.tiny import same_bytes, tiny_learner, tiny_stream
 

@@ -10,26 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    Batch,
-    Component,
-    Episode,
-    compose,
-    episodic,
-    ewc,
-    la_maml,
-    look_ahead_sgd,
-    maml,
-    mlp,
-    oml,
-    replay,
-    reptile,
-    squared_error,
-    with_learning_rates,
-)
+from cl_zoo import Batch, Component, Episode, compose, ewc, la_maml, maml, oml, replay, reptile
+from cl_zoo.algorithms.la_maml import look_ahead_sgd
 from cl_zoo.buffers import reservoir_sample
 from cl_zoo.estimators.inner_loop import inner_loop
+from cl_zoo.losses import squared_error
+from cl_zoo.models import mlp
 from cl_zoo.types import Context
+from cl_zoo.wrappers import episodic, with_learning_rates
 from tests.algorithms.test_oracles import _hook_key
 from tests.oracles import la_maml as la_maml_oracle
 from tests.oracles import maml as oracle

@@ -18,7 +18,6 @@ from cl_zoo import (
     fisher_merging,
     gdumb,
     icarl,
-    mlp,
     packnet,
     redo,
     replay,
@@ -29,6 +28,7 @@ from cl_zoo import (
     wise_ft,
 )
 from cl_zoo.estimators.alignment import permute
+from cl_zoo.models import mlp
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Context
 from tests.algorithms.test_oracles import (

@@ -21,13 +21,13 @@ from cl_zoo import (
     l2_init,
     lwf,
     mas,
-    mlp,
     replay,
     reset_optimiser,
     supervised,
     synaptic_intelligence,
 )
 from cl_zoo.buffers import reservoir_sample
+from cl_zoo.models import mlp
 from tests.oracles import agem as agem_oracle
 from tests.oracles import der as der_oracle
 from tests.oracles import ewc as ewc_oracle
@@ -274,7 +274,7 @@ def test_replay(scenario: str, weighting: str) -> None:
 
 
 def _hook_key(state: Any, hook: str, name: str) -> Any:
-    from cl_zoo.compose import _key
+    from cl_zoo._compose import _key
 
     return _key(state.key, state.step, hook, name)
 

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import compose, from_nnx, mlp, packnet, run_stream, supervised
+from cl_zoo import compose, packnet, run_stream, supervised
+from cl_zoo.models import from_nnx, mlp
 from cl_zoo.training import loop
 from tests.tiny import tiny_learner, tiny_stream
 

@@ -10,20 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    Batch,
-    Component,
-    TaskInfo,
-    cnn,
-    compose,
-    continual_backprop,
-    mlp,
-    redo,
-    replay,
-    shrink_and_perturb,
-    supervised,
-)
-from cl_zoo.compose import _key
+from cl_zoo import Batch, Component, TaskInfo, compose, continual_backprop, redo, replay, shrink_and_perturb, supervised
+from cl_zoo._compose import _key
+from cl_zoo.models import cnn, mlp
 from tests.oracles import units as oracle
 from tests.tiny import close, same_bytes
 

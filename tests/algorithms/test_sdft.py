@@ -10,26 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    Batch,
-    Demonstrated,
-    SymbolWorld,
-    answer_logits,
-    answering,
-    compose,
-    context_distillation,
-    decoder,
-    dft,
-    divergence,
-    dynamic_fine_tuning_loss,
-    generate,
-    lora,
-    offline_distillation,
-    run_stream,
-    sdft,
-    softmax_attention,
-)
-from cl_zoo.compose import _key
+from cl_zoo import Batch, compose, context_distillation, dft, offline_distillation, run_stream, sdft
+from cl_zoo._compose import _key
+from cl_zoo.language import Demonstrated, answer_logits, answering, decoder, generate
+from cl_zoo.layers import softmax_attention
+from cl_zoo.losses import divergence, dynamic_fine_tuning_loss
+from cl_zoo.streams import SymbolWorld
+from cl_zoo.wrappers import lora
 from tests.oracles import self_distillation as oracle
 from tests.tiny import same_bytes
 

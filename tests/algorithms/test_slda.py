@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Batch, compose, mlp, slda
+from cl_zoo import Batch, compose, slda
+from cl_zoo.models import mlp
 from tests.tiny import same_bytes
 
 N, F, C = 60, 6, 4

@@ -10,9 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Batch, compose, crop_and_flip, mlp, split_mnist, supervised, tent, ttt, with_rotation_head
-from cl_zoo.algorithms.ttt import quarter_turns
-from cl_zoo.compose import _key
+from cl_zoo import Batch, compose, supervised, tent, ttt
+from cl_zoo._compose import _key
+from cl_zoo.algorithms.ttt import crop_and_flip, quarter_turns
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist
+from cl_zoo.wrappers import with_rotation_head
 from tests.tiny import close, same_bytes
 
 KEY = jax.random.key(0)

@@ -20,8 +20,6 @@ from cl_zoo import (
     ema,
     ewc,
     fisher_merging,
-    from_nnx,
-    mlp,
     replay,
     reset_optimiser,
     supervised,
@@ -29,8 +27,9 @@ from cl_zoo import (
     wise_ft,
 )
 from cl_zoo.estimators.alignment import match_activations, permute, unit_correlations
+from cl_zoo.estimators.averaging import recompute_statistics
 from cl_zoo.estimators.fisher import fisher_diagonal
-from cl_zoo.estimators.interpolation import recompute_statistics
+from cl_zoo.models import from_nnx, mlp
 from tests.tiny import close, same_bytes
 
 KEY = jax.random.key(6)

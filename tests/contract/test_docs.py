@@ -9,7 +9,8 @@ import re
 import pytest
 
 import cl_zoo
-from cl_zoo import catalogue, cite, sequence_layers
+from cl_zoo import catalogue, cite
+from cl_zoo.layers._catalogue import sequence_layers
 
 ENTRIES = dict(catalogue()) | dict(sequence_layers())
 MODULES = [module.name for module in pkgutil.walk_packages(cl_zoo.__path__, "cl_zoo.")]

@@ -23,17 +23,17 @@ from cl_zoo import (
     continual_backprop,
     ewc,
     fit,
-    permuted_mnist,
     replay,
     stream_program,
     supervised,
     sweep,
     weight_interpolation,
 )
-from cl_zoo.catalogue import Entry, Null
-from cl_zoo.training import loop, run_stream
+from cl_zoo._catalogue import Entry, Null
+from cl_zoo.streams import permuted_mnist
+from cl_zoo.training import _run_stream, loop
+from cl_zoo.training._fit import _programs
 from cl_zoo.training.checkpoint import Checkpoints
-from cl_zoo.training.fit import _programs
 from cl_zoo.training.loop import stream_functions
 from tests.conftest import forget_programs
 from tests.tiny import (
@@ -188,7 +188,7 @@ def test_numbers_and_seeds_are_one_nested_vmap_that_new_numbers_do_not_retrace(
     told = [raw(leaf).astype(float) for leaf in jax.tree.leaves((result.metrics, result.state.parts))]
     assert max(np.abs(leaf[0, 0] - leaf[0, 1]).max() for leaf in told) > 1e-3
     assert np.isfinite(run(0.5).accuracy).all()
-    program = run_stream._sweep_program(make, stream_functions(subject.stream), (2, 2), 4, False, True, ())
+    program = _run_stream._sweep_program(make, stream_functions(subject.stream), (2, 2), 4, False, True, ())
     assert program._cache_size() == 1
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_zoo import Mixer, sequence_layers
+from cl_zoo.layers import Mixer
+from cl_zoo.layers._catalogue import LayerEntry, sequence_layers
 from cl_zoo.layers.attention import KeyValues
-from cl_zoo.layers.catalogue import LayerEntry
 from tests.contract.test_laws import kinds
 from tests.oracles import sequence_layers as oracle
 

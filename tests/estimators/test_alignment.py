@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from cl_zoo import Batch, Model, cnn, mlp
+from cl_zoo import Batch, Model
 from cl_zoo.estimators.alignment import (
     assign,
     match_activations,
@@ -18,6 +18,7 @@ from cl_zoo.estimators.alignment import (
     permute,
     unit_correlations,
 )
+from cl_zoo.models import cnn, mlp
 from tests.tiny import close, same_bytes
 
 KEY = jax.random.key(4)

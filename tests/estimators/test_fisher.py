@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_zoo import Batch, Model, cnn, mlp
+from cl_zoo import Batch, Model
 from cl_zoo.estimators.fisher import fisher_diagonal
-from cl_zoo.types import mask_outputs
+from cl_zoo.losses import mask_outputs
+from cl_zoo.models import cnn, mlp
 from tests.oracles import ewc as oracle
 
 KEY = jax.random.key(1)

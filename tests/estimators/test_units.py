@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Batch, Context, Model, cnn, mlp
+from cl_zoo import Batch, Context, Model
 from cl_zoo.estimators.units import (
     check_units,
     lowest,
@@ -20,6 +20,7 @@ from cl_zoo.estimators.units import (
     unit_masks,
     weight_magnitude,
 )
+from cl_zoo.models import cnn, mlp
 from cl_zoo.types import TrainState
 from tests.tiny import same_bytes
 

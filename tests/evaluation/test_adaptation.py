@@ -10,17 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    Component,
-    compose,
-    evaluate,
-    evaluate_adapting,
-    mlp,
-    split_mnist,
-    supervised,
-    ttt,
-    with_rotation_head,
-)
+from cl_zoo import Component, compose, supervised, ttt
+from cl_zoo.evaluation import evaluate, evaluate_adapting
+from cl_zoo.models import mlp
+from cl_zoo.streams import split_mnist
+from cl_zoo.wrappers import with_rotation_head
 from tests.tiny import close, same_bytes
 
 KEY = jax.random.key(0)

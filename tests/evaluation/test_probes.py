@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Batch, compose, mlp, online_score, replay, supervised
+from cl_zoo import Batch, compose, replay, supervised
+from cl_zoo.evaluation import online_score
 from cl_zoo.evaluation.probes import (
     dormant_share,
     effective_rank,
@@ -18,6 +19,7 @@ from cl_zoo.evaluation.probes import (
     stable_rank,
     weight_norm,
 )
+from cl_zoo.models import mlp
 from tests.tiny import close, tiny_stream
 
 

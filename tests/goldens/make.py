@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo import run_stream, sequence_layers
+from cl_zoo import run_stream
+from cl_zoo.layers._catalogue import sequence_layers
 from cl_zoo.types import Model
 from experiments import anytime, split_mnist, text_domains
 from tests.conftest import tiny_images

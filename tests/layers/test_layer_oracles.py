@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cl_zoo.layers._delta_rule import delta_rule_chunked, delta_rule_step
+from cl_zoo.layers._lact import SwiGlu, lact_chunked, newton_schulz
+from cl_zoo.layers._linear_attention import linear_attention_chunked, linear_attention_step
+from cl_zoo.layers._titans import titans_chunked, titans_start, titans_step
 from cl_zoo.layers.attention import attend, attend_window
-from cl_zoo.layers.delta_rule import delta_rule_chunked, delta_rule_step
 from cl_zoo.layers.fast_weights import FastLayer
-from cl_zoo.layers.lact import SwiGlu, lact_chunked, newton_schulz
-from cl_zoo.layers.linear_attention import linear_attention_chunked, linear_attention_step
-from cl_zoo.layers.mixer import causal_convolution, rotary
-from cl_zoo.layers.titans import titans_chunked, titans_start, titans_step
+from cl_zoo.layers.mixer import causal_convolution
+from cl_zoo.layers.rotary import rotary
 from cl_zoo.layers.ttt import InnerLoss, ttt_chunked, ttt_start, ttt_step
 from tests.oracles import sequence_layers as oracle
 

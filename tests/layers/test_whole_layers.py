@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from cl_zoo import sequence_layers
+from cl_zoo.layers._catalogue import sequence_layers
 from tests.oracles import sequence_layers as oracle
 
 WIDTH, HEADS, B, T, C = 8, 2, 2, 11, 4  # C tokens of a chunk, or of a mini-batch

@@ -10,7 +10,8 @@ import pytest
 from flax import linen, nnx
 from jax import lax
 
-from cl_zoo import cnn, compose, from_linen, from_nnx, resnet26, supervised
+from cl_zoo import compose, supervised
+from cl_zoo.models import cnn, from_linen, from_nnx, resnet26
 from cl_zoo.models.convolution import CHUNK, conv_general_dilated
 from cl_zoo.models.pooling import max_pool, mean_pool
 from cl_zoo.models.rewriting import fast_convolutions

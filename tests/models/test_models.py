@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from cl_zoo import cnn, from_linen, from_nnx, mlp
-from cl_zoo.models.mlp import fan_in_uniform
+from cl_zoo.models import cnn, from_linen, from_nnx, mlp
+from cl_zoo.models._mlp import fan_in_uniform
 from tests.oracles.mlp import forward
 from tests.tiny import close, same_bytes
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cl_zoo import cnn, mlp, resnet26, resnet_tail, with_rotation_head
 from cl_zoo.estimators.alignment import permute, permute_statistics
 from cl_zoo.estimators.units import group_size
+from cl_zoo.models import cnn, mlp, resnet26, resnet_tail
 from cl_zoo.models.normalisation import normalise, normalising
+from cl_zoo.wrappers import with_rotation_head
 from tests.tiny import close, same_bytes
 
 KEY = jax.random.key(0)

@@ -11,21 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_zoo import (
-    Component,
-    LabelledImages,
-    blurry,
-    drifting,
-    ewc,
-    fit,
-    lwf,
-    permuted_mnist,
-    replay,
-    run_stream,
-    split_mnist,
-    supervised,
-)
-from cl_zoo.streams.blurry import log_weights
+from cl_zoo import Component, ewc, fit, lwf, replay, run_stream, supervised
+from cl_zoo.datasets import LabelledImages
+from cl_zoo.streams import blurry, drifting, permuted_mnist, split_mnist
+from cl_zoo.streams._blurry import log_weights
 from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.run_directory import ConfigError
 from tests.tiny import close, same_bytes, tiny_learner

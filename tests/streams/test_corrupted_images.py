@@ -6,18 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    CORRUPTIONS,
-    NOISES,
-    LabelledImages,
-    compose,
-    conditions,
-    corrupt,
-    corrupted_images,
-    mlp,
-    run_stream,
-    supervised,
-)
+from cl_zoo import compose, run_stream, supervised
+from cl_zoo.datasets import CORRUPTIONS, NOISES, LabelledImages, corrupt
+from cl_zoo.models import mlp
+from cl_zoo.streams import conditions, corrupted_images
 from cl_zoo.streams import corrupted_images as module
 from tests.tiny import same_bytes
 

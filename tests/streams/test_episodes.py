@@ -11,20 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    Batch,
-    FewShotImages,
-    LabelledImages,
-    Model,
-    Stream,
-    compose,
-    few_shot,
-    mlp,
-    run_stream,
-    sinusoids,
-    supervised,
-    trajectories,
-)
+from cl_zoo import Batch, Model, Stream, compose, run_stream, supervised
+from cl_zoo.datasets import FewShotImages, LabelledImages
+from cl_zoo.models import mlp
+from cl_zoo.streams import few_shot, sinusoids, trajectories
 from tests.streams.test_images import largest_constant
 from tests.tiny import raw, same_bytes
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_zoo import Batch, LabelledImages, permuted_mnist, rotated_mnist, split_mnist
+from cl_zoo import Batch
+from cl_zoo.datasets import LabelledImages
+from cl_zoo.streams import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.arrays import locate, scenario_tasks
 from cl_zoo.streams.images import rotate
 from tests.tiny import same_bytes

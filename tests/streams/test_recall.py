@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_zoo import Batch, Stream, associative_recall, best_dictionary_scores, fresh_dictionaries, token_losses
+from cl_zoo import Batch, Stream
+from cl_zoo.losses import token_losses
+from cl_zoo.streams import associative_recall, best_dictionary_scores, fresh_dictionaries
 from tests.tiny import same_bytes
 
 KEY = jax.random.key(3)

@@ -10,7 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import compose, mlp, run_stream, slowly_changing_regression, squared_error, supervised
+from cl_zoo import compose, run_stream, supervised
+from cl_zoo.losses import squared_error
+from cl_zoo.models import mlp
+from cl_zoo.streams import slowly_changing_regression
 
 
 def take(stream: Any, n: int, key: int = 0) -> Any:

@@ -8,21 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    Example,
-    SymbolWorld,
-    all_tokens_right,
-    answer_logits,
-    answering,
-    compose,
-    decoder,
-    evaluate,
-    generate,
-    next_token_loss,
-    skills,
-    softmax_attention,
-    supervised,
-)
+from cl_zoo import compose, supervised
+from cl_zoo.evaluation import evaluate
+from cl_zoo.language import answer_logits, answering, decoder, generate
+from cl_zoo.layers import softmax_attention
+from cl_zoo.losses import all_tokens_right, next_token_loss
+from cl_zoo.streams import Example, SymbolWorld, skills
 
 WORLD = SymbolWorld(symbols=7, known=2, new=3, length=2, pairs=4)
 NET = decoder(WORLD.vocabulary, [softmax_attention(8, 2)], layers=2, hidden=12)

@@ -10,17 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    Batch,
-    Model,
-    Stream,
-    compose,
-    next_token_loss,
-    python_library,
-    run_stream,
-    supervised,
-    text_domains,
-)
+from cl_zoo import Batch, Model, Stream, compose, run_stream, supervised
+from cl_zoo.datasets import python_library
+from cl_zoo.losses import next_token_loss
+from cl_zoo.streams import text_domains
 from tests.tiny import same_bytes
 
 KEY = jax.random.key(5)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from cl_zoo import compilation, compose, der, ewc, mlp, replay, supervised
+from cl_zoo import compilation, compose, der, ewc, replay, supervised
 from cl_zoo.compilation import compiler_options, jit
+from cl_zoo.models import mlp
 from cl_zoo.training.loop import start, train_steps
 from tests.compiled import copies
 from tests.tiny import tiny_stream

@@ -12,22 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    Component,
-    Learner,
-    Stream,
-    compose,
-    decoder,
-    ewc,
-    fit,
-    next_token_loss,
-    replay,
-    run_stream,
-    supervised,
-    text_domains,
-    ttt_linear,
-    weight_interpolation,
-)
+from cl_zoo import Component, Learner, Stream, compose, ewc, fit, replay, run_stream, supervised, weight_interpolation
+from cl_zoo.language import decoder
+from cl_zoo.layers import ttt_linear
+from cl_zoo.losses import next_token_loss
+from cl_zoo.streams import text_domains
 from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.run_directory import read_metrics
 from tests.conftest import forget_programs

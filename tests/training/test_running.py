@@ -290,7 +290,9 @@ def test_cost_is_told(learner: Any, stream: Any) -> None:
 
 
 def test_no_program_holds_a_large_constant(digits: Any) -> None:
-    from cl_zoo import compose, mlp, permuted_mnist
+    from cl_zoo import compose
+    from cl_zoo.models import mlp
+    from cl_zoo.streams import permuted_mnist
 
     stream = permuted_mnist(2, images=digits, batch_size=64, steps=2, sample_size=64)
     learner = compose(mlp((28, 28), 10, hidden=(8,)), optax.sgd(0.1), supervised(), ewc(1.0), tasks=stream.tasks)
@@ -300,7 +302,9 @@ def test_no_program_holds_a_large_constant(digits: Any) -> None:
 
 def test_peak_memory_of_ten_permuted_tasks(digits: Any) -> None:
     """One copy of the data, ten times the state, the activations of one batch."""
-    from cl_zoo import compose, mlp, permuted_mnist
+    from cl_zoo import compose
+    from cl_zoo.models import mlp
+    from cl_zoo.streams import permuted_mnist
 
     hidden, rows = (256, 256), 500
     stream = permuted_mnist(10, images=digits, batch_size=128, sample_batch=rows, evaluation_batch=rows)

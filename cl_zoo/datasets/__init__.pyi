@@ -1,0 +1,12 @@
+from .cifar import load_cifar10 as load_cifar10
+from .cifar import load_cifar10_c as load_cifar10_c
+from .corruptions import CORRUPTIONS as CORRUPTIONS
+from .corruptions import NOISES as NOISES
+from .corruptions import corrupt as corrupt
+from .few_shot_images import FewShotImages as FewShotImages
+from .few_shot_images import load_mini_imagenet as load_mini_imagenet
+from .few_shot_images import load_omniglot as load_omniglot
+from .images import LabelledImages as LabelledImages
+from .images import load_digits as load_digits
+from .text import python_library as python_library
+from .text import read_text_domains as read_text_domains

@@ -1,0 +1,168 @@
+"""Where labelled images come from: the embedded digits, idx files, TensorFlow Datasets."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cl_zoo.checks import check_choice
+
+__all__ = ["LabelledImages", "load_digits", "read_idx"]
+
+
+class LabelledImages(NamedTuple):
+    """Attributes:
+    train_images, test_images: `uint8[N, height, width]` or with channels last.
+    train_labels, test_labels: `[N]` whole numbers from 0.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | None = None) -> LabelledImages:
+    """Handwritten digits, 28 x 28.
+
+    Args:
+      data_dir: folder of the four MNIST files (`train-images-idx3-ubyte`, ..., plain or .gz), or with source="tfds"
+        the TFDS data folder (None: its own default).
+      source: "embedded", 10 000 + 2 000 digits of MNIST that come with the package, balanced over the classes; "idx",
+        the files in `data_dir`; "tfds", the prepared set "mnist". None: "idx" with a `data_dir`, else "embedded".
+
+    Returns:
+      `LabelledImages`, labels 0 to 9.
+
+    Raises:
+      ValueError, FileNotFoundError: one line that says which file, what is wrong, and what to do.
+
+    Source: LeCun, Cortes and Burges, MNIST, CC BY-SA 3.0.
+
+    Example:
+      >>> load_digits().train_images.shape
+      (10000, 28, 28)
+    """
+    source = source or ("embedded" if data_dir is None else "idx")
+    check_choice("load_digits", "source", source, ("embedded", "idx", "tfds"))
+    if source == "embedded":
+        if data_dir is not None:
+            raise ValueError("load_digits: source='embedded' reads no data_dir; leave one of the two out")
+        file = resources.files("cl_zoo") / "data" / "mnist_subset.npz"
+        with resources.as_file(file) as path, np.load(path, allow_pickle=False) as arrays:
+            return LabelledImages(*(arrays[field] for field in LabelledImages._fields))
+    if source == "tfds":
+        return _load_tfds(data_dir)
+    if data_dir is None:
+        raise ValueError("load_digits: source='idx' needs data_dir, the folder of the four MNIST files")
+    parts = []
+    for split in ("train", "t10k"):
+        image_path, images = _read_named(Path(data_dir), f"{split}-images-idx3-ubyte", 3)
+        label_path, labels = _read_named(Path(data_dir), f"{split}-labels-idx1-ubyte", 1)
+        if images.shape[1:] != (28, 28):
+            raise ValueError(
+                f"{image_path}: images of {images.shape[1]} x {images.shape[2]} pixels, but they must be 28 x 28;"
+                " give other images as LabelledImages"
+            )
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name};"
+                " take both of one set"
+            )
+        if labels.max() > 9:
+            raise ValueError(
+                f"{label_path}: label {labels.max()} in row {labels.argmax()}, but labels must be 0 to 9;"
+                " use MNIST's own file"
+            )
+        parts += [images, labels]
+    return LabelledImages(*parts)
+
+
+def _read_named(folder: Path, name: str, dimensions: int) -> tuple[Path, np.ndarray]:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path, read_idx(path, dimensions)
+    raise FileNotFoundError(f"{folder / name}: no such file, nor with .gz; put the four MNIST idx files in that folder")
+
+
+def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
+    """An idx file of unsigned bytes, plain or gzip: magic number, one big-endian u32 per dimension, then the bytes.
+
+    Args:
+      path: the file; gzip where it ends in .gz.
+      dimensions: how many it must have.
+
+    Returns:
+      `uint8` array.
+
+    Raises:
+      ValueError: wrong magic number, truncated or damaged file, more bytes than announced.
+    """
+    path = Path(path)
+    again = "copy or download it again"
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(4 + 4 * dimensions)
+            magic = int.from_bytes(header[:4], "big")
+            if magic != 0x0800 + dimensions:
+                raise ValueError(
+                    f"{path}: magic number 0x{magic:08x}, but an idx file of {dimensions}-dimensional bytes has"
+                    f" 0x{0x0800 + dimensions:08x}; this is another kind of file"
+                )
+            if len(header) < 4 + 4 * dimensions:
+                raise ValueError(f"{path}: truncated within its header; {again}")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            expected = math.prod(shape)
+            if expected == 0:
+                raise ValueError(f"{path}: its header announces an array of shape {shape}, with nothing in it; {again}")
+            chunks, length = [], 0
+            while length <= expected and (chunk := file.read(1 << 20)):  # a header that lies allocates nothing
+                chunks.append(chunk)
+                length += len(chunk)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: truncated or damaged gzip file ({error}); {again}") from error
+    if length != expected:
+        more = "more" if length > expected else f"only {length}"
+        raise ValueError(f"{path}: its header announces {expected} bytes of data, but there are {more}; {again}")
+    return np.frombuffer(b"".join(chunks), np.uint8).reshape(shape)
+
+
+def tfds_splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The rows of "train" and of "test" of a set that TensorFlow Datasets has prepared, each row a dict of arrays.
+
+    Raises:
+      ValueError: TensorFlow Datasets is not installed.
+      FileNotFoundError: the set is not prepared; one line that says how to.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError("source 'tfds' needs TensorFlow Datasets: pip install 'cl_zoo[tfds]'") from error
+    options = {"data_dir": data_dir, "builder_kwargs": {"file_format": "array_record"}}
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    if not builder.is_prepared():
+        where = "" if data_dir is None else f", data_dir={os.fspath(data_dir)!r}"
+        raise FileNotFoundError(
+            f"{builder.data_dir}: the TFDS set '{name}' is not prepared there; with a network, and TensorFlow"
+            ' installed, run: python -c "import tensorflow_datasets as tfds;'
+            f" tfds.builder('{name}', file_format='array_record'{where}).download_and_prepare()\""
+        )
+    return tfds.data_source(name, split="train", **options), tfds.data_source(name, split="test", **options)
+
+
+def _load_tfds(data_dir: str | os.PathLike[str] | None) -> LabelledImages:
+    parts = []
+    for source in tfds_splits("mnist", data_dir):
+        rows = source.__getitems__(range(len(source)))  # type: ignore[attr-defined]
+        parts.append(np.stack([row["image"][..., 0] for row in rows]))
+        parts.append(np.array([row["label"] for row in rows]))
+    return LabelledImages(*parts)

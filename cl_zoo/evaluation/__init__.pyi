@@ -1,0 +1,14 @@
+from . import metrics as metrics
+from . import plots as plots
+from .adaptation import evaluate_adapting as evaluate_adapting
+from .cost import Timing as Timing
+from .cost import state_bytes as state_bytes
+from .cost import timed as timed
+from .cost import update_flops as update_flops
+from .measures import evaluate as evaluate
+from .probes import dormant_share as dormant_share
+from .probes import effective_rank as effective_rank
+from .probes import mean_absolute_weight as mean_absolute_weight
+from .probes import online_score as online_score
+from .probes import stable_rank as stable_rank
+from .probes import weight_norm as weight_norm

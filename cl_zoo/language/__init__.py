@@ -1,0 +1,5 @@
+"""Decoders of tokens: their configuration, published weights, tokenizers, generation, and answers to prompts."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

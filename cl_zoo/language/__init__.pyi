@@ -1,0 +1,16 @@
+from ._decoder import Decoder as Decoder
+from ._decoder import decoder as decoder
+from ._decoder import unstacked as unstacked
+from ._generate import Generated as Generated
+from ._generate import generate as generate
+from .answers import Demonstrated as Demonstrated
+from .answers import answer_logits as answer_logits
+from .answers import answering as answering
+from .config import DecoderConfig as DecoderConfig
+from .config import config_of as config_of
+from .pretrained import Pretrained as Pretrained
+from .pretrained import load_pretrained as load_pretrained
+from .pretrained import save_pretrained as save_pretrained
+from .tokenization import TextTokenizer as TextTokenizer
+from .tokenization import left_padded as left_padded
+from .tokenization import load_tokenizer as load_tokenizer

@@ -1,0 +1,9 @@
+from ._cnn import cnn as cnn
+from ._mlp import fan_in_uniform as fan_in_uniform
+from ._mlp import mlp as mlp
+from .adapters import from_linen as from_linen
+from .adapters import from_nnx as from_nnx
+from .preprocess import scale_images as scale_images
+from .resnet import resnet26 as resnet26
+from .resnet import resnet_tail as resnet_tail
+from .rewriting import fast_convolutions as fast_convolutions

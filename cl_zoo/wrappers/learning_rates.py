@@ -1,0 +1,65 @@
+"""A learning rate for each parameter, which is a parameter too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cl_zoo.checks import check_range
+from cl_zoo.types import Array, Key, Model, PyTree
+
+__all__ = ["with_learning_rates"]
+
+
+def with_learning_rates(model: Model, low: float, high: float | None = None) -> Model:
+    """Every parameter gets a learning rate of its own, which is a parameter too.
+
+    Args:
+      model: any network.
+      low, high: rates are drawn from U(low, high); without `high`, all are `low`.
+
+    Returns:
+      A `Model` with parameters `{"params": those of the model, "learning_rates": a tree like them}`. The rates take no
+      part in a forward pass; `maml(inner="learned")` and `la_maml` use them.
+
+    Raises:
+      ValueError: a negative rate, high below low.
+
+    Source: Li et al. 2017, "Meta-SGD: learning to learn quickly for few-shot learning", arXiv 1707.09835.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from cl_zoo.models import mlp
+      >>> model = with_learning_rates(mlp((1,), 1, hidden=(2,)), 0.005, 0.1)
+      >>> params, _ = model.init(jax.random.key(0), jnp.zeros((1, 1)))
+      >>> params["learning_rates"]["output"]["kernel"].shape
+      (2, 1)
+    """
+    check_range("with_learning_rates", "low", low, 0)
+    if high is not None:
+        check_range("with_learning_rates", "high", high, low)
+
+    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
+        params, model_state = model.init(key, x)
+        leaves, structure = jax.tree.flatten(params)
+        if high is None:
+            rates = [jnp.full(leaf.shape, low, leaf.dtype) for leaf in leaves]
+        else:
+            keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+            rates = [
+                jax.random.uniform(k, leaf.shape, leaf.dtype, low, high) for k, leaf in zip(keys, leaves, strict=True)
+            ]
+        return {"params": params, "learning_rates": jax.tree.unflatten(structure, rates)}, model_state
+
+    def apply(
+        params: PyTree, model_state: PyTree, x: PyTree, *, perturb: dict[str, Array] | None = None, **options: Any
+    ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
+        if perturb is not None:
+            perturb = {name.removeprefix("params/"): value for name, value in perturb.items()}
+        outputs, model_state, taps = model.apply(params["params"], model_state, x, perturb=perturb, **options)
+        return outputs, model_state, {f"params/{name}": tap for name, tap in taps.items()}
+
+    units = tuple(tuple((("params", *path), axis, role) for path, axis, role in group) for group in model.units)
+    return Model(init, apply, units)
