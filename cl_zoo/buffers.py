@@ -1,4 +1,4 @@
-"""Memories of past rows: pytrees of fixed shape with init, add and sample."""
+"""Memories of past examples: pytrees of fixed shape with init, add and sample."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 
 
 class Reservoir(NamedTuple):
-    """A uniform sample, without replacement, of all rows seen.
+    """A uniform sample, without replacement, of all examples seen.
 
     Attributes:
-      rows: a pytree of `[capacity, ...]` arrays.
-      seen: `i32[]`, rows offered so far.
+      rows: the stored examples, a pytree of `[capacity, ...]` arrays.
+      seen: `i32[]`, examples offered so far.
     """
 
     rows: PyTree
@@ -45,29 +45,29 @@ class Reservoir(NamedTuple):
 
 
 def reservoir_init(row: PyTree, capacity: int) -> Reservoir:
-    """An empty reservoir for rows like those of the batch `row` (`[B, ...]` leaves), in their own dtypes."""
+    """An empty reservoir for examples like those of the batch `row` (`[B, ...]` leaves), in their own dtypes."""
     return Reservoir(_empty(row, capacity), jnp.zeros((), jnp.int32))
 
 
 def reservoir_slots(seen: Array, present: Array, capacity: int, key: Key) -> Array:
-    """Where each row of a batch goes, `i32[B]`; `capacity` means nowhere.
+    """The slot of each example of a batch, `i32[B]`; `capacity` means none.
 
-    Algorithm R for all rows at once: the i-th row ever seen goes to slot i while that is free, and afterwards to a slot
-    j drawn from 0..i, if that exists. Where two rows of a batch draw one slot the later wins, as one by one.
+    Algorithm R for all examples at once: the i-th example ever seen goes to slot i while that is free, and afterwards
+    to a slot j drawn from 0..i, if that exists. If two of a batch draw the same slot, the later wins, as one by one.
     """
-    number = seen + jnp.cumsum(present, dtype=jnp.int32) - present.astype(jnp.int32)  # how many came before each row
+    number = seen + jnp.cumsum(present, dtype=jnp.int32) - present.astype(jnp.int32)  # how many came before each
     drawn = jax.random.randint(key, present.shape, 0, number + 1)
     slot = jnp.where(number < capacity, number, drawn)
     return _last_wins(jnp.where(present & (slot < capacity), slot, capacity), capacity)
 
 
 def reservoir_add(reservoir: Reservoir, rows: PyTree, weight: Array, key: Key) -> Reservoir:
-    """Offers the rows of weight above 0.
+    """Offers the examples of weight above 0.
 
     Args:
       reservoir: the memory.
-      rows: a pytree of `[B, ...]` arrays.
-      weight: `f32[B]`; rows of weight 0 are not seen.
+      rows: the examples, a pytree of `[B, ...]` arrays.
+      weight: `f32[B]`; examples of weight 0 are ignored.
       key: for the draws.
 
     Source: Vitter 1985, "Random sampling with a reservoir", algorithm R.
@@ -86,7 +86,7 @@ def reservoir_add(reservoir: Reservoir, rows: PyTree, weight: Array, key: Key) -
 
 
 def reservoir_sample(reservoir: Reservoir, size: int, key: Key) -> tuple[PyTree, Array]:
-    """`size` different rows drawn uniformly, and `f32[size]` weights: 0 for those beyond what the memory holds."""
+    """`size` different examples drawn uniformly, and `f32[size]` weights: 0 beyond the number stored."""
     capacity = jax.tree.leaves(reservoir.rows)[0].shape[0]
     held = jnp.minimum(reservoir.seen, capacity)
     index = shuffled_index(key, jnp.arange(size), held)
@@ -95,11 +95,11 @@ def reservoir_sample(reservoir: Reservoir, size: int, key: Key) -> tuple[PyTree,
 
 
 class Ring(NamedTuple):
-    """The last `capacity // n_classes` rows of each class: slots c m, ..., c m + m - 1 belong to class c.
+    """The last m = capacity // n_classes examples of each class: slots c m, ..., c m + m - 1 belong to class c.
 
     Attributes:
-      rows: a pytree of `[m * n_classes, ...]` arrays.
-      seen: `i32[n_classes]`, rows of each class offered so far.
+      rows: the stored examples, a pytree of `[m * n_classes, ...]` arrays.
+      seen: `i32[n_classes]`, examples of each class offered so far.
     """
 
     rows: PyTree
@@ -107,7 +107,7 @@ class Ring(NamedTuple):
 
 
 def ring_init(row: PyTree, capacity: int, n_classes: int) -> Ring:
-    """An empty ring for rows like those of the batch `row`, in their own dtypes.
+    """An empty ring for examples like those of the batch `row`, in their own dtypes.
 
     Raises:
       ValueError: fewer slots than classes.
@@ -118,13 +118,13 @@ def ring_init(row: PyTree, capacity: int, n_classes: int) -> Ring:
 
 
 def ring_add(ring: Ring, rows: PyTree, labels: Array, weight: Array) -> Ring:
-    """The i-th row of class c takes slot c m + (i mod m); the oldest of its class goes.
+    """The i-th example of class c takes slot c m + (i mod m) and replaces the oldest of its class.
 
     Args:
       ring: the memory.
-      rows: a pytree of `[B, ...]` arrays.
-      labels: `i32[B]`, the class of each; rows of a class that is not one of the ring's are not seen.
-      weight: `f32[B]`; rows of weight 0 are not seen.
+      rows: the examples, a pytree of `[B, ...]` arrays.
+      labels: `i32[B]`, the class of each; examples of classes other than the ring's are ignored.
+      weight: `f32[B]`; examples of weight 0 are ignored.
 
     Source: Chaudhry et al. 2019, arXiv 1902.10486, ring buffer.
 
@@ -138,14 +138,14 @@ def ring_add(ring: Ring, rows: PyTree, labels: Array, weight: Array) -> Ring:
     capacity, n_classes = jax.tree.leaves(ring.rows)[0].shape[0], ring.seen.shape[0]
     per_class = capacity // n_classes
     member = (labels[:, None] == jnp.arange(n_classes)) & (weight > 0)[:, None]
-    number = ring.seen + jnp.cumsum(member, axis=0, dtype=jnp.int32) - 1  # of each row, were it of each class
+    number = ring.seen + jnp.cumsum(member, axis=0, dtype=jnp.int32) - 1  # of each example, if it were of each class
     slot = jnp.arange(n_classes) * per_class + number % per_class
     slot = jnp.min(jnp.where(member, slot, capacity), axis=1)
     return Ring(_put(ring.rows, rows, _last_wins(slot, capacity)), ring.seen + jnp.sum(member, axis=0, dtype=jnp.int32))
 
 
 def ring_sample(ring: Ring, size: int, key: Key) -> tuple[PyTree, Array]:
-    """`size` different rows drawn uniformly from all that are held, and `f32[size]` weights: 0 beyond what is held."""
+    """`size` different stored examples drawn uniformly, and `f32[size]` weights: 0 beyond the number stored."""
     per_class = jax.tree.leaves(ring.rows)[0].shape[0] // ring.seen.shape[0]
     held = jnp.minimum(ring.seen, per_class)
     ends = jnp.cumsum(held)
@@ -157,12 +157,12 @@ def ring_sample(ring: Ring, size: int, key: Key) -> tuple[PyTree, Array]:
 
 
 class ClassBalanced(NamedTuple):
-    """Any rows while there is room, afterwards as many of each class as can be.
+    """All examples while there is room; afterwards classes are kept as equal in number as possible.
 
     Attributes:
-      rows: a pytree of `[capacity, ...]` arrays.
-      labels: `i32[capacity]`, the class of each row held.
-      held: `i32[n_classes]`, rows held of each class; together they fill the first slots.
+      rows: the stored examples, a pytree of `[capacity, ...]` arrays.
+      labels: `i32[capacity]`, the class of each stored example.
+      held: `i32[n_classes]`, stored examples of each class; together they fill the first slots.
     """
 
     rows: PyTree
@@ -171,7 +171,7 @@ class ClassBalanced(NamedTuple):
 
 
 def class_balanced_init(row: PyTree, capacity: int, n_classes: int) -> ClassBalanced:
-    """An empty memory for rows like those of the batch `row`, in their own dtypes.
+    """An empty memory for examples like those of the batch `row`, in their own dtypes.
 
     Raises:
       ValueError: no slots, or no classes.
@@ -182,20 +182,21 @@ def class_balanced_init(row: PyTree, capacity: int, n_classes: int) -> ClassBala
 
 
 def class_balanced_add(memory: ClassBalanced, rows: PyTree, labels: Array, weight: Array, key: Key) -> ClassBalanced:
-    """Offers the rows of weight above 0, one by one.
+    """Offers the examples of weight above 0, one by one.
 
-    While the memory is not full, every row enters. Then a row of a class with fewer rows than the largest class has
-    takes the place of a random row of a largest class, and any other row is turned away.
+    While the memory is not full, every example enters. Then an example of a class with fewer stored examples than the
+    largest class replaces a random example of a largest class; any other is rejected.
 
     Args:
       memory: the memory.
-      rows: a pytree of `[B, ...]` arrays.
-      labels: `i32[B]`, the class of each; rows of a class that is not one of the memory's are not seen.
-      weight: `f32[B]`; rows of weight 0 are not seen.
+      rows: the examples, a pytree of `[B, ...]` arrays.
+      labels: `i32[B]`, the class of each; examples of classes other than the memory's are ignored.
+      weight: `f32[B]`; examples of weight 0 are ignored.
       key: for the draws.
 
-    Source: the greedy balancing sampler of Prabhu et al. 2020, doi 10.1007/978-3-030-58536-5_31. There the bar for a
-    class seen before is capacity / (classes seen) rows, whether there is room or not, and however many others have.
+    Source: the greedy balancing sampler of Prabhu et al. 2020, doi 10.1007/978-3-030-58536-5_31. There an
+    example of a class seen before enters only while its class has fewer than capacity / (classes seen), whether there
+    is room or not, and however many the others have.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -230,7 +231,7 @@ def class_balanced_add(memory: ClassBalanced, rows: PyTree, labels: Array, weigh
 
 
 def class_balanced_sample(memory: ClassBalanced, size: int, key: Key) -> tuple[PyTree, Array]:
-    """`size` different rows drawn uniformly from all that are held, and `f32[size]` weights: 0 beyond what is held."""
+    """`size` different stored examples drawn uniformly, and `f32[size]` weights: 0 beyond the number stored."""
     held = jnp.sum(memory.held)
     index = shuffled_index(key, jnp.arange(size), held)
     rows = jax.tree.map(lambda leaf: leaf[index], memory.rows)
@@ -238,7 +239,7 @@ def class_balanced_sample(memory: ClassBalanced, size: int, key: Key) -> tuple[P
 
 
 class Memory(NamedTuple):
-    """A kind of memory as three functions, for rows as `batch_rows` gives them.
+    """A kind of memory as three functions, for examples in the form that `batch_rows` returns.
 
     Attributes:
       init: `(rows) -> memory`.
@@ -252,12 +253,12 @@ class Memory(NamedTuple):
 
 
 def reservoir_memory(capacity: int) -> Memory:
-    """A `Reservoir` of `capacity` rows."""
+    """A `Reservoir` of `capacity` examples."""
     return Memory(lambda rows: reservoir_init(rows, capacity), reservoir_add, reservoir_sample)
 
 
 def ring_memory(capacity: int, n_classes: int) -> Memory:
-    """A `Ring` of `capacity // n_classes` rows a class."""
+    """A `Ring` of `capacity // n_classes` examples per class."""
 
     def add(memory: Ring, rows: PyTree, weight: Array, key: Key) -> Ring:
         return ring_add(memory, rows, _labels(rows), weight)
@@ -266,7 +267,7 @@ def ring_memory(capacity: int, n_classes: int) -> Memory:
 
 
 def class_balanced_memory(capacity: int, n_classes: int) -> Memory:
-    """A `ClassBalanced` memory of `capacity` rows."""
+    """A `ClassBalanced` memory of `capacity` examples."""
 
     def add(memory: ClassBalanced, rows: PyTree, weight: Array, key: Key) -> ClassBalanced:
         return class_balanced_add(memory, rows, _labels(rows), weight, key)
@@ -274,8 +275,19 @@ def class_balanced_memory(capacity: int, n_classes: int) -> Memory:
     return Memory(lambda rows: class_balanced_init(rows, capacity, n_classes), add, class_balanced_sample)
 
 
+def joined(batch: Batch, replayed: Batch) -> Batch:
+    """The batch, then the replayed examples, marked as such."""
+
+    def marked(part: Batch, mark: bool) -> Batch:
+        given = part.replayed is not None
+        return part if given else part._replace(replayed=jnp.full(part.weight.shape[0], mark))
+
+    parts = marked(batch, False), marked(replayed, True)
+    return jax.tree.map(lambda now, then: jnp.concatenate([now, then]), *parts)
+
+
 def batch_rows(batch: Batch) -> PyTree:
-    """What a memory keeps of a batch: everything but its weights."""
+    """What a memory stores of a batch: inputs, targets and tasks."""
     return (batch.x, batch.y, batch.task)
 
 
@@ -294,6 +306,6 @@ def _put(kept: PyTree, rows: PyTree, slots: Array) -> PyTree:
 
 
 def _last_wins(slot: Array, nowhere: int) -> Array:
-    """Where several rows of a batch go to one slot, only the last does."""
+    """If several examples of a batch go to one slot, only the last does."""
     later = jnp.triu(slot[:, None] == slot[None, :], 1)
     return jnp.where(jnp.any(later, axis=1), nowhere, slot)

@@ -32,9 +32,9 @@ def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) ->
 
 
 _CPU_OPTIONS = {
-    # A quarter off the compile time of a stream, and nothing off its speed.
+    # Cuts the compile time of a stream by a quarter, and leaves its speed as it is.
     "xla_backend_optimization_level": 1,
-    # Else what a loop carries, reads and writes (a memory, parameters) is copied whole, twice a step.
+    # Otherwise what a loop carries, reads and writes (a memory, parameters) is copied whole, twice a step.
     "xla_cpu_copy_insertion_use_region_analysis": True,
     # The default without convolutions by YNNPACK, which does them at half the speed of XLA's own routine.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
@@ -44,7 +44,7 @@ _CPU_OPTIONS = {
 def compiler_options() -> dict[str, Any] | None:
     """For `jax.jit`: how every program of this package is compiled on a CPU (`experiments/speed`); None elsewhere.
 
-    What XLA_FLAGS sets is left as it is, and what this version of XLA does not know is left out.
+    What XLA_FLAGS sets is left as it is, and what this version of XLA does not support is left out.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -52,7 +52,7 @@ def compiler_options() -> dict[str, Any] | None:
 
 
 def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
-    """`jax.jit` with `compiler_options()`; inside of another program, or of `grad` and `vmap`, without them.
+    """`jax.jit` with `compiler_options()`; inside another program, or `grad` and `vmap`, without them.
 
     Args:
       function: as for `jax.jit`.
@@ -67,7 +67,7 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
     """
     inside = jax.jit(function, **kwargs)
 
-    @functools.cache  # a device is asked for when first called, not before
+    @functools.cache  # a device is looked up at the first call, not before
     def outermost() -> Any:
         return jax.jit(function, compiler_options=compiler_options(), **kwargs)
 
@@ -85,7 +85,7 @@ def jit(function: Callable[..., Any], **kwargs: Any) -> Any:
 
 
 def staged() -> bool:
-    """Whether operations are being recorded for a program, and not carried out."""
+    """Whether operations are being traced for a program, not executed."""
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-__all__ = ["write_array", "write_json"]
+__all__ = ["write_array", "write_arrays", "write_json"]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,6 +24,13 @@ def write_array(path: Path, value: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, value, allow_pickle=False)
     _replace(path, buffer.getvalue())
+
+
+def write_arrays(folder: Path, name: str, tree: Any) -> None:
+    """NAME.npy, or NAME.KEY.npy for each array of a tree."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        key = jax.tree_util.keystr(path, simple=True, separator=".")
+        write_array(folder / f"{name}{key and '.'}{key}.npy", np.asarray(leaf))
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -1,7 +1,7 @@
 """Losses of outputs against targets, divergences between a teacher and a student, and scores of tokens.
 
-All give one number for each example (or token); `weighted_mean` makes one of a batch. Legend for shapes: `B` examples,
-`C` outputs, `L` tokens, `V` vocabulary.
+All return one number per example (or token); `weighted_mean` reduces them to one per batch. Legend for shapes:
+`B` examples, `C` outputs, `L` tokens, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def mask_outputs(outputs: Array, active: Array | None) -> Array:
 
 
 def weighted_mean(values: Array, weight: Array) -> Array:
-    """sum(w v) / max(sum w, 1e-12): the mean over the rows that count, 0 where none does."""
+    """sum(w v) / max(sum w, 1e-12): the mean over the examples that count, 0 where none does."""
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-12)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """- log softmax(logits)_label for each row: `[B, C]`, `i32[B]` -> `f32[B]`.
+    """- log softmax(logits)_label for each example: `[B, C]`, `i32[B]` -> `f32[B]`.
 
     Raises:
       ValueError: other shapes.
@@ -58,7 +58,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def squared_error(outputs: Array, y: Array) -> Array:
-    """(outputs - y)^2 for each row: `[B, 1]`, `[B]` -> `[B]`. A loss for `supervised`."""
+    """(outputs - y)^2 for each example: `[B, 1]`, `[B]` -> `[B]`. A loss for `supervised`."""
     return jnp.square(outputs[:, 0] - y)
 
 
@@ -69,14 +69,14 @@ def soft_cross_entropy(
     student_active: Array | None = None,
     teacher_active: Array | None = None,
 ) -> Array:
-    """- sum_c softmax(teacher / T)_c log softmax(student / T)_c for each row, not multiplied by T^2.
+    """- sum_c softmax(teacher / T)_c log softmax(student / T)_c for each example, not multiplied by T^2.
 
-    An output that only the student has open gets target 0 but stays in its normaliser.
+    An output that is active for the student alone gets target 0 but stays in its normaliser.
 
     Args:
       student, teacher: logits `[B, C]`.
       temperature: T > 0.
-      student_active, teacher_active: `bool[C]` or `bool[B, C]`, the outputs that compete; None for all.
+      student_active, teacher_active: `bool[C]` or `bool[B, C]`, the active outputs; None for all.
 
     Returns:
       `f32[B]`.
@@ -135,7 +135,7 @@ def token_losses(outputs: Array, y: Array) -> Array:
 
     Args:
       outputs: logits `[B, L, V]`; the softmax is taken in float32, whatever their type.
-      y: `i32[B, L]`, what should come at each position; negative (-1) where it is not scored.
+      y: `i32[B, L]`, the target at each position; negative (-1) where none is scored.
 
     Returns:
       `f32[B, L]`.
@@ -145,7 +145,7 @@ def token_losses(outputs: Array, y: Array) -> Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> token_losses(jnp.zeros((1, 2, 1)), jnp.array([[0, -1]])).tolist()  # one token is no choice
+      >>> token_losses(jnp.zeros((1, 2, 1)), jnp.array([[0, -1]])).tolist()  # a vocabulary of one
       [[0.0, 0.0]]
     """
     _check(outputs, y)
@@ -161,7 +161,7 @@ def next_token_loss(outputs: Array, y: Array) -> Array:
       outputs, y: see `token_losses`.
 
     Returns:
-      `f32[B]`, nats per scored token; 0 for a row without any.
+      `f32[B]`, nats per scored token; 0 for an example without any.
 
     Raises:
       ValueError: outputs and y of different B or L.
@@ -177,14 +177,14 @@ def next_token_loss(outputs: Array, y: Array) -> Array:
 def dynamic_fine_tuning_loss(outputs: Array, y: Array) -> Array:
     """sum_l [y_bl >= 0] (- stop(p_bl) log p_bl) / sum_l [y_bl >= 0],   p_bl = softmax(outputs_bl)_{y_bl}.
 
-    Each token's loss is weighted by its own probability, through which no gradient goes: what the model would hardly
-    have said itself moves it little. A loss for `supervised`, `dft`.
+    Each token's loss is weighted by its own probability, through which no gradient goes: tokens that the model finds
+    unlikely change it little. A loss for `supervised`, `dft`.
 
     Args:
       outputs, y: see `token_losses`.
 
     Returns:
-      `f32[B]`; 0 for a row without any scored token.
+      `f32[B]`; 0 for an example without any scored token.
 
     Raises:
       ValueError: outputs and y of different B or L.
@@ -201,8 +201,8 @@ def dynamic_fine_tuning_loss(outputs: Array, y: Array) -> Array:
 
 
 def all_tokens_right(outputs: Array, y: Array) -> Array:
-    """1 for a row at whose scored positions the largest output is always the right one, else 0: whether the answer
-    that greedy decoding gives is y.
+    """1 for an example whose largest output is right at every scored position, else 0: whether greedy decoding gives
+    y.
 
     Args:
       outputs, y: see `token_losses`.
@@ -223,13 +223,13 @@ def all_tokens_right(outputs: Array, y: Array) -> Array:
 
 
 def token_accuracy(outputs: Array, y: Array) -> Array:
-    """The share of a row's scored positions at which the largest output is the right one.
+    """The fraction of an example's scored positions at which the largest output is right.
 
     Args:
       outputs, y: see `token_losses`.
 
     Returns:
-      `f32[B]`; 0 for a row without any.
+      `f32[B]`; 0 for an example without any.
 
     Raises:
       ValueError: outputs and y of different B or L.

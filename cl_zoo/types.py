@@ -1,57 +1,61 @@
-"""The contract: what a batch, a task, a state, a model, a stream, a component and a learner are.
+"""The contract: what a batch, a task, a state, a model, a stream and a component are. `compose` makes learners of them.
 
-Legend for shapes: `B` rows of a batch, `T` tasks, `C` outputs, `M` or `E` stacked batches.
+Legend for shapes: `B` examples of a batch, `T` tasks, `C` outputs, `M` or `E` stacked batches.
 
 `Batch`, `TaskInfo`, `TrainState` and `Record` are NamedTuples of arrays, so `jit`, `vmap`, `scan`, sharding and
-checkpoints handle them as they are. `Model`, `Stream`, `Component` and `Learner` are NamedTuples of pure functions.
+checkpoints handle them as they are. `Model` and `Stream` are dataclasses of pure functions (static) and arrays, so they
+are arguments of programs too. `Component` is a NamedTuple of pure functions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from cl_zoo.losses import mask_outputs
-
-Array = jax.Array
-Key = jax.Array
-PyTree = Any
+from cl_zoo._model import Array, Key, Model, PyTree, Taps, of_arrays
+from cl_zoo.checks import check_choice
+from cl_zoo.identity import alike
+from cl_zoo.losses import mask_outputs, weighted_mean
 
 NEEDS = {
     "boundaries": "task boundaries (calls of begin_task and end_task)",
-    "task_ids": "the task of every row, also when it is tested",
+    "task_ids": "the task of every example, also when it is tested",
     "begin_sample": "a sample of the new task when it begins",
     "end_sample": "a sample of the finished task when it ends",
-    "open_outputs": "every output open to every row (or `compose(..., tasks=stream.tasks)`)",
+    "open_outputs": "all outputs active for every example (or `compose(..., tasks=stream.tasks)`)",
 }
 """What a component may ask of a stream, and what each word means."""
 
 
 class Batch(NamedTuple):
-    """Rows to learn from or to answer.
+    """Examples to learn from or to predict.
 
     Attributes:
       x: inputs, a pytree of `[B, ...]` arrays.
       y: targets, a pytree of `[B, ...]` arrays; None where there are no labels.
-      task: `i32[B]`, the task of each row; None where the stream does not tell it.
-      weight: `f32[B]`; 0 marks padding or a rejected row, so that shapes never change.
+      task: `i32[B]`, the task of each example; None where the stream does not give it.
+      weight: `f32[B]`; 0 marks padding or a rejected example, so that shapes never change.
+      replayed: `bool[B]`, which examples a `prepare` hook took from a memory; None where none did.
     """
 
     x: PyTree
     y: PyTree
     task: Array | None
     weight: Array
+    replayed: Array | None = None
 
 
 class Episode(NamedTuple):
-    """`Batch.x` where each row is a small learning problem of its own: learn from the support, answer the query.
+    """`Batch.x` where each example is a small learning problem: learn from the support, predict the query.
     `Batch.y` then holds the query's targets, a pytree of `[B, Q, ...]` arrays.
 
     Attributes:
       support_x, support_y: what to learn from, pytrees of `[B, K, ...]` arrays.
-      query_x: what to answer, a pytree of `[B, Q, ...]` arrays.
+      query_x: what to predict, a pytree of `[B, Q, ...]` arrays.
     """
 
     support_x: PyTree
@@ -64,7 +68,7 @@ class TaskInfo(NamedTuple):
 
     Attributes:
       index: `i32[]`, its place in the stream.
-      active: `bool[C]`, the outputs that compete while this is the task at hand.
+      active: `bool[C]`, the outputs that are active while this is the current task.
     """
 
     index: Array  # type: ignore[assignment]
@@ -72,14 +76,14 @@ class TaskInfo(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a learner is at one moment. `update` keeps its tree, shapes and dtypes.
+    """All that changes as a learner learns. `update` keeps its tree, shapes and dtypes.
 
     Attributes:
       step: `i32[]`, updates so far.
-      task: `i32[]`, index of the task at hand (0 before any).
-      key: the run's key; it never changes, draws fold `step` into it.
+      task: `i32[]`, index of the current task (0 before any).
+      key: the run's key; it never changes: draws fold `step` into it.
       params: what the optimiser trains, a pytree.
-      model_state: what else the model carries (normalisation statistics, frozen weights).
+      model_state: what else the model changes as it trains (normalisation statistics).
       opt_state: the optimiser's state.
       parts: each component's own state under its name.
     """
@@ -93,73 +97,105 @@ class TrainState(NamedTuple):
     parts: dict[str, PyTree]
 
 
-class Model(NamedTuple):
-    """A network as two pure functions.
+class Agent(NamedTuple):
+    """A learner as a stream sees it.
 
     Attributes:
-      init: `(key, x) -> (params, model_state)`. A model that can begin from published weights takes them as a third
-        argument, a pytree of arrays; then they are arguments of every program, and never constants in it.
-      apply: `(params, model_state, x, *, task=None, weight=None, key=None, train=False, perturb=None)
-        -> (outputs, model_state, taps)`. `taps[name]` is `(input, pre-activation)` of a dense or convolution
-        layer whose parameters lie under the path `name` ("/" between levels) as `kernel` and `bias`;
-        `perturb[name]` is added to that pre-activation, so the gradient to it is the layer's cotangent. A layer with
-        taps is used once in a pass; one that is shared or tied has none. A block of layers may have a tap of its own,
-        `(input, output)`, and no kernel.
-      units: the wiring of hidden units, one tuple of `(path, axis, role)` per group of units, `path` a tuple of
-        keys into `params`, `role` "out" where the axis makes the units and "in" where it reads them. An axis that
-        is k times as long as its group is k blocks of it (a flattened feature map, channels last).
-      parameters: of a model made from another: `(params, model_state) -> params` of that other model; None is `params`.
-
-    What lies in `model_state` under the key "frozen" never changes: no component sees or copies it, no checkpoint holds
-    it, and all seeds of a sweep share it. A model that was given weights to begin from has there these, as they were
-    given, or nothing.
+      predict: `(x, task=None) -> outputs`.
+      act: `(x, key) -> (action, info)`.
     """
 
-    init: Callable[..., tuple[PyTree, PyTree]]
-    apply: Callable[..., tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]]
-    units: tuple[tuple[tuple[tuple[str, ...], int, str], ...], ...] = ()
-    parameters: Callable[[PyTree, PyTree], PyTree] | None = None
+    predict: Callable[..., PyTree]
+    act: Callable[[PyTree, Key], tuple[PyTree, PyTree]]
 
 
-class Stream(NamedTuple):
-    """A sequence of tasks. `data` is always an argument of a compiled program, never a constant in it.
+@of_arrays("tasks", "data", "task_steps")
+class Stream:
+    """A sequence of tasks. Its functions are pure and read only `data`, which is an argument of a compiled program.
+    Functions of the same code and closures are equal (`alike`), so equal calls of a factory share their programs.
 
     Attributes:
       n_tasks: `T`.
-      steps: batches per task.
-      tasks: `TaskInfo` with a leading axis `T`.
-      data: what the functions below read, a pytree of arrays.
+      steps: batches per task; where tasks differ, those of the longest.
       provides: which of `NEEDS` it fulfils.
-      init: `(key) -> cursor`, the place in the stream; it goes into checkpoints.
-      next: `(data, cursor, answer) -> (Batch, cursor)`; `answer(x)` is the learner's prediction now.
-      sample: `(data, task, key) -> Batch[M, B, ...]`, a bounded sample of a task, for consolidation.
-      evaluation: `(data, task, split) -> Batch[E, B, ...]`, split "validation" or "test".
-      score: `(outputs, batch) -> f32[B]`.
-      reorder: `(data, key) -> data` with the tasks drawn anew (class order, permutations, angles); it shares the
-        images, so a `vmap` over keys holds one copy of them.
+      init_function: `(key) -> cursor`, the place in the stream; it goes into checkpoints.
+      next_function: `(data, cursor, agent) -> (Batch, cursor)`; the agent is the current learner, for environments.
+      sample_function: `(data, task, key) -> Batch[M, B, ...]`, a bounded sample of a task, for consolidation.
+      reorder_function: `(data, key) -> data` with the tasks drawn again (class order, permutations, angles); it shares
+        the images, so a `vmap` over keys holds one copy of them.
+      evaluation_function: `(data, task, split) -> Batch[E, B, ...]`, split "validation" or "test"; None: no examples.
+      score_function: `(outputs, batch) -> f32[B]`; None without examples.
+      evaluate_function: `(data, agent, task, split, key) -> f32[]`, the score on a task; None is the mean of `score`
+        over `evaluation`.
+      tasks: `TaskInfo` with a leading axis `T`.
+      data: what the functions read, a pytree of arrays.
+      task_steps: `i32[T]`, batches of each task, at most `steps`; None where all have `steps`.
     """
 
     n_tasks: int
     steps: int
-    tasks: TaskInfo
-    data: PyTree
     provides: frozenset[str]
-    init: Callable[[Key], PyTree]
-    next: Callable[[PyTree, PyTree, Callable[[PyTree], PyTree]], tuple[Batch, PyTree]]
-    sample: Callable[[PyTree, Array, Key], Batch]
-    evaluation: Callable[[PyTree, Array, str], Batch]
-    score: Callable[[PyTree, Batch], Array]
-    reorder: Callable[[PyTree, Key], PyTree]
+    init_function: Callable[[Key], PyTree]
+    next_function: Callable[[PyTree, PyTree, Agent], tuple[Batch, PyTree]]
+    sample_function: Callable[[PyTree, Array, Key], Batch]
+    reorder_function: Callable[[PyTree, Key], PyTree]
+    evaluation_function: Callable[[PyTree, Array, str], Batch] | None = None
+    score_function: Callable[[PyTree, Batch], Array] | None = None
+    evaluate_function: Callable[[PyTree, Agent, Array, str, Key], Array] | None = None
+    tasks: TaskInfo = None  # type: ignore[assignment]
+    data: PyTree = None
+    task_steps: Array | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_function"):
+                object.__setattr__(self, field.name, alike(getattr(self, field.name)))
+
+    def init(self, key: Key) -> PyTree:
+        """The cursor at the beginning."""
+        return self.init_function(key)
+
+    def next(self, cursor: PyTree, agent: Agent | None = None) -> tuple[Batch, PyTree]:
+        """The batch at a cursor, and the cursor after it. An environment also needs the agent."""
+        return self.next_function(self.data, cursor, agent)  # type: ignore[arg-type]
+
+    def sample(self, task: Array | int, key: Key) -> Batch:
+        """A bounded sample of a task, `Batch[M, B, ...]`."""
+        return self.sample_function(self.data, jnp.asarray(task), key)
+
+    def evaluation(self, task: Array | int, split: str) -> Batch:
+        """The examples that a task is evaluated on, `Batch[E, B, ...]`. ValueError where there are none."""
+        if self.evaluation_function is None:
+            raise ValueError("the stream is evaluated without examples, so there are none to measure on")
+        check_choice("stream", "split", split, ("validation", "test"))
+        return self.evaluation_function(self.data, jnp.asarray(task), split)
+
+    def score(self, outputs: PyTree, batch: Batch) -> Array:
+        """The score of each example, `f32[B]`."""
+        assert self.score_function is not None
+        return self.score_function(outputs, batch)
+
+    def evaluate(self, agent: Agent, task: Array | int, split: str, key: Key) -> Array:
+        """The score on a task, `f32[]`."""
+        if self.evaluate_function is not None:
+            return self.evaluate_function(self.data, agent, jnp.asarray(task), split, key)
+        examples = self.evaluation(task, split)
+        scores = jax.lax.map(lambda batch: self.score(agent.predict(batch.x, batch.task), batch), examples)
+        return weighted_mean(scores, examples.weight)
+
+    def reorder(self, key: Key) -> Stream:
+        """The same stream with its tasks drawn again."""
+        return dataclasses.replace(self, data=self.reorder_function(self.data, key))
 
 
 class Context(NamedTuple):
     """What never changes in a run: given to every hook of a component.
 
     Attributes:
-      model, optimiser: as given to `compose`.
-      tasks: `TaskInfo` with a leading axis `T`, or None where every output is open to every row.
-      objective: `(state, params, batch, key) -> f32[]`, the sum of all `loss` hooks on a batch: what is learnt from
-        it, without the penalties.
+      model, optimiser: as composed.
+      tasks: `TaskInfo` with a leading axis `T`, or None where all outputs are active for every example.
+      objective: `(state, params, batch, key) -> f32[]`, the sum of all `loss` hooks on a batch, without the
+        penalties.
     """
 
     model: Model
@@ -168,23 +204,23 @@ class Context(NamedTuple):
     objective: Callable[[TrainState, PyTree, Batch, Key], Array]
 
     def active(self, current: Array, task: Array | None = None) -> Array | None:
-        """The outputs that compete: those of each row's own task where that is told (`bool[B, C]`, a multi-head
-        net), else those of the task at hand (`bool[C]`); None where all do."""
+        """The active outputs: those of each example's own task where that is given (`bool[B, C]`, a multi-head
+        network), else those of the current task (`bool[C]`); None where all are active."""
         if self.tasks is None:
             return None
         return self.tasks.active[current if task is None else task]
 
     def logits(
         self, state: TrainState, params: PyTree, batch: Batch, perturb: dict[str, Array] | None = None
-    ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        """Masked outputs `[B, C]` and taps of the network at `params`, as it answers (not as it trains)."""
+    ) -> tuple[Array, Taps]:
+        """Masked outputs `[B, C]` and taps of the network at `params`, as it predicts (not as it trains)."""
         outputs, _, taps = self.model.apply(
             params, state.model_state, batch.x, task=batch.task, weight=batch.weight, perturb=perturb
         )
         return mask_outputs(outputs, self.active(state.task, batch.task)), taps
 
     def features(self, state: TrainState, x: PyTree, task: Array | None = None) -> Array:
-        """What the network's last layer reads, `[B, F]`.
+        """The input of the network's last layer, `[B, F]`.
 
         Raises:
           ValueError: a model without taps.
@@ -196,82 +232,141 @@ class Context(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What happened in one update: given to `transform` (before the step) and `observe` (after it).
+    """What happened in one update: given to `transform`, `constrain` and `observe`.
 
     Attributes:
-      batch: as received, rows of weight 0 blanked.
-      prepared: after every `prepare` hook; the first rows are those of `batch`.
+      batch: as received, examples of weight 0 set to zeros.
+      prepared: after every `prepare` hook; the first examples are those of `batch`.
       outputs, taps: of the shared forward pass on `prepared`, before masking; None and {} where no loss asked for it.
       aux: each loss's second result under its component's name.
       task_gradient, penalty_gradient: of the sum of losses, and of the sum of penalties (None without any).
-      old_params, new_params: around the step; `new_params` is None in `transform`.
+      old_params, old_opt_state: before the step.
+      new_params: after it and after every `constrain`; None before.
     """
 
     batch: Batch
     prepared: Batch
     outputs: PyTree
-    taps: dict[str, tuple[Array, Array]]
+    taps: Taps
     aux: dict[str, dict[str, PyTree]]
     task_gradient: PyTree
     penalty_gradient: PyTree
     old_params: PyTree
+    old_opt_state: PyTree
     new_params: PyTree
+
+
+Aux = dict[str, PyTree]
+Forward = Callable[[], PyTree]
+
+
+class InitHook(Protocol):
+    def __call__(self, context: Context, state: TrainState, batch: Batch, key: Key) -> PyTree: ...
+
+
+class BeginTaskHook(Protocol):
+    def __call__(
+        self, context: Context, state: TrainState, part: Any, task: TaskInfo, sample: Batch, key: Key
+    ) -> tuple[TrainState, Any]: ...
+
+
+class PrepareHook(Protocol):
+    def __call__(self, context: Context, state: TrainState, part: Any, batch: Batch, key: Key) -> tuple[Batch, Any]: ...
+
+
+class LossHook(Protocol):
+    def __call__(
+        self, context: Context, state: TrainState, part: Any, params: PyTree, forward: Forward, batch: Batch, key: Key
+    ) -> tuple[Array, Aux]: ...
+
+
+class PenaltyHook(Protocol):
+    def __call__(self, context: Context, state: TrainState, part: Any, params: PyTree) -> Array: ...
+
+
+class TransformHook(Protocol):
+    def __call__(
+        self, context: Context, state: TrainState, part: Any, record: Record, grads: PyTree, key: Key
+    ) -> tuple[PyTree, Any]: ...
+
+
+class ConstrainHook(Protocol):
+    def __call__(
+        self,
+        context: Context,
+        state: TrainState,
+        part: Any,
+        record: Record,
+        params: PyTree,
+        opt_state: PyTree,
+        key: Key,
+    ) -> tuple[PyTree, PyTree, Any]: ...
+
+
+class ObserveHook(Protocol):
+    def __call__(
+        self, context: Context, state: TrainState, part: Any, record: Record, key: Key
+    ) -> tuple[TrainState, Any]: ...
+
+
+class EndTaskHook(Protocol):
+    def __call__(
+        self, context: Context, state: TrainState, part: Any, sample: Batch, key: Key
+    ) -> tuple[TrainState, Any]: ...
+
+
+class AdaptHook(Protocol):
+    def __call__(
+        self, context: Context, state: TrainState, part: Any, batch: Batch, key: Key
+    ) -> tuple[TrainState, Any, PyTree | None]: ...
+
+
+class PredictHook(Protocol):
+    def __call__(self, context: Context, state: TrainState, part: Any, x: PyTree, task: Array | None) -> PyTree: ...
+
+
+class ActHook(Protocol):
+    def __call__(
+        self, context: Context, state: TrainState, part: Any, x: PyTree, key: Key
+    ) -> tuple[PyTree, PyTree]: ...
 
 
 class Component(NamedTuple):
     """One thing that a continual learner does differently: pure functions over its own `part` of the state.
 
-    Every hook is optional. `key` is this hook's own at this step: another component never changes its draws.
+    Every hook is optional. `key` is this hook's own at this step: another component never changes its draws. What
+    `prepare`, `transform` and `constrain` change in a part is kept only if some example of the batch has weight > 0.
 
     Attributes:
       name: the key of its part in `TrainState.parts`.
-      needs: which of `NEEDS` it cannot do without.
-      init: `(context, state, batch, key) -> part`.
-      begin_task: `(context, state, part, task, sample, key) -> (state, part)`.
-      prepare: `(context, state, part, batch, key) -> batch`; incoming rows stay first.
-      loss: `(context, state, part, params, forward, batch, key) -> (scalar, aux)`, a term in function space;
-        `forward()` gives the outputs of the one shared pass over `batch`. Scalars in `aux` become metrics.
-      penalty: `(context, state, part, params) -> scalar`, a term in parameter space, differentiated apart.
-      transform: `(context, state, part, record, grads, key) -> grads`, acts on the task gradient.
-      observe: `(context, state, part, record, key) -> (state, part)`, after the step. It must treat rows of
-        weight 0 as absent.
-      end_task: `(context, state, part, sample, key) -> (state, part)`.
-      adapt: `(context, state, part, batch, key) -> (state, part, outputs | None)`, learns from a test batch; where it
-        gives no outputs, they are those of `predict` afterwards.
-      predict: `(context, state, part, x, task) -> outputs`; at most one component has it.
+      needs: which of `NEEDS` it requires.
+      init: the component's part at the beginning.
+      begin_task: before the first update of a task; `sample` is from that task.
+      prepare: returns the batch to learn from in its place; incoming examples stay first.
+      loss: a term in function space; scalars of its aux become metrics. `forward()` gives outputs of the one
+        shared pass.
+      penalty: a term in parameter space, differentiated apart.
+      transform: acts on the task gradient.
+      constrain: acts on the optimiser's result: what must not move is set back to `record.old_params` and
+        `old_opt_state`.
+      observe: after the step. It must treat examples of weight 0 as absent.
+      end_task: after the last update of a task; `sample` is from that task.
+      adapt: learns from a test batch; where it returns no outputs, `predict` gives them afterwards.
+      predict: predicts in the network's place; at most one component has it.
+      act: chooses `(action, info)` and changes no state; at most one component has it.
     """
 
     name: str
     needs: frozenset[str] = frozenset()
-    init: Callable[..., PyTree] | None = None
-    begin_task: Callable[..., tuple[TrainState, PyTree]] | None = None
-    prepare: Callable[..., Batch] | None = None
-    loss: Callable[..., tuple[Array, dict[str, PyTree]]] | None = None
-    penalty: Callable[..., Array] | None = None
-    transform: Callable[..., PyTree] | None = None
-    observe: Callable[..., tuple[TrainState, PyTree]] | None = None
-    end_task: Callable[..., tuple[TrainState, PyTree]] | None = None
-    adapt: Callable[..., tuple[TrainState, PyTree, PyTree]] | None = None
-    predict: Callable[..., PyTree] | None = None
-
-
-class Learner(NamedTuple):
-    """A continual learner: all that runners, metrics and experiments know.
-
-    Attributes:
-      init: `(key, batch, weights=None) -> TrainState`; the weights, if any, are those that the model begins from.
-      begin_task: `(state, task, sample) -> TrainState`.
-      update: `(state, batch) -> (TrainState, metrics: dict[str, f32[]])`.
-      end_task: `(state, sample) -> TrainState`.
-      adapt: `(state, batch) -> (TrainState, outputs)`: learn from a test batch and answer it.
-      predict: `(state, x, task=None) -> outputs`.
-      needs: pairs of a component's name and one of `NEEDS`.
-    """
-
-    init: Callable[..., TrainState]
-    begin_task: Callable[[TrainState, TaskInfo, Batch | None], TrainState]
-    update: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
-    end_task: Callable[[TrainState, Batch | None], TrainState]
-    adapt: Callable[[TrainState, Batch], tuple[TrainState, PyTree]]
-    predict: Callable[..., PyTree]
-    needs: frozenset[tuple[str, str]] = frozenset()
+    init: InitHook | None = None
+    begin_task: BeginTaskHook | None = None
+    prepare: PrepareHook | None = None
+    loss: LossHook | None = None
+    penalty: PenaltyHook | None = None
+    transform: TransformHook | None = None
+    constrain: ConstrainHook | None = None
+    observe: ObserveHook | None = None
+    end_task: EndTaskHook | None = None
+    adapt: AdaptHook | None = None
+    predict: PredictHook | None = None
+    act: ActHook | None = None

@@ -1,4 +1,4 @@
-"""Split MNIST without borders between tasks: how accurate is a learner at any moment?
+"""Split MNIST without task boundaries: how accurate is a learner at any moment?
 
 Command                                                   hardware       time      expected
 python -m experiments.anytime                             2 CPU cores    1 min     blurry: none 79, replay 92;
@@ -7,7 +7,7 @@ python -m experiments.anytime --data-dir DATA --record    2 CPU cores    2 min  
                                                                                    sharp: none 45, replay 94
 
 Class-incremental split MNIST, all outputs open, every image shown once. Settings: "sharp", tasks one after another, for
-comparison; "blurry", a share of each class's images comes while other tasks have their turn (Bang et al. 2021, arXiv
+comparison; "blurry", a fraction of each class's images comes while other tasks have their turn (Bang et al. 2021, arXiv
 2103.17230); "i-blurry", the same for half of each task's classes (Koh et al. 2022, arXiv 2110.10031); "gaussian" and
 "linear", each class comes and goes gradually (Shanahan et al. 2021, arXiv 2105.13327). Methods are those that need no
 task boundaries. The score is the area under the curve of anytime accuracy (Koh et al. 2022), where a task counts from
@@ -17,7 +17,6 @@ its own turn on.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +24,23 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import Component, compose, enable_compilation_cache, replay, supervised
+from cl_zoo import Component, accuracy, at, compose, replay, supervised
 from cl_zoo.evaluation.metrics import average_anytime_accuracy
 from cl_zoo.evaluation.plots import anytime_curve
 from cl_zoo.models import mlp
 from cl_zoo.streams import Mixing, blurry, drifting, split_mnist
-from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
+from experiments.common import (
+    Cell,
+    Found,
+    Report,
+    check_numbers,
+    drawing,
+    load_images,
+    scored,
+    study,
+    sweep_cell,
+    table,
+)
 
 Setting = Literal["sharp", "blurry", "i-blurry", "gaussian", "linear"]
 Method = Literal["none", "replay"]
@@ -94,13 +104,14 @@ def cells(config: Config, images: Any) -> tuple[list[Cell], int]:
     if every == 0:
         raise SystemExit(f"there are too few images for {points} points of the curve in each task")
     model = mlp((28, 28), 10, hidden=hidden)
+    measure = {"accuracy": accuracy(), "curve": at(every, accuracy(batches=1))}
     found = []
     for setting in config.settings:
         mixed = stream(setting, every * points)
         for method in config.methods:
             kept = components(method, batch_size, capacity)
             learner = compose(model, optax.adam(1e-3), *kept, tasks=mixed.tasks)
-            found.append(Cell(setting, method, lambda _, learner=learner: learner, mixed))
+            found.append(sweep_cell(setting, method, learner, mixed, measure=measure))
     return found, every
 
 
@@ -111,48 +122,34 @@ def score(cell: dict[str, Any]) -> np.ndarray:
 
 def main(config: Config) -> None:
     """Runs the study, prints its tables, draws its figure."""
-    if config.seeds < 1:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
-    enable_compilation_cache()
-    directory = Path(config.directory or f"runs/anytime-{config.protocol}")
-    images = load_images(config.data_dir, config.source)
+    check_numbers(config, "seeds")
+    images = load_images(config)
     try:
         chosen, every = cells(config, images)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    numbers = {"protocol": config.protocol, "share": config.share, "width": config.width, "every": every}
-    settle_run(directory, numbers, images)
-    found = run_cells(chosen, directory, range(config.seeds), evaluate_every=every, evaluation_batches=1)
 
-    title = f"Split MNIST without borders, protocol {config.protocol}"
-    print(f"\n{title}\n{table(found, score, 'area under the curve of anytime accuracy')}\n\n{table(found)}\n")
-    print(f"figure: {figure_of(found, every, directory)}")
-    path = RESULTS / f"anytime_{config.protocol}.json" if config.record else directory / "results.json"
-    command = shown_command("experiments.anytime", sys.argv[1:])
-    benchmark = f"split MNIST without borders, {config.protocol}: area under the curve of anytime accuracy"
-    record("anytime", benchmark, command, found, {}, {}, path, score)
-    print(f"results: {path}")
+    def report(found: Found) -> Report:
+        text = table(found, score, "area under the curve of anytime accuracy")
+        return Report(
+            f"\nSplit MNIST without task boundaries, protocol {config.protocol}\n{text}\n\n{table(found)}\n",
+            f"split MNIST without task boundaries, {config.protocol}: area under the curve of anytime accuracy",
+            scored(found, score),
+            name=f"anytime_{config.protocol}",
+        )
 
+    def figures(found: Found, directory: Path) -> list[Path]:
+        """Anytime accuracy along the stream, a panel per setting."""
+        path = directory / "anytime_accuracy.png"
+        with drawing(path, 1, len(config.settings), size=(3.6, 3.4)) as axes:
+            for panel, setting in zip(axes[0], config.settings, strict=True):
+                curves = {method: cell["curve"] for (here, method), cell in found.items() if here == setting}
+                anytime_curve(panel, curves, every, setting)
+            axes[0, 0].legend(fontsize=8, loc="lower left")
+        return [path]
 
-def figure_of(found: dict[tuple[str, str], dict[str, Any]], every: int, directory: Path) -> Path:
-    """Anytime accuracy along the stream, a panel per setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings = list(dict.fromkeys(setting for setting, _ in found))
-    figure, axes = plt.subplots(
-        1, len(settings), figsize=(3.6 * len(settings), 3.4), squeeze=False, layout="constrained"
-    )
-    for panel, setting in zip(axes[0], settings, strict=True):
-        curves = {method: cell["curve"] for (here, method), cell in found.items() if here == setting}
-        anytime_curve(panel, curves, every, setting)
-    axes[0, 0].legend(fontsize=8, loc="lower left")
-    path = directory / "anytime_accuracy.png"
-    figure.savefig(path, dpi=150)
-    plt.close("all")
-    return path
+    settled = {"protocol": config.protocol, "share": config.share, "width": config.width, "every": every}
+    study("anytime", config, chosen, report, figures, settled=settled, data={"images": images})
 
 
 if __name__ == "__main__":

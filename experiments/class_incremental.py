@@ -20,25 +20,25 @@ seed 2: seeds 2 and 3 were looked at, and are not to be reported.
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import optax
 import tyro
 
-from cl_zoo import Component, compose, enable_compilation_cache, gdumb, icarl, replay, slda, supervised
+from cl_zoo import Component, compose, gdumb, icarl, replay, slda, supervised
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
 from experiments.common import (
-    RESULTS,
     Cell,
+    Found,
+    Report,
     accuracy_figures,
+    check_numbers,
     load_images,
-    record,
-    run_cells,
-    settle_run,
-    shown_command,
+    scored,
+    study,
+    sweep_cell,
     table,
 )
 
@@ -85,7 +85,7 @@ def components(config: Config, method: str) -> list[Component]:
     """What is kept, and how."""
     _, _, batch_size, capacity, large, epochs = SIZES[config.protocol]
     rehearsal: dict[str, Any] = {"batch_size": min(batch_size, capacity), "weighting": "tasks", "n_classes": CLASSES}
-    exemplars: dict[str, Any] = {"batch_size": min(batch_size, capacity), "temperature": 2.0, "draw": "rows"}
+    exemplars: dict[str, Any] = {"batch_size": min(batch_size, capacity), "temperature": 2.0, "draw": "examples"}
     scratch: dict[str, Any] = {"epochs": epochs, "batch_size": 16, "optimiser": optax.sgd(0.1)}
     per_class = capacity // (2 * CLASSES)
     kept: dict[str, list[Component]] = {
@@ -107,11 +107,8 @@ def cell(config: Config, method: str, images: Any) -> Cell:
     steps, hidden, batch_size, *_ = SIZES[config.protocol]
     stream = split_mnist(scenario="class", images=images, batch_size=batch_size, steps=steps)
     model = mlp((28, 28), CLASSES, hidden=hidden, initialiser="fan_in_uniform")
-
-    def make(_: Any) -> Any:
-        return compose(model, optax.adam(1e-3), *components(config, method), tasks=stream.tasks)
-
-    return Cell("class", method, make, stream)
+    learner = compose(model, optax.adam(1e-3), *components(config, method), tasks=stream.tasks)
+    return sweep_cell("class", method, learner, stream)
 
 
 # Mean and standard error over 20 seeds; ContinualAI's figure is of one run and has no error.
@@ -125,7 +122,7 @@ PUBLISHED: dict[tuple[str, str], list[dict[str, Any]]] = {
 NOTES = {
     ("class", method): note
     for method, note in {
-        "icarl": "2000 exemplars; they join the 128 rows of each batch at random, in the proportion of the union;"
+        "icarl": "2000 exemplars; they join the 128 examples of each batch at random, in the proportion of the union;"
         " theirs draws 128 rows from the union; that, and the outputs that compete, were chosen among six variants on"
         " the test set with another seed",
         "icarl per class": "100 exemplars a class; batches as for icarl",
@@ -141,30 +138,24 @@ NOTES = {
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figures."""
-    if config.seeds < 1:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
-    enable_compilation_cache()
-    directory = Path(config.directory or f"runs/class_incremental-{config.protocol}")
-    images = load_images(config.data_dir, config.source)
-    settle_run(directory, {"protocol": config.protocol}, images)
-    cells = [cell(config, method, images) for method in config.methods]
-    found = run_cells(cells, directory, range(config.first_seed, config.first_seed + config.seeds))
-
-    print(f"\nClass-incremental split MNIST, protocol {config.protocol}\n{table(found)}\n")
-    for path in accuracy_figures(found, directory, "{}-incremental"):
-        print(f"figure: {path}")
+    check_numbers(config, "seeds")
+    images = load_images(config)
     is_full = config.protocol == "van_de_ven"
-    path = RESULTS / f"class_incremental_{config.protocol}.json" if config.record else directory / "results.json"
-    record(
-        "class_incremental",
-        f"class-incremental split MNIST, {config.protocol}",
-        shown_command("experiments.class_incremental", sys.argv[1:]),
-        found,
-        PUBLISHED if is_full else {},
-        NOTES if is_full else {},
-        path,
-    )
-    print(f"results: {path}")
+
+    def report(found: Found) -> Report:
+        return Report(
+            f"\nClass-incremental split MNIST, protocol {config.protocol}\n{table(found)}\n",
+            f"class-incremental split MNIST, {config.protocol}",
+            scored(found),
+            PUBLISHED if is_full else {},
+            NOTES if is_full else {},
+            name=f"class_incremental_{config.protocol}",
+        )
+
+    cells = [cell(config, method, images) for method in config.methods]
+    figures = partial(accuracy_figures, title="{}-incremental")
+    settled = {"protocol": config.protocol}
+    study("class_incremental", config, cells, report, figures, settled=settled, data={"images": images})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,18 @@
-"""What the studies share: runs that are kept as they finish, tables, result files for the ledger."""
+"""How a study is written: cells that are kept as they finish, and a report of them.
+
+`study` does what all have in common: it settles the directory of the run, runs the cells that are not finished, prints
+the tables, draws the figures, and writes the result file that the ledger is made from.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import sys
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +22,15 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
-from cl_zoo import Learner, Stream, sweep
+from cl_zoo import Learner, Result, Stream, accuracy, at, enable_compilation_cache, sweep
 from cl_zoo.datasets import LabelledImages, load_digits
 from cl_zoo.evaluation.metrics import average_accuracy, statistics
 from cl_zoo.evaluation.plots import accuracy_heat_map, seen_task_accuracy
-from cl_zoo.training.run_directory import ConfigError, environment, settle_config, write_json
+from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
+from experiments.result_file import PLACES, RESULTS, Found, Report, checksums, result_file
 
-RESULTS = Path(__file__).parent / "results"
+AT_THE_END = {"accuracy": at("end", accuracy())}
+"""The measure of a study that reads only the last row of R."""
 
 
 class Cell(NamedTuple):
@@ -29,14 +38,195 @@ class Cell(NamedTuple):
 
     Attributes:
       setting, method: names.
-      make: `settings -> Learner`; settings is a scalar that it may use.
-      stream: what it learns from.
+      file: with what the names of its files begin.
+      run: `seed -> {name: value}`, as JSON can hold it; "seconds" are added where it does not tell them.
+      at_once: None, or how many seeds `run` takes at once, as a sequence; its values are `[S, ...]` then.
     """
 
     setting: str
     method: str
-    make: Callable[[Any], Learner]
-    stream: Stream
+    file: str
+    run: Callable[[Any], dict[str, Any]]
+    at_once: int | None = None
+
+
+def study(
+    name: str,
+    config: Any,
+    cells: Sequence[Cell] | Callable[[Path], Sequence[Cell]],
+    report: Callable[[Found], Report],
+    figures: Callable[[Found, Path], Iterable[Path]],
+    *,
+    settled: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] | None = None,
+    directory: str | Path | None = None,
+) -> None:
+    """Runs what is not finished, prints, draws, and writes the result file.
+
+    Args:
+      name: of the script.
+      config: its settings; `directory` and `record` are read, and `seeds`, `first_seed` and `protocol` where they are
+        needed.
+      cells: what is run; or `directory -> cells`, where something is to be chosen first.
+      report: of what was found.
+      figures: `(found, directory) -> paths` of what it draws there.
+      settled: the settings that all cells of a directory share; more seeds or methods may be added to it later.
+      data: by name, what is learned from: images, texts or files. Their checksums are settled, and recorded.
+      seeds: None is as many as `config.seeds`, from `config.first_seed` or 0 on.
+      directory: of the run; None is `config.directory`, or runs/NAME-PROTOCOL.
+    """
+    enable_compilation_cache()
+    folder = Path(directory or config.directory or f"runs/{name}-{config.protocol}")
+    sums = {f"{kind}_crc32": checksums(value) for kind, value in (data or {}).items()}
+    try:
+        settle_config(folder, {**settled, **sums})
+    except ConfigError as error:
+        raise SystemExit(str(error)) from error
+    if seeds is None:
+        first = getattr(config, "first_seed", 0)
+        seeds = range(first, first + config.seeds)
+    found = run_cells(cells(folder) if callable(cells) else cells, folder, seeds)
+    told = report(found)
+    print(told.text)
+    for path in figures(found, folder):
+        print(f"figure: {path}")
+    path = RESULTS / f"{told.name or name}.json" if config.record else folder / "results.json"
+    write_json(path, result_file(name, config, told, sums))
+    print(f"results: {path}")
+
+
+def run_cells(cells: Sequence[Cell], directory: Path, seeds: Sequence[int]) -> Found:
+    """Runs every cell for every seed; what is finished is kept and not run again. To run a finished part again, delete
+    its file."""
+    folder = directory / "cells"
+    parts = [(cell, [seed]) for seed in seeds for cell in cells if cell.at_once is None]  # what seeds share comes first
+    for cell in cells:
+        n = cell.at_once or 0
+        parts += [(cell, list(seeds[i : i + n])) for i in range(0, len(seeds), n)] if n else []
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {(cell.setting, cell.method): [] for cell in cells}
+    with tqdm(total=len(cells) * len(seeds), unit="run") as bar:
+        for cell, some in parts:
+            bar.set_description(f"{cell.setting}, {cell.method}")
+            place = str(some[0]) if cell.at_once is None else f"{some[0]}-{some[-1]}"
+            path = folder / f"{cell.file}-{place}.json".replace(" ", "_")
+            part = kept(path, partial(cell.run, some[0] if cell.at_once is None else some))
+            runs[cell.setting, cell.method] += [part] if cell.at_once is None else _apart(part, len(some))
+            bar.update(len(some))
+    return {key: _together(each) for key, each in runs.items()}
+
+
+def kept(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a finished part found; or it is run, timed and written."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begun = time.perf_counter()
+        new = run()
+        write_json(path, {"seconds": time.perf_counter() - begun, **new})
+    return json.loads(path.read_text())
+
+
+def sweep_cell(
+    setting: str,
+    method: str,
+    make: Callable[[Any], Learner] | Learner,
+    stream: Stream,
+    value: float = 0.0,
+    *,
+    orders: str | None = "per_seed",
+    at_once: int | None = None,
+    keep: Callable[[Result], dict[str, Any]] = lambda result: dict(result.measures),
+    **options: Any,
+) -> Cell:
+    """A cell of learners, all of whose seeds one program runs.
+
+    Args:
+      setting, method: names.
+      make: `value -> Learner`, or a learner.
+      stream: what it learns from.
+      value: a strength, say.
+      orders: "per_seed", each with a task order of its own; None, all with the stream's.
+      at_once: seeds that are run together; None is one on a CPU, and all elsewhere.
+      keep: what of the result is kept, by default all that was measured.
+      **options: of `sweep`.
+
+    Returns:
+      A `Cell`. R is `[S, T + 1, T]` also where accuracy is measured at the end alone; its other rows are no numbers.
+    """
+    maker = (lambda _: make) if isinstance(make, Learner) else make
+
+    def run(seeds: Sequence[int]) -> dict[str, Any]:
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        result = sweep(maker, jnp.full((1,), value), stream, keys, orders=orders, **options)
+        arrays = jax.tree.map(lambda leaf: np.asarray(leaf)[0], keep(result))
+        if "accuracy" in arrays and arrays["accuracy"].ndim == 2:
+            last = arrays["accuracy"][:, None]
+            arrays["accuracy"] = np.pad(last, ((0, 0), (last.shape[-1], 0), (0, 0)), constant_values=np.nan)
+        return jax.tree.map(np.ndarray.tolist, arrays)
+
+    every = 1 if jax.default_backend() == "cpu" else sys.maxsize
+    return Cell(setting, method, f"{setting}-{method}-{value:g}", run, at_once or every)
+
+
+def held_out(
+    make: Callable[[Any], Learner], values: Any, stream: Stream, seeds: int = 1, *, when: str = "task", **options: Any
+) -> np.ndarray:
+    """R on the validation split, `[H, S, T + 1, T]`, of every value and of the first seeds, by one program; with
+    when="end" its last row, `[H, S, T]`. Options are those of `sweep`."""
+    keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
+    measure = {"accuracy": at(when, accuracy("validation"))}
+    return np.asarray(sweep(make, jnp.asarray(values), stream, keys, measure=measure, **options).accuracy)
+
+
+def _apart(part: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """What was kept of several seeds, of each."""
+    arrays = {name: values for name, values in part.items() if name != "seconds"}
+
+    def of(i: int) -> dict[str, Any]:
+        return jax.tree.map(lambda values: values[i], arrays, is_leaf=lambda values: isinstance(values, list))
+
+    return [of(i) | {"seconds": part["seconds"] / n} for i in range(n)]
+
+
+def _together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of each name the values of all seeds, as an array; as a list where their lengths differ."""
+
+    def stack(*values: Any) -> Any:
+        try:
+            array = np.array(values)
+        except ValueError:
+            return list(values)
+        return array.astype(float) if array.dtype == object else array  # None is no number
+
+    return jax.tree.map(stack, *runs, is_leaf=lambda value: not isinstance(value, dict))
+
+
+def all_but(config: Any, *free: str) -> dict[str, Any]:
+    """The settings that the cells of a directory share: all but places, seeds and those that are named."""
+    never = {*PLACES, "source", "record", "seeds", *free} - {"model"}
+    return {field: value for field, value in dataclasses.asdict(config).items() if field not in never}
+
+
+def check_numbers(config: Any, *fields: str, least: int = 1) -> None:
+    """Refuses settings that are below the least."""
+    for field in fields:
+        if getattr(config, field) < least:
+            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least {least}")
+
+
+def check_names(config: Any, **known: Iterable[str]) -> None:
+    """Refuses settings that name what there is not."""
+    for field, names in known.items():
+        if unknown := set(getattr(config, field)) - set(names):
+            raise SystemExit(f"{field} names {', '.join(sorted(unknown))}, but there are {', '.join(names)}")
+
+
+def load_images(config: Any) -> LabelledImages:
+    """The digits, or one line that says what is wrong with their files."""
+    try:
+        return load_digits(config.data_dir, config.source)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
 
 
 def warmed_up_adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
@@ -47,84 +237,24 @@ def warmed_up_adamw(learning_rate: float, steps: int) -> optax.GradientTransform
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95, weight_decay=0.1))
 
 
-def load_images(data_dir: str | None, source: str | None) -> LabelledImages:
-    """The digits, or one line that says what is wrong with their files."""
-    try:
-        return load_digits(data_dir, source)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
-
-
-def settle_run(directory: Path, config: dict[str, Any], images: LabelledImages) -> None:
-    """A directory holds runs of one configuration on one set of images; more seeds or methods may be added to it."""
-    crc = [zlib.crc32(np.ascontiguousarray(array).data) for array in images]
-    try:
-        settle_config(directory, {**config, "images_crc32": crc})
-    except ConfigError as error:
-        raise SystemExit(str(error)) from error
-
-
-def run_cells(
-    cells: Sequence[Cell],
-    directory: Path,
-    seeds: Sequence[int],
-    setting: float = 0.0,
-    orders: str | None = "per_seed",
-    **options: Any,
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """Runs every cell for every seed, each with a task order of its own, or with orders=None all with the stream's;
-    what is finished is kept and not run again.
-
-    On a CPU seeds run one after another by the same program, elsewhere together. To run a finished part again, delete
-    its file. Options are those of `run_stream`.
-
-    Returns:
-      `{(setting, method): {"accuracy": [S, T + 1, T], "seconds": [S]}}`, and with `evaluate_every` "curve":
-      `[S, T, points, T]`.
-    """
-    folder = directory / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
-    together = 1 if jax.default_backend() == "cpu" else len(seeds)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    with tqdm(total=len(cells) * len(seeds), unit="run") as bar:
-        for cell in cells:
-            bar.set_description(f"{cell.setting}, {cell.method}")
-            kinds: dict[str, list[Any]] = {"accuracy": [], "curve": []}
-            seconds = []
-            for i in range(0, len(seeds), together):
-                chunk = seeds[i : i + together]
-                path = folder / f"{cell.setting}-{cell.method}-{setting:g}-{chunk[0]}-{chunk[-1]}.json".replace(
-                    " ", "_"
-                )
-                if path.exists():
-                    kept = json.loads(path.read_text())
-                else:
-                    keys = jnp.stack([jax.random.key(seed) for seed in chunk])
-                    begun = time.perf_counter()
-                    result = sweep(cell.make, jnp.full((1,), setting), cell.stream, keys, orders=orders, **options)
-                    kept = {"accuracy": np.asarray(result.accuracy)[0].tolist()}
-                    if result.curve is not None:
-                        kept["curve"] = np.asarray(result.curve)[0].tolist()
-                    kept["seconds"] = time.perf_counter() - begun
-                    write_json(path, kept)
-                for kind in kinds:
-                    kinds[kind] += kept.get(kind, [])
-                seconds += [kept["seconds"] / len(chunk)] * len(chunk)
-                bar.update(len(chunk))
-            found[cell.setting, cell.method] = {
-                **{kind: np.array(values) for kind, values in kinds.items() if values},
-                "seconds": seconds,
-            }
-    return found
-
-
 def final_accuracy(cell: dict[str, Any]) -> np.ndarray:
     """Average accuracy after the last task, `[S]`."""
     return average_accuracy(cell["accuracy"])
 
 
+def scored(found: Found, score: Callable[[dict[str, Any]], Any] = final_accuracy, scale: float = 100) -> Found:
+    """Rows of the ledger, one for each cell, by a score of each seed; in percent where the scale is 100."""
+    return {key: {"scores": scale * np.asarray(score(cell)), "seconds": cell["seconds"]} for key, cell in found.items()}
+
+
+def mean_and_spread(values: Any, digits: int = 3) -> str:
+    """The mean, and the standard deviation where there are several values."""
+    s = statistics(values)
+    return f"{s.mean:.{digits}f} ± {s.sd:.{digits}f}" if s.n > 1 else f"{s.mean:.{digits}f}"
+
+
 def table(
-    found: dict[tuple[str, str], dict[str, Any]],
+    found: Found,
     score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
     said: str = "after the last task",
 ) -> str:
@@ -146,76 +276,34 @@ def table(
     return "\n".join(lines) + f"\nmean ± standard deviation over {n} seed{'s' if n > 1 else ''}, {said}, test set"
 
 
-def shown_command(module: str, arguments: Sequence[str]) -> str:
-    """The command of this run, without the paths of one machine."""
-    shown = list(arguments)
-    for flag, stand_in in (("--data-dir", "DATA"), ("--directory", "RUN")):
-        if flag in shown[:-1]:
-            shown[shown.index(flag) + 1] = stand_in
-    return " ".join(["python -m", module, *shown])
-
-
-def accuracy_figures(found: dict[tuple[str, str], dict[str, Any]], directory: Path, title: str = "{}") -> list[Path]:
-    """Accuracy against tasks seen, a panel per setting under `title`, and every accuracy matrix: the two files."""
+@contextlib.contextmanager
+def drawing(
+    path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (4, 3.4), dpi: int = 150, **options: Any
+) -> Iterator[np.ndarray]:
+    """Axes `[rows, columns]`, each of that size in inches, which become a file in the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    inches = (size[0] * columns, size[1] * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, layout="constrained", **options)
+    yield axes
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+
+
+def accuracy_figures(found: Found, directory: Path, title: str = "{}") -> list[Path]:
+    """Accuracy against tasks seen, a panel per setting under `title`, and every accuracy matrix: the two files."""
     settings = list(dict.fromkeys(setting for setting, _ in found))
     methods = list(dict.fromkeys(method for _, method in found))
     paths = [directory / "accuracy_by_task.png", directory / "accuracy_matrices.png"]
-
-    figure, axes = plt.subplots(1, len(settings), figsize=(4 * len(settings), 3.4), squeeze=False, layout="constrained")
-    for column, setting in zip(axes[0], settings, strict=True):
-        seen_task_accuracy(column, {m: found[setting, m]["accuracy"] for m in methods}, title.format(setting))
-    axes[0, 0].legend(fontsize=8, loc="lower left")
-    figure.savefig(paths[0], dpi=150)
-
-    shape = (len(settings), len(methods))
-    figure, axes = plt.subplots(*shape, figsize=(3.4 * shape[1], 3 * shape[0]), squeeze=False, layout="constrained")
-    for row, setting in zip(axes, settings, strict=True):
-        for place, method in zip(row, methods, strict=True):
-            accuracy_heat_map(place, found[setting, method]["accuracy"], f"{setting}: {method}")
-    figure.savefig(paths[1], dpi=110)
-    plt.close("all")
+    with drawing(paths[0], 1, len(settings)) as axes:
+        for column, setting in zip(axes[0], settings, strict=True):
+            seen_task_accuracy(column, {m: found[setting, m]["accuracy"] for m in methods}, title.format(setting))
+        axes[0, 0].legend(fontsize=8, loc="lower left")
+    with drawing(paths[1], len(settings), len(methods), size=(3.4, 3), dpi=110) as axes:
+        for row, setting in zip(axes, settings, strict=True):
+            for place, method in zip(row, methods, strict=True):
+                accuracy_heat_map(place, found[setting, method]["accuracy"], f"{setting}: {method}")
     return paths
-
-
-def record(
-    name: str,
-    benchmark: str,
-    command: str,
-    found: dict[tuple[str, str], dict[str, Any]],
-    published: dict[tuple[str, str], list[dict[str, Any]]],
-    notes: dict[tuple[str, str], str],
-    path: Path,
-    score: Callable[[dict[str, Any]], np.ndarray] = final_accuracy,
-    lower_is_better: bool = False,
-    not_attempted: Sequence[tuple[str, str]] = (),
-    remarks: Sequence[str] = (),
-) -> None:
-    """Writes the result file that the ledger is made from: of "scores" `[S]` where a cell has them, else of `score` in
-    percent. Where lower is better, scores are errors. Published cells that are not attempted get rows without ours.
-    Remarks stand below the table.
-    """
-    rows = []
-    for (setting, method), cell in found.items():
-        s = statistics(cell["scores"] if "scores" in cell else 100 * score(cell))
-        rows.append(
-            {
-                "algorithm": method,
-                "setting": setting,
-                "ours": {"mean": s.mean, "sd": s.sd if s.n > 1 else None, "sem": s.sem if s.n > 1 else None, "n": s.n},
-                "published": published.get((setting, method), []),
-                "seconds_per_seed": float(np.median(cell["seconds"])),
-                "note": notes.get((setting, method), ""),
-            }
-        )
-    rows += [
-        {"algorithm": method, "setting": setting, "ours": None, "published": published[setting, method]}
-        for setting, method in not_attempted
-    ]
-    result = {"name": name, "benchmark": benchmark, "command": command, "environment": environment(), "rows": rows}
-    result |= {"lower_is_better": True} if lower_is_better else {}
-    write_json(path, result | ({"remarks": list(remarks)} if remarks else {}))

@@ -16,7 +16,7 @@ training step of 32 views (online) or ten (standard). "baseline" has group norma
 "joint", "ttt" and "ttt online" are one net of that kind which learns the turns too, by a head that branches off after
 the first convolution and has a second one and 32 hidden units of its own. "source", "norm" and "tent" are one net
 with batch normalisation. All learn with crops of 2 pixels and without flips, as a mirrored 2 is no 2. Quarter turns
-are a fair task for digits, though not one that can be learnt perfectly: half a turn leaves 0, 1 and 8 as they are,
+are a fair task for digits, though not one that can be learned perfectly: half a turn leaves 0, 1 and 8 as they are,
 and makes a 6 a 9. In each step a test image gives 32 crops, each turned at random; "ttt" takes ten steps and forgets
 them, "ttt online" one step an image and keeps them within a condition; "tent" learns from batches of 100 within a
 condition, "norm" answers by their statistics alone, "source" by those of training.
@@ -31,97 +31,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from tqdm.auto import tqdm
 
-from cl_zoo import (
-    Batch,
-    Learner,
-    Model,
-    Stream,
-    TaskInfo,
-    TrainState,
-    compose,
-    enable_compilation_cache,
-    supervised,
-    tent,
-    ttt,
-)
-from cl_zoo.algorithms.ttt import crop_and_flip
+from cl_zoo import Batch, Stream, TrainState
 from cl_zoo.compilation import jit
-from cl_zoo.datasets import LabelledImages
-from cl_zoo.datasets.cifar import load_cifar10
-from cl_zoo.datasets.corruptions import CORRUPTIONS, NOISES
+from cl_zoo.datasets import CORRUPTIONS, NOISES, LabelledImages, load_cifar10
 from cl_zoo.evaluation import evaluate_adapting
 from cl_zoo.evaluation.metrics import statistics
-from cl_zoo.models import cnn, resnet26, resnet_tail
-from cl_zoo.streams._corrupted_images import conditions, corrupted_images
-from cl_zoo.training.run_directory import write_json
-from cl_zoo.types import Array, Key
-from cl_zoo.wrappers import with_rotation_head
-from experiments.common import RESULTS, load_images, record, settle_run, shown_command
+from cl_zoo.streams import conditions, corrupted_images
+from cl_zoo.types import Array
+from experiments.common import Cell, Found, Report, check_names, check_numbers, drawing, kept, load_images, study
+from experiments.corrupted_digits_nets import METHODS, NETS, PROTOCOLS, Protocol, learner, trained
 
-
-class Protocol(NamedTuple):
-    """What is run.
-
-    Attributes:
-      epochs, batch, learning_rate: of training: SGD with momentum 0.9 and weight decay 5e-4, the rate divided by ten
-        after 1/2 and 5/6 of it, as theirs after 75 and 125 of 150 epochs.
-      pad, flip: of the crops.
-      severities, noise_severities: of the 15 corruptions, and of the noises on which all methods are compared.
-      rows, every: test images of a condition; of these standard TTT answers one in `every`.
-      steps, views: of standard TTT.
-      test_batch: of Tent.
-      held_out, search_rows: training images kept for choosing rates; of these a condition has `search_rows`.
-      rates: that are tried, by method.
-    """
-
-    epochs: int
-    batch: int
-    learning_rate: float
-    pad: int
-    flip: bool
-    severities: tuple[int, ...]
-    noise_severities: tuple[int, ...]
-    rows: int
-    every: int
-    steps: int
-    views: int
-    test_batch: int
-    held_out: int
-    search_rows: dict[str, int]
-    rates: dict[str, tuple[float, ...]]
-
-
-_RATES = {"ttt": (1e-3, 1e-2, 5e-2), "ttt online": (1e-3, 1e-2, 3e-2), "tent": (1e-3, 1e-2)}
-_DIGITS = Protocol(2, 128, 0.1, 2, False, (1, 2, 3, 4, 5), (1, 3, 5), 1000, 5, 10, 32, 100, 5000,
-                   {"ttt": 30, "ttt online": 200, "tent": 1000}, _RATES)  # fmt: skip
-PROTOCOLS = {
-    "mnist": _DIGITS,
-    # The official settings; its authors publish the rate too, so nothing is searched.
-    "cifar10": Protocol(150, 128, 0.1, 4, True, (5,), (5,), 10000, 1, 10, 32, 200, 0, {},
-                        {"ttt": (1e-3,), "ttt online": (1e-3,), "tent": (1e-3,)}),
-    "smoke": _DIGITS._replace(epochs=1, batch=50, severities=(5,), noise_severities=(5,), rows=20, every=10, steps=2,
-                              views=4, test_batch=10, held_out=9800, search_rows=dict.fromkeys(_RATES, 10),
-                              rates=_RATES | {"ttt": (1e-3,), "ttt online": (1e-3,)}),
-}  # fmt: skip
-METHODS = ("baseline", "joint", "ttt", "ttt online", "source", "norm", "tent")
-# Which net answers in a method; nets are called as methods are that only answer.
-NETS = dict.fromkeys(("joint", "ttt", "ttt online"), "joint") | dict.fromkeys(("source", "norm", "tent"), "batch") | {
-    net: net for net in ("baseline", "batch")
-}  # fmt: skip
 FAMILIES = {"noise": slice(0, 3), "blur": slice(3, 7), "weather": slice(7, 11), "digital": slice(11, 15)}
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -166,70 +95,67 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    if config.seeds < 1:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
-    if unknown := set(config.methods) - set(METHODS):
-        raise SystemExit(f"methods names {', '.join(sorted(unknown))}, but there are {', '.join(METHODS)}")
-    enable_compilation_cache()
+    check_numbers(config, "seeds")
+    check_names(config, methods=METHODS)
     protocol = PROTOCOLS["smoke" if config.protocol == "smoke" else config.dataset]
-    directory = Path(config.directory)
     images = load(config)
-    settle_run(directory, {"dataset": config.dataset, "protocol": json.loads(json.dumps(protocol._asdict()))}, images)
-    (directory / "cells").mkdir(exist_ok=True)
     noises = [name for name in NOISES if config.corrupted_dir is None or name in CORRUPTIONS]
-    asked = [(CORRUPTIONS, protocol.severities)]
+    noisy = [f"{name}/{severity}" for name in noises for severity in protocol.noise_severities]
+    asked: list[tuple[Any, Any]] = [(CORRUPTIONS, protocol.severities)]
     if others := [name for name in noises if name not in CORRUPTIONS]:
         asked.append((others, protocol.noise_severities))
-    options = {"data_dir": config.corrupted_dir, "batch_size": protocol.test_batch, "rows": protocol.rows}
-    everything = Conditions(images, asked, **options)
-    noisy = [f"{name}/{severity}" for name in noises for severity in protocol.noise_severities]
-
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in config.methods}
+    sizes = {"data_dir": config.corrupted_dir, "batch_size": protocol.test_batch, "examples": protocol.rows}
+    everything = functools.cache(lambda: Conditions(images, asked, **sizes))
+    nets = functools.cache(lambda seed, kind: trained(config.dataset, protocol, images, seed, kind))
     rates: dict[str, float] = {}
-    with tqdm(total=config.seeds * len(config.methods), unit="run") as bar:
-        for seed in range(config.seeds):
-            nets = functools.cache(functools.partial(trained, config, protocol, images, seed))
-            if seed == 0:
-                rates = chosen_rates(config, protocol, images, nets, directory)
-            for method in config.methods:
-                bar.set_description(method)
-                path = directory / "cells" / f"{method}-{seed}.json".replace(" ", "_")
-                if not path.exists():
-                    state = nets(NETS[method])
-                    begun = time.perf_counter()
-                    part = {"only": noisy, "every": protocol.every} if method == "ttt" else {}
-                    rows = everything.errors(config, protocol, method, rates.get(method, 0.0), state, **part)
-                    # Over all rows of a condition, and over those that every method answers.
-                    errors: dict[str, tuple[float | None, float]] = {
-                        name: (None, float(each.mean()))
-                        if method == "ttt"
-                        else (float(each.mean()), float(each[:: protocol.every].mean()))
-                        for name, each in rows.items()
-                    }
-                    write_json(path, {"errors": errors, "seconds": time.perf_counter() - begun})
-                found[method].append(json.loads(path.read_text()))
-                bar.update()
-    settings = summary(found, config, noisy)
-    print(f"\n{table(settings)}\n\nlearning rates at test time: {rates}")
-    print(f"figure: {figure(found, everything.names, directory)}")
-    name = "corrupted_digits" if config.dataset == "mnist" else "corrupted_cifar10"
-    path = RESULTS / f"{name}.json" if config.record else directory / "results.json"
-    notes = {key: _interval(cell["scores"]) for key, cell in settings.items()}
-    for (setting, method), note in notes.items():
-        if method in rates:
-            notes[setting, method] = f"{note}; rate {rates[method]:g}"
-    missing = [key for key in PUBLISHED if key not in settings]
-    benchmark = "corrupted MNIST, error" if config.dataset == "mnist" else "CIFAR-10-C, error"
-    command = shown_command("experiments.corrupted_digits", sys.argv[1:])
-    more = {"lower_is_better": True, "not_attempted": missing}
-    record(name, benchmark, command, settings, PUBLISHED, notes, path, **more)
-    print(f"results: {path}")
+
+    def run(method: str, seed: int) -> dict[str, Any]:
+        """Errors by condition: over all rows, and over those that every method answers."""
+        state, tests = nets(seed, NETS[method]), everything()
+        part: dict[str, Any] = {"only": noisy, "every": protocol.every} if method == "ttt" else {}
+        begun = time.perf_counter()
+        rows = tests.errors(config.dataset, protocol, method, rates.get(method, 0.0), state, **part)
+        errors = {
+            name: [None, float(each.mean())]
+            if method == "ttt"
+            else [float(each.mean()), float(each[:: protocol.every].mean())]
+            for name, each in rows.items()
+        }
+        return {"errors": errors, "seconds": time.perf_counter() - begun}
+
+    def cells(directory: Path) -> list[Cell]:
+        """Every method, its rate chosen with the first seed."""
+        rates.update(chosen_rates(config, protocol, images, functools.partial(nets, 0), directory))
+        return [Cell("all", method, method, functools.partial(run, method)) for method in config.methods]
+
+    def report(found: Found) -> Report:
+        rows = summary(found, config.dataset, noisy)
+        notes = {key: _interval(row["scores"]) for key, row in rows.items()}
+        for (setting, method), note in notes.items():
+            if method in rates:
+                notes[setting, method] = f"{note}; rate {rates[method]:g}"
+        digits = config.dataset == "mnist"
+        return Report(
+            f"\n{table(rows)}\n\nlearning rates at test time: {rates}",
+            "corrupted MNIST, error" if digits else "CIFAR-10-C, error",
+            rows,
+            PUBLISHED,
+            notes,
+            lower_is_better=True,
+            not_attempted=[key for key in PUBLISHED if key not in rows],
+            name="corrupted_digits" if digits else "corrupted_cifar10",
+        )
+
+    names = [f"{name}/{severity}" for each in asked for name, severity in conditions(*each)]
+    draw = functools.partial(figures, names)
+    settled = {"dataset": config.dataset, "protocol": protocol._asdict()}
+    study("corrupted_digits", config, cells, report, draw, settled=settled, data={"images": images})
 
 
 def load(config: Config) -> LabelledImages:
     """The images, or one line that says what is wrong with their files."""
     if config.dataset == "mnist":
-        return load_images(config.data_dir, config.source)
+        return load_images(config)
     try:
         return load_cifar10(config.data_dir, "tfds" if config.source == "tfds" else None)
     except (ValueError, OSError) as error:
@@ -251,7 +177,7 @@ class Conditions:
                 images,
                 corruptions=corruptions,
                 severities=severities,
-                evaluation_batch=options["rows"],
+                evaluation_batch=options["examples"],
                 **options,
             )
             for corruptions, severities in asked
@@ -260,7 +186,7 @@ class Conditions:
 
     def errors(
         self,
-        config: Config,
+        dataset: str,
         protocol: Protocol,
         method: str,
         rate: float,
@@ -279,79 +205,23 @@ class Conditions:
             if not places:
                 continue
             part = some_of(stream, places, every)
-            answers = learner(config, protocol, method, stream.tasks, rate)
+            answers = learner(dataset, protocol, method, stream.tasks, rate)
             together = 50 if method == "ttt" and jax.default_backend() != "cpu" else 1
-            program = functools.partial(
-                evaluate_adapting, answers, part, reset=reset, rows=rows, together=together, by_row=True
-            )
-            scores, _ = jit(program)(part.data, state)
+            options: dict[str, Any] = {"reset": reset, "batch_size": rows, "together": together, "by_example": True}
+            adapting = jit(lambda answers, part, state, o=options: evaluate_adapting(answers, part, state, **o)[0])
+            scores = adapting(answers, part, state)
             found |= zip((names[i] for i in places), 100 * (1 - np.asarray(scores)), strict=True)
         return found
 
 
 def some_of(stream: Stream, places: list[int], every: int) -> Stream:
     """The stream with these of its tasks alone, and of their rows one in `every`."""
+    of_all = stream.evaluation_function
 
     def evaluation(data: Any, task: Array, split: str) -> Batch:
-        return jax.tree.map(lambda leaf: leaf[:, ::every], stream.evaluation(data, jnp.asarray(places)[task], split))
+        return jax.tree.map(lambda leaf: leaf[:, ::every], of_all(data, jnp.asarray(places)[task], split))
 
-    return stream._replace(n_tasks=len(places), evaluation=evaluation)
-
-
-def model(config: Config, kind: str) -> Model:
-    """The network of a kind: "baseline" and "batch" have one head, "joint" has two."""
-    norm = "batch" if kind == "batch" else "group"
-    if config.dataset == "cifar10":
-        scaled = lambda x: x.astype(jnp.float32) / 127.5 - 1  # noqa: E731
-        net, tail = resnet26((32, 32, 3), 10, norm=norm, preprocess=scaled), resnet_tail(4, norm=norm)
-        return with_rotation_head(net, tail, "group_3") if kind == "joint" else net
-    options: dict[str, Any] = {"hidden": 32, "norm": norm, "groups": 2}
-    net, head = cnn((28, 28), 10, channels=(8, 16), **options), cnn((14, 14, 8), 4, channels=(16,), **options)
-    return with_rotation_head(net, head, "conv_1") if kind == "joint" else net
-
-
-def learner(
-    config: Config, protocol: Protocol, method: str, tasks: TaskInfo | None, rate: float = 0.0, size: int = 1
-) -> Learner:
-    """What learns, or what answers: the components of a method in testing, of its net ("joint", ...) in training."""
-    kind = NETS[method]
-    steps = protocol.epochs * (size // protocol.batch)  # of training; the rate's schedule is not used in testing
-    schedule = optax.piecewise_constant_schedule(protocol.learning_rate, {steps // 2: 0.1, 5 * steps // 6: 0.1})
-    optimiser = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
-    components = [supervised()]
-    if kind == "joint":
-        augment = crop_and_flip(protocol.pad, protocol.flip)
-        n = {"ttt": protocol.steps, "ttt online": 1}.get(method, 0)
-        components.append(ttt(rate, steps=n, views=protocol.views, augment=augment))
-    if method in ("batch", "norm", "tent"):
-        components.append(tent(rate))
-    return compose(model(config, kind), optimiser, *components, tasks=tasks)
-
-
-def trained(config: Config, protocol: Protocol, images: LabelledImages, seed: int, kind: str) -> TrainState:
-    """A net after training on all images but the last ones, which are held out."""
-    kept = len(images.train_labels) - protocol.held_out
-    teacher = learner(config, protocol, kind, None, size=kept)
-    augment = crop_and_flip(protocol.pad, protocol.flip)
-
-    def batch(x: Array, y: Array, key: Key) -> Batch:
-        return Batch(augment(x, key), y, None, jnp.ones(y.shape[0]))
-
-    @functools.partial(jit, donate_argnums=0)
-    def epoch(state: TrainState, x: Array, y: Array, key: Key) -> TrainState:
-        order = jax.random.permutation(key, kept)[: kept // protocol.batch * protocol.batch]
-
-        def step(state: TrainState, index: Array) -> tuple[TrainState, None]:
-            return teacher.update(state, batch(x[index], y[index], jax.random.fold_in(key, state.step)))[0], None
-
-        return jax.lax.scan(step, state, order.reshape((-1, protocol.batch)))[0]
-
-    x, y = jnp.asarray(images.train_images[:kept]), jnp.asarray(images.train_labels[:kept], jnp.int32)
-    keys = jax.random.split(jax.random.key(seed), protocol.epochs + 1)
-    state = jit(teacher.init)(keys[0], batch(x[:1], y[:1], keys[0]))
-    for key in keys[1:]:
-        state = epoch(state, x, y, key)
-    return state
+    return dataclasses.replace(stream, n_tasks=len(places), evaluation_function=evaluation)
 
 
 def chosen_rates(
@@ -359,59 +229,60 @@ def chosen_rates(
 ) -> dict[str, float]:
     """Of each method that has several, the one of least mean error over all corruptions at the strongest severity of
     images held out of training."""
-    path = directory / "cells" / "rates.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
     held_out = LabelledImages(
         images.train_images[:0],
         images.train_labels[:0],
         *(each[len(each) - protocol.held_out :] for each in images[:2]),
     )
-    searched = [method for method in config.methods if len(protocol.rates.get(method, ())) > 1]
-    kept |= {method: {"chosen": rates[0]} for method, rates in protocol.rates.items() if method not in searched}
-    if set(searched) <= set(kept):
-        return {method: each["chosen"] for method, each in kept.items()}
     rows = min(protocol.rows, len(held_out.test_labels))
     strongest = [(CORRUPTIONS, protocol.severities[-1:])]
-    test = Conditions(held_out, strongest, rows=rows, batch_size=protocol.test_batch, progress=False)
-    for method in [method for method in searched if method not in kept]:
+    options = {"examples": rows, "batch_size": protocol.test_batch, "progress": False}
+    tests = functools.cache(lambda: Conditions(held_out, strongest, **options))
+
+    def tried(method: str) -> dict[str, Any]:
         state, every = nets(NETS[method]), rows // protocol.search_rows[method]
-        errors = [
-            float(np.mean(list(test.errors(config, protocol, method, rate, state, every=every).values())))
-            for rate in protocol.rates[method]
-        ]
-        tried = dict(zip(map(str, protocol.rates[method]), errors, strict=True))
-        kept[method] = {"chosen": protocol.rates[method][int(np.argmin(errors))], "tried": tried}
-        write_json(path, kept)
-    return {method: each["chosen"] for method, each in kept.items()}
+
+        def error(rate: float) -> float:
+            found = tests().errors(config.dataset, protocol, method, rate, state, every=every)
+            return float(np.mean(list(found.values())))
+
+        errors = {rate: error(rate) for rate in protocol.rates[method]}
+        return {"chosen": min(errors, key=errors.__getitem__), "tried": {str(r): e for r, e in errors.items()}}
+
+    chosen = {}
+    for method, rates in protocol.rates.items():
+        chosen[method] = rates[0]
+        if len(rates) > 1 and method in config.methods:
+            path = directory / "rates" / f"{method}.json".replace(" ", "_")
+            chosen[method] = kept(path, functools.partial(tried, method))["chosen"]
+    return chosen
 
 
-def summary(
-    found: dict[str, list[dict[str, Any]]], config: Config, noisy: list[str]
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """Scores of the ledger's rows, `[S]` each, by setting and method."""
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
+def summary(found: Found, dataset: str, noisy: list[str]) -> Found:
+    """Rows of the ledger."""
+    cells = {method: cell for (_, method), cell in found.items()}
+    whole = [method for method in cells if method != "ttt"]
+    rows: Found = {}
 
     def add(setting: str, method: str, names: list[str], which: int) -> None:
-        runs = found[method]
-        scores = [np.mean([run["errors"][name][which] for name in names]) for run in runs]
-        cells[setting, method] = {"scores": np.array(scores), "seconds": [run["seconds"] for run in runs]}
+        errors = [cells[method]["errors"][name][:, which] for name in names]
+        rows[setting, method] = {"scores": np.mean(errors, axis=0), "seconds": cells[method]["seconds"]}
 
-    whole = [method for method in found if method != "ttt"]
-    if config.dataset == "cifar10":
+    if dataset == "cifar10":
         for name in CORRUPTIONS:
-            for method in found:
-                if f"{name}/5" in found[method][0]["errors"]:
+            for method, cell in cells.items():
+                if f"{name}/5" in cell["errors"]:
                     add(f"CIFAR-10-C, severity 5, {name}", method, [f"{name}/5"], 1)
         for method in whole:
             add("CIFAR-10-C, severity 5, mean of 15", method, [f"{name}/5" for name in CORRUPTIONS], 0)
-        return cells
-    for method in found:
+        return rows
+    for method in cells:
         add("noise, equal rows", method, noisy, 1)
     for family, members in {**FAMILIES, "all 15": slice(None)}.items():
         for method in whole:
-            names = [name for name in found[method][0]["errors"] if name.split("/")[0] in CORRUPTIONS[members]]
+            names = [name for name in cells[method]["errors"] if name.split("/")[0] in CORRUPTIONS[members]]
             add(family, method, names, 0)
-    return cells
+    return rows
 
 
 def _interval(scores: np.ndarray) -> str:
@@ -419,56 +290,46 @@ def _interval(scores: np.ndarray) -> str:
     return f"95 % interval ± {T_975.get(s.n, 1.96) * s.sem:.2f}" if s.n > 1 else ""
 
 
-def table(cells: dict[tuple[str, str], dict[str, Any]]) -> str:
+def table(rows: Found) -> str:
     """Error in percent: mean and half of its 95 % interval over seeds."""
-    settings, methods = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    settings, methods = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
     lines = [f"{'error (%)':<36s}" + "".join(f"{method:>16s}" for method in methods)]
     for setting in settings:
-        row = f"{setting:<36s}"
+        line = f"{setting:<36s}"
         for method in methods:
-            if (setting, method) not in cells:
-                row += f"{'':>16s}"
+            if (setting, method) not in rows:
+                line += f"{'':>16s}"
                 continue
-            s = statistics(cells[setting, method]["scores"])
-            row += f"{s.mean:>9.2f} ± {T_975.get(s.n, 1.96) * s.sem:4.2f}" if s.n > 1 else f"{s.mean:>9.2f}       "
-        lines.append(row)
+            s = statistics(rows[setting, method]["scores"])
+            line += f"{s.mean:>9.2f} ± {T_975.get(s.n, 1.96) * s.sem:4.2f}" if s.n > 1 else f"{s.mean:>9.2f}       "
+        lines.append(line)
     return "\n".join(lines)
 
 
-def figure(found: dict[str, list[dict[str, Any]]], names: list[str], directory: Path) -> Path:
+def figures(names: list[str], found: Found, directory: Path) -> list[Path]:
     """Mean error by corruption and severity, a panel for each method; what it did not answer is left white."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     corruptions = list(dict.fromkeys(name.split("/")[0] for name in names))
     severities = sorted({int(name.split("/")[1]) for name in names})
-    drawn, axes = plt.subplots(
-        1, len(found), figsize=(2.2 + 1.7 * len(found), 5.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    image = None
-    for panel, (method, runs) in zip(axes[0], found.items(), strict=True):
-        errors = np.full((len(corruptions), len(severities)), np.nan)
-        for name in runs[0]["errors"]:
-            corruption, severity = name.split("/")
-            values = [next(v for v in run["errors"][name] if v is not None) for run in runs]
-            errors[corruptions.index(corruption), severities.index(int(severity))] = np.mean(values)
-        image = panel.imshow(errors, vmin=0, vmax=60, cmap="viridis_r", aspect="auto")
-        panel.set_title(method, fontsize=9)
-        panel.set_xticks(range(len(severities)), severities)
-        panel.set_yticks(range(len(corruptions)), [name.replace("_", " ") for name in corruptions], fontsize=8)
-        for (row, column), value in np.ndenumerate(errors):
-            if np.isfinite(value):
-                colour = "white" if value > 35 else "black"
-                panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
-    axes[0, 0].set_ylabel("corruption")
-    drawn.supxlabel("severity", fontsize=9)
-    drawn.colorbar(image, ax=axes, label="error (%)", extend="max")
     path = directory / "errors.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
+    with drawing(path, 1, len(found), size=(2.2 / len(found) + 1.7, 5.6), sharey=True) as axes:
+        for panel, ((_, method), cell) in zip(axes[0], found.items(), strict=True):
+            errors = np.full((len(corruptions), len(severities)), np.nan)
+            for name, values in cell["errors"].items():
+                corruption, severity = name.split("/")
+                place = corruptions.index(corruption), severities.index(int(severity))
+                errors[place] = np.mean(values[:, int(np.isnan(values[0, 0]))])
+            image = panel.imshow(errors, vmin=0, vmax=60, cmap="viridis_r", aspect="auto")
+            panel.set_title(method, fontsize=9)
+            panel.set_xticks(range(len(severities)), severities)
+            panel.set_yticks(range(len(corruptions)), [name.replace("_", " ") for name in corruptions], fontsize=8)
+            for (row, column), value in np.ndenumerate(errors):
+                if np.isfinite(value):
+                    colour = "white" if value > 35 else "black"
+                    panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
+        axes[0, 0].set_ylabel("corruption")
+        axes[0, 0].figure.supxlabel("severity", fontsize=9)
+        axes[0, 0].figure.colorbar(image, ax=axes, label="error (%)", extend="max")
+    return [path]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ tasks after the last.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,6 @@ from cl_zoo import (
     agem,
     compose,
     der,
-    enable_compilation_cache,
     ewc,
     replay,
     supervised,
@@ -35,7 +33,19 @@ from cl_zoo import (
 from cl_zoo.evaluation.plots import course
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist, rotated_mnist
-from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
+from experiments.common import (
+    AT_THE_END,
+    Cell,
+    Found,
+    Report,
+    check_numbers,
+    drawing,
+    load_images,
+    scored,
+    study,
+    sweep_cell,
+    table,
+)
 
 Benchmark = Literal["permuted", "rotated"]
 STREAMS = {"permuted": permuted_mnist, "rotated": rotated_mnist}
@@ -125,55 +135,44 @@ def cells(config: Config, images: Any) -> list[Cell]:
             for method, (rate, components) in methods(benchmark, buffer, config.batch_size).items():
                 learner = compose(model, optax.sgd(rate), supervised(), *components, tasks=stream.tasks)
                 setting = benchmark + (f", buffer {buffer}" if buffer else "")
-                found.append(Cell(setting, method, lambda _, learner=learner: learner, stream))
+                found.append(sweep_cell(setting, method, learner, stream, measure=AT_THE_END))
     return found
 
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    for field, low in (("seeds", 1), ("tasks", 1)):
-        if getattr(config, field) < low:
-            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least {low}")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    images = load_images(config.data_dir, config.source)
-    settle_run(directory, {"tasks": config.tasks, "batch_size": config.batch_size}, images)
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    found = run_cells(cells(config, images), directory, seeds, evaluate_at="end")
-    print(f"\n{config.tasks} tasks, one pass\n{table(found)}\n")
-    print(f"figure: {figure(config.benchmarks, found, directory)}")
-    published = {
-        cell: [{"mean": mean, "sem": sd / 10**0.5, "n": 10, "source": _SOURCE}]
-        for cell, (mean, sd) in PUBLISHED.items()
-    }
-    notes = {(setting, method): NOTES.get(method, "") for setting, method in found}
-    path = RESULTS / "dark_experience.json" if config.record else directory / "results.json"
-    command = shown_command("experiments.dark_experience", sys.argv[1:])
-    record("dark_experience", f"MNIST, {config.tasks} tasks in one pass", command, found, published, notes, path)
-    print(f"results: {path}")
+    check_numbers(config, "seeds", "tasks")
+    images = load_images(config)
+
+    def report(found: Found) -> Report:
+        return Report(
+            f"\n{config.tasks} tasks, one pass\n{table(found)}\n",
+            f"MNIST, {config.tasks} tasks in one pass",
+            scored(found),
+            {
+                cell: [{"mean": mean, "sem": sd / 10**0.5, "n": 10, "source": _SOURCE}]
+                for cell, (mean, sd) in PUBLISHED.items()
+            },
+            {(setting, method): NOTES.get(method, "") for setting, method in found},
+        )
+
+    settled = {"tasks": config.tasks, "batch_size": config.batch_size}
+    study("dark_experience", config, cells(config, images), report, figures, settled=settled, data={"images": images})
 
 
-def figure(benchmarks: tuple[str, ...], found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> Path:
+def figures(found: Found, directory: Path) -> list[Path]:
     """Accuracy on each task after the last, a panel per benchmark and buffer, the methods without one in each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     settings = [setting for setting in dict.fromkeys(setting for setting, _ in found) if "buffer" in setting]
-    drawn, axes = plt.subplots(
-        1, len(settings), figsize=(3.8 * len(settings), 3.4), squeeze=False, sharey=True, layout="constrained"
-    )
-    for place, setting in zip(axes[0], settings, strict=True):
-        last = {m: 100 * c["accuracy"][:, -1] for (s, m), c in found.items() if s in (setting, setting.split(",")[0])}
-        course(place, range(1, 1 + len(next(iter(last.values()))[0])), last, setting)
-        place.set_xlabel("task, first to last")
-    axes[0, 0].set_ylabel("accuracy after the last (%)")
-    axes[0, 0].legend(fontsize=8)
     path = directory / "accuracy_by_task.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
+    with drawing(path, 1, len(settings), size=(3.8, 3.4), sharey=True) as axes:
+        for place, setting in zip(axes[0], settings, strict=True):
+            here = (setting, setting.split(",")[0])
+            last = {m: 100 * cell["accuracy"][:, -1] for (s, m), cell in found.items() if s in here}
+            course(place, range(1, 1 + len(next(iter(last.values()))[0])), last, setting)
+            place.set_xlabel("task, first to last")
+        axes[0, 0].set_ylabel("accuracy after the last (%)")
+        axes[0, 0].legend(fontsize=8)
+    return [path]
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ every head have gone from their start. The study stops if they did not move, or 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from tqdm.auto import tqdm
 
-from cl_zoo import compose, enable_compilation_cache, run_stream, supervised
-from cl_zoo.compilation import jit
-from cl_zoo.evaluation.metrics import statistics
+from cl_zoo import Learner, Stream, TrainState, at, compose, run_stream, supervised
 from cl_zoo.language import Decoder, decoder
 from cl_zoo.layers import Mixer, delta_rule, linear_attention, softmax_attention, ttt_linear
 from cl_zoo.losses import next_token_loss, token_losses
 from cl_zoo.streams import best_dictionary_scores, fresh_dictionaries
-from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
-from experiments.common import RESULTS, record, shown_command, warmed_up_adamw
+from experiments.common import (
+    Cell,
+    Found,
+    Report,
+    all_but,
+    check_names,
+    check_numbers,
+    drawing,
+    mean_and_spread,
+    study,
+    warmed_up_adamw,
+)
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
     "softmax attention": softmax_attention,
@@ -75,75 +81,61 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    if config.seeds < 1:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
-    if unknown := set(config.mixers) - set(MIXERS):
-        raise SystemExit(f"mixers names {', '.join(sorted(unknown))}, but there are {', '.join(MIXERS)}")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    may_change = ("mixers", "seeds", "directory", "record")
-    try:
-        settle_config(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in may_change})
-    except ConfigError as error:
-        raise SystemExit(str(error)) from error
-    (directory / "cells").mkdir(exist_ok=True)
-    found: dict[str, list[dict[str, Any]]] = {}
-    with tqdm(total=len(config.mixers) * config.seeds, unit="run") as bar:
-        for name in config.mixers:
-            bar.set_description(name)
-            found[name] = []
-            for seed in range(config.seeds):
-                path = directory / "cells" / f"{name}-{seed}.json".replace(" ", "_")
-                if not path.exists():
-                    write_json(path, run(config, name, seed))
-                found[name].append(json.loads(path.read_text()))
-                bar.update()
-            if name == "ttt-linear":
-                check_that_weights_matter(found[name])
-                found[FROZEN] = [each["frozen"] for each in found[name]]
+    check_numbers(config, "seeds")
+    check_names(config, mixers=MIXERS)
 
-    print(f"\n{'bits above the best':24s}{'known words':>16s}{'new words':>16s}")
-    for name, runs in found.items():
-        line = f"{name:24s}"
-        for kind in ("known", "new"):
-            s = statistics(np.array([each[kind] for each in runs]))
-            line += f"{f'{s.mean:.3f} ± {s.sd:.3f}' if s.n > 1 else f'{s.mean:.3f}':>16s}"
-        print(line)
-    print(f"figure: {figure(found, config, directory)}")
-    cells = {
-        (f"{kind} words", name): {
-            "scores": np.array([each[kind] for each in runs]),
-            "seconds": [each["seconds"] for each in runs],
-        }
-        for kind in ("known", "new")
-        for name, runs in found.items()
-    }
+    def cell(name: str) -> Cell:
+        return Cell("documents", name, name, lambda seed: run(config, name, seed))
+
+    cells = [cell(name) for name in config.mixers]
+    study("fast_weights", config, cells, report, partial(figures, config), settled=all_but(config, "mixers"))
+
+
+def report(found: Found) -> Report:
+    """Bits above the best at known and at new words."""
+    lines = by_name(found)
+    shown = [f"\n{'bits above the best':24s}{'known words':>16s}{'new words':>16s}"]
+    for name, cell in lines.items():
+        shown.append(f"{name:24s}" + "".join(f"{mean_and_spread(cell[kind]):>16s}" for kind in ("known", "new")))
     remarks = [
         "Known words have come before in the document: 0 bits are possible. Of a new word's value nothing is known."
     ]
-    if "ttt-linear" in found:
-        most = np.max([each["movement"] for each in found["ttt-linear"]], axis=(0, 3))
+    if "ttt-linear" in lines:
+        most = np.max(lines["ttt-linear"]["movement"], axis=(0, 3))
         remarks.append(
             "Fast weights of TTT-Linear go from their start, along one document, as far as"
             f" {most.min():.2g} to {most.max():.2g} times its norm, by head and block."
         )
-    path = RESULTS / "fast_weights.json" if config.record else directory / "results.json"
+    rows = {
+        (f"{kind} words", name): {"scores": cell[kind], "seconds": cell["seconds"]}
+        for kind in ("known", "new")
+        for name, cell in lines.items()
+    }
     benchmark = "Documents with a dictionary of their own: bits above the best possible, not percent"
-    command = shown_command("experiments.fast_weights", sys.argv[1:])
-    record("fast_weights", benchmark, command, cells, {}, {}, path, lower_is_better=True, remarks=remarks)
-    print(f"results: {path}")
+    return Report("\n".join(shown), benchmark, rows, remarks=remarks, lower_is_better=True)
 
 
-def check_that_weights_matter(runs: list[dict[str, Any]]) -> None:
-    """Stops unless every head's fast weights moved, and without moving the same net is worse."""
-    for each in runs:
-        last = np.array(each["movement"])[..., -1]
+def by_name(found: Found) -> dict[str, dict[str, Any]]:
+    """What was found of every mixer; after TTT-Linear, which must use its fast weights, comes the same one frozen."""
+    lines = {}
+    for (_, name), cell in found.items():
+        lines[name] = cell
+        if "frozen" in cell:
+            check_that_weights_matter(cell)
+            lines[FROZEN] = cell["frozen"]
+    return lines
+
+
+def check_that_weights_matter(cell: dict[str, Any]) -> None:
+    """Stops unless every head's fast weights moved, and without moving the same net is worse, with every seed."""
+    for gone, moving, frozen in zip(cell["movement"], cell["known"], cell["frozen"]["known"], strict=True):
+        last = np.array(gone)[..., -1]
         if not (last > 0).all():
             raise SystemExit(f"fast weights did not move in all heads: {last.tolist()} times their norm")
-        if not each["frozen"]["known"] > each["known"]:
+        if not frozen > moving:
             raise SystemExit(
-                f"fast weights do not help: known words cost {each['known']:.4f} bits with them moving, and"
-                f" {each['frozen']['known']:.4f} frozen"
+                f"fast weights do not help: known words cost {moving:.4f} bits with them moving, and"
+                f" {frozen:.4f} frozen"
             )
 
 
@@ -164,32 +156,43 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
         batch_size=config.batch_size,
     )
     net = make_net(config, name)
+    nets = {name: net} | ({FROZEN: make_net(config, name, base_rate=0.0)} if name == "ttt-linear" else {})
     learner = compose(net.model, warmed_up_adamw(config.learning_rate, config.steps), supervised(next_token_loss))
-    begun = time.perf_counter()
-    result = run_stream(learner, stream, jax.random.key(seed), evaluate_at="end")
-    seconds = time.perf_counter() - begun
-    params = result.state.params
-    tests = stream.evaluation(stream.data, jnp.int32(0), "test")
-    scores = {**document_scores(config, net, params, tests), "seconds": seconds}
+    measure: dict[str, Any] = {"losses": at("end", partial(losses, nets))}
     if name == "ttt-linear":
-        still = make_net(config, name, base_rate=0.0)
-        scores["frozen"] = {**document_scores(config, still, params, tests), "seconds": seconds}
-        scores["movement"] = movement(net, params, tests.x[0, 0]).tolist()
-    return scores
+        measure["movement"] = at("end", partial(movement, net))
+    begun = time.perf_counter()
+    found = run_stream(learner, stream, jax.random.key(seed), measure=measure).measures
+    seconds = time.perf_counter() - begun
+    words = np.asarray(stream.evaluation(0, "test").x)[..., ::2]
+    scores = {
+        name: {**document_scores(config, each, words), "seconds": seconds} for name, each in found["losses"].items()
+    }
+    if name != "ttt-linear":
+        return scores[name]
+    gone, step_by_step, parallel = map(np.asarray, found["movement"])
+    np.testing.assert_allclose(step_by_step, parallel, rtol=1e-3, atol=1e-3)
+    return scores[name] | {"frozen": scores[FROZEN], "movement": gone.tolist()}
 
 
-def document_scores(config: Config, net: Decoder, params: Any, tests: Any) -> dict[str, Any]:
-    """Of all test documents; in bits."""
+def losses(
+    nets: dict[str, Decoder], learner: Learner, state: TrainState, stream: Stream, key: jax.Array
+) -> dict[str, jax.Array]:
+    """Of all test documents at each token, with these parameters in each of the nets."""
 
-    @jit
-    def losses(params: Any, tests: Any) -> jax.Array:
+    def of(net: Decoder) -> jax.Array:
         def one(batch: Any) -> jax.Array:
-            return token_losses(net.model.apply(params, {}, batch.x)[0], batch.y)
+            return token_losses(net.model.apply(state.params, {}, batch.x)[0], batch.y)
 
-        return jax.lax.map(one, tests)
+        return jax.lax.map(one, stream.evaluation(0, "test"))
 
-    bits = np.asarray(losses(params, tests))[..., ::2].reshape(-1, config.length // 2) / np.log(2)
-    known = seen_before(np.asarray(tests.x)[..., ::2].reshape(bits.shape))
+    return {name: of(net) for name, net in nets.items()}
+
+
+def document_scores(config: Config, losses: jax.Array, words: np.ndarray) -> dict[str, Any]:
+    """Of all test documents; in bits."""
+    bits = np.asarray(losses)[..., ::2].reshape(-1, config.length // 2) / np.log(2)
+    known = seen_before(words.reshape(bits.shape))
     return {
         "known": float(bits[known].mean()),
         "new": float(bits[~known].mean() - np.log2(config.values)),
@@ -203,60 +206,48 @@ def seen_before(words: np.ndarray) -> np.ndarray:
     return np.tril(same, -1).any(axis=2)
 
 
-def movement(net: Decoder, params: Any, document: jax.Array) -> np.ndarray:
-    """||W_t - W_0|| / ||W_0|| after each token of a document, `[layers, heads, L]`. The token-by-token form must give
-    what the parallel one gives.
+def movement(
+    net: Decoder, learner: Learner, state: TrainState, stream: Stream, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """||W_t - W_0|| / ||W_0|| after each token of a document, `[layers, heads, L]`; and the logits token by token, and
+    of the parallel form, which must be the same.
     """
+    params, document = state.params, stream.evaluation(0, "test").x[0, 0]
+    cache = net.start(params, 1, document.shape[0])
+    first = cache["block_0"].state.weights[0].kernel
 
-    @jit
-    def read(params: Any, document: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        cache = net.start(params, 1, document.shape[0])
-        first = cache["block_0"].state.weights[0].kernel
+    def one(cache: Any, token: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        logits, cache = net.step(params, cache, token[None])
+        gone = cache["block_0"].state.weights[0].kernel - first
+        return cache, (logits[0], jnp.linalg.norm(gone, axis=(-2, -1))[:, 0])
 
-        def one(cache: Any, token: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-            logits, cache = net.step(params, cache, token[None])
-            gone = cache["block_0"].state.weights[0].kernel - first
-            return cache, (logits[0], jnp.linalg.norm(gone, axis=(-2, -1))[:, 0])
-
-        _, (logits, gone) = jax.lax.scan(one, cache, document)
-        parallel = net.model.apply(params, {}, document[None])[0][0]
-        start = jnp.linalg.norm(first, axis=(-2, -1))[:, 0]
-        return jnp.moveaxis(gone / start, 0, -1), logits, parallel
-
-    gone, logits, parallel = map(np.asarray, read(params, document))
-    np.testing.assert_allclose(logits, parallel, rtol=1e-3, atol=1e-3)
-    return gone
+    _, (logits, gone) = jax.lax.scan(one, cache, document)
+    begin = jnp.linalg.norm(first, axis=(-2, -1))[:, 0]
+    return jnp.moveaxis(gone / begin, 0, -1), logits, net.model.apply(params, {}, document[None])[0][0]
 
 
-def figure(found: dict[str, list[dict[str, Any]]], config: Config, directory: Path) -> Path:
+def figures(config: Config, found: Found, directory: Path) -> list[Path]:
     """Loss by place in the document, and the way of fast weights along one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    path, lines = directory / "document.png", by_name(found)
     place = np.arange(config.length // 2) + 1
     best = best_dictionary_scores(config.length, config.words, config.values)[0] / np.log(2)
-    left.plot(place, best, color="black", linewidth=2, label="best possible")
-    for name, runs in found.items():
-        bits = np.mean([each["by_place"] for each in runs], axis=0)
-        left.plot(place, bits, label=name, linewidth=1, linestyle="--" if name == FROZEN else "-")
-    left.set(xlabel="place of the word in the document", ylabel="loss at its value, bits", ylim=(0, None))
-    left.legend(fontsize=8)
-    if "ttt-linear" in found:
-        for i, heads in enumerate(np.array(found["ttt-linear"][0]["movement"])):
-            for j, gone in enumerate(heads):
-                look = {"color": f"C{i}", "linestyle": ("-", "--", ":", "-.")[j % 4]}
-                right.plot(np.arange(len(gone)) + 1, gone, label=f"block {i}, head {j}", linewidth=1, **look)
-        right.legend(fontsize=8)
-    right.set(xlabel="tokens read", ylabel="|W - W_0| / |W_0|, TTT-Linear", ylim=(0, None))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    path = directory / "document.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
+    with drawing(path, 1, 2, size=(4.8, 3.6)) as ((left, right),):
+        left.plot(place, best, color="black", linewidth=2, label="best possible")
+        for name, cell in lines.items():
+            look = {"linewidth": 1, "linestyle": "--" if name == FROZEN else "-"}
+            left.plot(place, np.mean(cell["by_place"], axis=0), label=name, **look)
+        left.set(xlabel="place of the word in the document", ylabel="loss at its value, bits", ylim=(0, None))
+        left.legend(fontsize=8)
+        if "ttt-linear" in lines:
+            for i, heads in enumerate(np.array(lines["ttt-linear"]["movement"])[0]):
+                for j, gone in enumerate(heads):
+                    look = {"color": f"C{i}", "linestyle": ("-", "--", ":", "-.")[j % 4], "linewidth": 1}
+                    right.plot(np.arange(len(gone)) + 1, gone, label=f"block {i}, head {j}", **look)
+            right.legend(fontsize=8)
+        right.set(xlabel="tokens read", ylabel="|W - W_0| / |W_0|, TTT-Linear", ylim=(0, None))
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+    return [path]
 
 
 if __name__ == "__main__":

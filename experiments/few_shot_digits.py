@@ -16,7 +16,6 @@ that was tried; one inner step in training and three in testing, as theirs for O
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +23,24 @@ import numpy as np
 import optax
 import tyro
 
-from cl_zoo import Component, compose, enable_compilation_cache, maml, reptile
+from cl_zoo import Component, compose, maml, reptile
 from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.models import mlp
 from cl_zoo.streams import few_shot
 from cl_zoo.wrappers import episodic
-from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
+from experiments.common import (
+    AT_THE_END,
+    Cell,
+    Found,
+    Report,
+    check_numbers,
+    drawing,
+    load_images,
+    scored,
+    study,
+    sweep_cell,
+    table,
+)
 
 METHODS: dict[str, tuple[Any, Component]] = {
     "untrained": (optax.sgd(0.0), maml(inner=optax.sgd(0.1), test_steps=20)),
@@ -58,53 +69,40 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    for field in ("iterations", "seeds"):
-        if getattr(config, field) < 1:
-            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    images = load_images(config.data_dir, config.source)
-    settle_run(directory, {"iterations": config.iterations}, images)
+    check_numbers(config, "iterations", "seeds")
+    images = load_images(config)
     model = episodic(mlp((28, 28), 5, hidden=(256, 128, 64, 64)))
 
     def cell(shots: int, method: str) -> Cell:
         stream = few_shot(images, shots=shots, queries=5, steps=config.iterations, rotations=True, evaluation_size=400)
-        optimiser, component = METHODS[method]
-        learner = compose(model, optimiser, component, tasks=stream.tasks)
-        return Cell(f"{shots}-shot", method, lambda _: learner, stream)
+        learner = compose(model, *METHODS[method], tasks=stream.tasks)
+        return sweep_cell(f"{shots}-shot", method, learner, stream, orders=None, measure=AT_THE_END)
+
+    def report(found: Found) -> Report:
+        text = f"\nUnseen digits, 5-way\n{table(found)}\n"
+        return Report(text, "turned digits held out of MNIST, 5-way", scored(found))
 
     cells = [cell(shots, method) for shots in config.shots for method in METHODS]
-    found = run_cells(cells, directory, range(config.seeds), orders=None, evaluate_at="end")
-    print(f"\nUnseen digits, 5-way\n{table(found)}\n")
-    print(f"figure: {figure(found, directory)}")
-    path = RESULTS / "few_shot_digits.json" if config.record else directory / "results.json"
-    command = shown_command("experiments.few_shot_digits", sys.argv[1:])
-    record("few_shot_digits", "turned digits held out of MNIST, 5-way", command, found, {}, {}, path)
-    print(f"results: {path}")
+    settled = {"iterations": config.iterations}
+    study("few_shot_digits", config, cells, report, figures, settled=settled, data={"images": images})
 
 
-def figure(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> Path:
+def figures(found: Found, directory: Path) -> list[Path]:
     """A bar for every method and number of shots, with standard deviations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     settings = list(dict.fromkeys(setting for setting, _ in found))
-    drawn, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
     width = 0.8 / len(METHODS)
-    for i, method in enumerate(METHODS):
-        values = [statistics(100 * found[setting, method]["accuracy"][:, -1, 0]) for setting in settings]
-        places = np.arange(len(settings)) + i * width
-        axes.bar(places, [s.mean for s in values], width, yerr=[s.sd if s.n > 1 else 0 for s in values], label=method)
-    axes.axhline(20, color="grey", linestyle=":", linewidth=1)
-    axes.set_xticks(np.arange(len(settings)) + 0.4 - width / 2, settings)
-    axes.set_ylabel("accuracy on unseen digits (%)")
-    axes.legend(fontsize=8)
     path = directory / "accuracy.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
+    with drawing(path, size=(5.5, 3.4)) as ((axes,),):
+        for i, method in enumerate(METHODS):
+            values = [statistics(100 * found[setting, method]["accuracy"][:, -1, 0]) for setting in settings]
+            spread = [s.sd if s.n > 1 else 0 for s in values]
+            places = np.arange(len(settings)) + i * width
+            axes.bar(places, [s.mean for s in values], width, yerr=spread, label=method)
+        axes.axhline(20, color="grey", linestyle=":", linewidth=1)
+        axes.set_xticks(np.arange(len(settings)) + 0.4 - width / 2, settings)
+        axes.set_ylabel("accuracy on unseen digits (%)")
+        axes.legend(fontsize=8)
+    return [path]
 
 
 if __name__ == "__main__":

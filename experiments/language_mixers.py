@@ -1,4 +1,4 @@
-"""Which sequence layer foretells the next byte best, from the same text with as many parameters?
+"""Which sequence layer predicts the next byte best, from the same text with as many parameters?
 
 Command                                                   hardware       time       expected
 python -m experiments.language_mixers --record            2 CPU cores    75 min     see the ledger
@@ -20,9 +20,6 @@ parameters, perplexity): linear attention 15.91, batch gradient descent with Lay
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,14 +28,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from tqdm.auto import tqdm
 
-from cl_zoo import compose, enable_compilation_cache, run_stream, supervised
-from cl_zoo.compilation import jit
+from cl_zoo import Learner, Stream, TrainState, at, compose, run_stream, supervised
 from cl_zoo.datasets import python_library
-from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.language import decoder
 from cl_zoo.layers import (
     Mixer,
@@ -50,10 +43,20 @@ from cl_zoo.layers import (
     ttt_linear,
     ttt_mlp,
 )
-from cl_zoo.losses import next_token_loss, token_losses
+from cl_zoo.losses import next_token_loss, token_losses, weighted_mean
 from cl_zoo.streams import text_domains
-from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
-from experiments.common import RESULTS, record, shown_command
+from experiments.common import (
+    Cell,
+    Found,
+    Report,
+    all_but,
+    check_names,
+    check_numbers,
+    drawing,
+    mean_and_spread,
+    study,
+    warmed_up_adamw,
+)
 
 MIXERS: dict[str, Callable[[int, int, int], Mixer]] = {
     "softmax attention": lambda width, heads, length: softmax_attention(width, heads),
@@ -103,50 +106,31 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    if config.seeds < 1:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
-    if unknown := set(config.mixers) - set(MIXERS):
-        raise SystemExit(f"mixers names {', '.join(sorted(unknown))}, but there are {', '.join(MIXERS)}")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("mixers", "seeds", "directory", "record")}
-    try:
-        settle_config(directory, kept)
-    except ConfigError as error:
-        raise SystemExit(str(error)) from error
-    found: dict[str, list[dict[str, Any]]] = {}
-    with tqdm(total=len(config.mixers) * config.seeds, unit="run") as bar:
-        for name in config.mixers:
-            bar.set_description(name)
-            found[name] = []
-            for seed in range(config.seeds):
-                path = directory / "cells" / f"{name}-{seed}.json".replace(" ", "_")
-                path.parent.mkdir(exist_ok=True)
-                if not path.exists():
-                    write_json(path, run(config, name, seed))
-                found[name].append(json.loads(path.read_text()))
-                bar.update()
+    check_numbers(config, "seeds")
+    check_names(config, mixers=MIXERS)
+    text = python_library(config.text_bytes)["code"]
+    stream = stream_of(config, text)
 
-    print(f"\n{'':24s}{'bits per byte':>16s}{'parameters':>12s}{'tokens/s':>10s}")
-    for name, runs in found.items():
-        s = statistics(np.array([each["bits_per_byte"] for each in runs]))
-        spread = f" ± {s.sd:.3f}" if s.n > 1 else ""
-        speed = np.median([each["tokens_per_second"] for each in runs])
-        print(f"{name:24s}{f'{s.mean:.3f}{spread}':>16s}{runs[0]['parameters']:12d}{speed:10.0f}")
-    print(f"figure: {figure(found, directory)}")
-    cells = {
-        ("bits per byte", name): {
-            "scores": np.array([each["bits_per_byte"] for each in runs]),
-            "seconds": [each["seconds"] for each in runs],
-        }
-        for name, runs in found.items()
-    }
-    notes = {("bits per byte", name): f"{runs[0]['parameters'] / 1e6:.2f}M parameters" for name, runs in found.items()}
-    path = RESULTS / "language_mixers.json" if config.record else directory / "results.json"
-    benchmark = f"Python's library, bytes, {config.tokens / 1e6:g}M of them"
-    command = shown_command("experiments.language_mixers", sys.argv[1:])
-    record("language_mixers", benchmark, command, cells, {}, notes, path, lower_is_better=True, remarks=REMARKS)
-    print(f"results: {path}")
+    def cell(name: str) -> Cell:
+        return Cell("bits per byte", name, name, lambda seed: run(config, stream, name, seed))
+
+    def report(found: Found) -> Report:
+        lines = [f"\n{'':24s}{'bits per byte':>16s}{'parameters':>12s}{'tokens/s':>10s}"]
+        for (_, name), each in found.items():
+            score, speed = mean_and_spread(each["bits_per_byte"]), np.median(each["tokens_per_second"])
+            lines.append(f"{name:24s}{score:>16s}{each['parameters'][0]:12d}{speed:10.0f}")
+        return Report(
+            "\n".join(lines),
+            f"Python's library, bytes, {config.tokens / 1e6:g}M of them",
+            {key: {"scores": each["bits_per_byte"], "seconds": each["seconds"]} for key, each in found.items()},
+            notes={key: f"{each['parameters'][0] / 1e6:.2f}M parameters" for key, each in found.items()},
+            remarks=REMARKS,
+            lower_is_better=True,
+        )
+
+    cells = [cell(name) for name in config.mixers]
+    settled = all_but(config, "mixers")
+    study("language_mixers", config, cells, report, figures, settled=settled, data={"texts": {"code": text}})
 
 
 def make_net(config: Config, name: str) -> Any:
@@ -166,39 +150,38 @@ def make_net(config: Config, name: str) -> Any:
     return net, size(net)
 
 
-@functools.cache
-def stream_of(config: Config) -> Any:
+def stream_of(config: Config, text: bytes) -> Stream:
     """One domain of code, passed through once."""
-    text = python_library(config.text_bytes)["code"]
     steps = config.tokens // (config.batch_size * config.length)
     validation = 0.1 if config.split == "validation" else 0.0
     sizes = {"length": config.length, "batch_size": config.batch_size, "steps": steps}
     return text_domains({"code": text}, validation=validation, **sizes)
 
 
-def run(config: Config, name: str, seed: int) -> dict[str, Any]:
+def run(config: Config, stream: Stream, name: str, seed: int) -> dict[str, Any]:
     """One mixer and seed."""
-    stream = stream_of(config)
     net, parameters = make_net(config, name)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, stream.steps // 10, stream.steps, 0.1 * config.learning_rate
-    )
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95, weight_decay=0.1))
-    learner = compose(net.model, optimiser, supervised(next_token_loss))
+    learner = compose(net.model, warmed_up_adamw(config.learning_rate, stream.steps), supervised(next_token_loss))
+
+    def tests(learner: Learner, state: TrainState, stream: Stream, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The score, and the loss at each place of a row, of the same predictions."""
+
+        def of(batch: Any) -> tuple[jax.Array, jax.Array]:
+            outputs = learner.predict(state, batch.x)
+            return stream.score(outputs, batch), token_losses(outputs, batch.y)
+
+        batches = stream.evaluation(0, config.split)
+        scores, losses = jax.lax.map(of, batches)
+        by_position = jnp.einsum("ebl,eb->l", losses, batches.weight) / jnp.sum(batches.weight)
+        return weighted_mean(scores, batches.weight), by_position
+
     begun = time.perf_counter()
-    result = run_stream(learner, stream, jax.random.key(seed), split=config.split, evaluate_at="end")
+    result = run_stream(learner, stream, jax.random.key(seed), measure={"tests": at("end", tests)})
     seconds = time.perf_counter() - begun
-
-    @jit
-    def by_position(state: Any, data: Any) -> jax.Array:
-        batches = stream.evaluation(data, jnp.int32(0), config.split)
-        losses = jax.lax.map(lambda b: token_losses(learner.predict(state, b.x), b.y), batches)
-        return jnp.einsum("ebl,eb->l", losses, batches.weight) / jnp.sum(batches.weight)
-
-    losses = by_position(result.state, stream.data) / np.log(2)
+    score, by_position = result.measures["tests"]
     return {
-        "bits_per_byte": -float(result.accuracy[-1, 0]),
-        "by_position": np.asarray(losses).tolist(),
+        "bits_per_byte": -float(score),
+        "by_position": np.asarray(by_position / np.log(2)).tolist(),
         "training_loss": np.asarray(result.metrics["loss"][0] / np.log(2)).tolist(),
         "parameters": parameters,
         "seconds": seconds,
@@ -206,33 +189,25 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def figure(found: dict[str, list[dict[str, Any]]], directory: Path) -> Path:
+def figures(found: Found, directory: Path) -> list[Path]:
     """Loss in training, and in tests against the place in the row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    for name, runs in found.items():
-        loss = np.mean([each["training_loss"] for each in runs], axis=0)
-        width = max(len(loss) // 40, 1)
-        smooth = np.convolve(loss, np.ones(width) / width, "valid")
-        left.plot(np.arange(len(smooth)) + width, smooth, label=name, linewidth=1)
-        place = np.mean([each["by_position"] for each in runs], axis=0)
-        edges = np.unique(np.geomspace(1, len(place), 13).astype(int))
-        means = [place[a - 1 : max(b - 1, a)].mean() for a, b in zip(edges, edges[1:])]
-        right.plot(edges[:-1], means, marker="o", markersize=3, label=name, linewidth=1)
-    left.set(xlabel="updates", ylabel="training loss, bits per byte")
-    left.set_ylim(right.get_ylim()[0] * 0.8, 6)
-    right.set(xlabel="place in the row (mean to the next point)", ylabel="test loss, bits per byte", xscale="log")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
     path = directory / "loss.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
+    with drawing(path, 1, 2, size=(4.8, 3.6)) as ((left, right),):
+        for (_, name), cell in found.items():
+            loss, place = (cell[field].mean(axis=0) for field in ("training_loss", "by_position"))
+            width = max(len(loss) // 40, 1)
+            smooth = np.convolve(loss, np.ones(width) / width, "valid")
+            left.plot(np.arange(len(smooth)) + width, smooth, label=name, linewidth=1)
+            edges = np.unique(np.geomspace(1, len(place), 13).astype(int))
+            means = [place[a - 1 : max(b - 1, a)].mean() for a, b in zip(edges, edges[1:])]
+            right.plot(edges[:-1], means, marker="o", markersize=3, label=name, linewidth=1)
+        left.set(xlabel="updates", ylabel="training loss, bits per byte")
+        left.set_ylim(right.get_ylim()[0] * 0.8, 6)
+        right.set(xlabel="place in the row (mean to the next point)", ylabel="test loss, bits per byte", xscale="log")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        right.legend(fontsize=8)
+    return [path]
 
 
 if __name__ == "__main__":

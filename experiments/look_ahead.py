@@ -7,34 +7,42 @@ python -m experiments.look_ahead --data-dir DATA \\
                                                                                     published; ER 71 and 69
 
 Protocol of Gupta et al. 2020 (arXiv 2007.13904): 20 tasks of 1000 images each, seen once in batches of 10, five updates
-("glances") on each; MLP 100-100, one head; a memory of 200 images of which 10 join each update; rates as in their
-scripts. Rotations grow from task to task, from 0 to 180 degrees. The learning rates of the other methods, and the
-strength of EWC, are the best of some on held-out images of another seed. The score is the accuracy on all tasks after
-the last (retained accuracy); the figure shows backward transfer beside it.
+on each; MLP 100-100, one head; a memory of 200 images of which 10 join each update; rates as in their scripts.
+Rotations grow from task to task, from 0 to 180 degrees. The learning rates of the other methods, and the strength of
+EWC, are the best of some on held-out images of another seed. The score is the accuracy on all tasks after the last
+(retained accuracy); the figure shows backward transfer beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 
-from cl_zoo import Learner, Stream, compose, enable_compilation_cache, ewc, la_maml, replay, supervised, sweep
+from cl_zoo import Learner, Stream, compose, ewc, la_maml, replay, supervised
 from cl_zoo.algorithms.la_maml import look_ahead_sgd
 from cl_zoo.evaluation.metrics import average_accuracy, backward_transfer, statistics
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist, rotated_mnist
-from cl_zoo.training.run_directory import write_json
 from cl_zoo.wrappers import with_learning_rates
-from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
+from experiments.common import (
+    Cell,
+    Found,
+    Report,
+    check_numbers,
+    drawing,
+    held_out,
+    kept,
+    load_images,
+    scored,
+    study,
+    sweep_cell,
+    table,
+)
 
 Benchmark = Literal["rotations", "permutations"]
 Method = Literal["sgd", "ewc", "er", "c-maml", "sync la-maml", "la-maml"]
@@ -54,7 +62,7 @@ class Config:
     tasks: int = 20
     images: int = 1000
     """Of each task."""
-    glances: int = 5
+    updates_per_batch: int = 5
     seeds: int = 2
     first_seed: int = 1
     """Seed 0 chooses rates and strengths."""
@@ -84,8 +92,8 @@ def stream_of(benchmark: str, config: Config, images: Any) -> Stream:
     sizes: dict[str, Any] = {
         "images": images,
         "batch_size": 10,
-        "steps": config.images // 10 * config.glances,
-        "glances": config.glances,
+        "steps": config.images // 10 * config.updates_per_batch,
+        "updates_per_batch": config.updates_per_batch,
         "validation": 0.1,
         "sample_size": 1000,
     }
@@ -95,12 +103,12 @@ def stream_of(benchmark: str, config: Config, images: Any) -> Stream:
     return rotated_mnist(config.tasks, angles=[part * (t + 0.5) for t in range(config.tasks)], **sizes)
 
 
-def look_ahead(benchmark: str, glances: int) -> dict[str, Learner]:
+def look_ahead(benchmark: str, updates_per_batch: int) -> dict[str, Learner]:
     """The methods that are built on the look-ahead, with their authors' rates."""
     rotations = benchmark == "rotations"
     network = mlp((28, 28), 10, hidden=(100, 100))
     learned = with_learning_rates(network, 0.15)
-    memory: dict[str, Any] = {"capacity": 200, "batch_size": 10, "glances": glances}
+    memory: dict[str, Any] = {"capacity": 200, "batch_size": 10, "updates_per_batch": updates_per_batch}
     sgd = optax.chain(optax.clip_by_global_norm(2.0), optax.sgd(0.1))
     sync = look_ahead_sgd(0.1, 0.3) if rotations else look_ahead_sgd(0.1, 0.1)
     return {
@@ -113,101 +121,80 @@ def look_ahead(benchmark: str, glances: int) -> dict[str, Learner]:
 def plain(method: str, setting: Any) -> Learner:
     """The others: `setting` is a learning rate, for "ewc" (rate, strength)."""
     rate, strength = setting if method == "ewc" else (setting, 0.0)
-    kept = {"sgd": [], "ewc": [ewc(strength)], "er": [replay(200, batch_size=10)]}[method]
-    return compose(mlp((28, 28), 10, hidden=(100, 100)), optax.sgd(rate), supervised(), *kept)
+    beside = {"sgd": [], "ewc": [ewc(strength)], "er": [replay(200, batch_size=10)]}[method]
+    return compose(mlp((28, 28), 10, hidden=(100, 100)), optax.sgd(rate), supervised(), *beside)
 
 
 def chosen(method: str, stream: Stream, orders: str | None, path: Path) -> tuple[float, ...]:
     """The best rate, or rate and strength, on held-out images of seed 0; kept once found."""
-    if not path.exists():
+
+    def tried() -> dict[str, Any]:
         grid = [(rate, s) for rate in RATES for s in (STRENGTHS if method == "ewc" else (0.0,))]
-        settings = jnp.array(grid) if method == "ewc" else jnp.array([rate for rate, _ in grid])
-        swept = sweep(
-            lambda setting: plain(method, setting),
-            settings,
-            stream,
-            jax.random.key(0)[None],
-            orders=orders,
-            split="validation",
-            evaluate_at="end",
-        )
-        accuracy = np.nan_to_num(np.asarray(average_accuracy(swept.accuracy))[:, 0])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"grid": grid, "accuracy": accuracy.tolist()})
-    kept = json.loads(path.read_text())
-    return tuple(kept["grid"][int(np.argmax(kept["accuracy"]))])
+        settings = grid if method == "ewc" else [rate for rate, _ in grid]
+        scores = held_out(lambda setting: plain(method, setting), settings, stream, when="end", orders=orders)
+        return {"grid": grid, "accuracy": np.nan_to_num(scores[:, 0].mean(-1, dtype=np.float64)).tolist()}
+
+    found = kept(path, tried)
+    return tuple(found["grid"][int(np.argmax(found["accuracy"]))])
 
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    for field in ("tasks", "seeds", "glances", "first_seed"):
-        if getattr(config, field) < 1:
-            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
+    check_numbers(config, "tasks", "seeds", "updates_per_batch", "first_seed")
     if config.images < 10 or config.images % 10:
         raise SystemExit(f"images is {config.images}, but it must be a multiple of 10")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    images = load_images(config.data_dir, config.source)
-    settle_run(directory, {"tasks": config.tasks, "images": config.images, "glances": config.glances}, images)
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    images = load_images(config)
     notes: dict[tuple[str, str], str] = {}
-    for benchmark in config.benchmarks:
-        stream = stream_of(benchmark, config, images)
-        # Rotations come in order; permutations are drawn anew for each seed.
-        orders = "per_seed" if benchmark == "permutations" else None
-        cells = []
-        for method in (name for name in config.methods if name in ("sgd", "ewc", "er")):
-            rate, strength = chosen(method, stream, orders, directory / "chosen" / f"{benchmark}-{method}.json")
-            setting = (rate, strength) if method == "ewc" else rate
-            cells.append(Cell(benchmark, method, lambda _, m=method, s=setting: plain(m, s), stream))
-            notes[benchmark, method] = f"rate {rate:g}" + (f", strength {strength:g}" if method == "ewc" else "")
-        for method, learner in look_ahead(benchmark, config.glances).items():
-            if method not in config.methods:
-                continue
-            cells.append(Cell(benchmark, method, lambda _, learner=learner: learner, stream))
-        found |= run_cells(cells, directory, seeds, orders=orders)
-    print(f"\n{config.tasks} tasks of {config.images} images, seen once\n{table(found)}\n")
-    for (setting, method), cell in found.items():
-        s = statistics(100 * backward_transfer(cell["accuracy"]))
-        print(f"backward transfer, {setting}, {method}: {s.mean:.2f}")
-    print(f"figure: {figure(found, directory)}")
-    published = {
-        cell: [{"mean": mean, "sem": sd / 5**0.5, "n": 5, "source": "Gupta et al. 2020, table 1"}]
-        for cell, (mean, sd) in PUBLISHED.items()
-    }
-    path = RESULTS / "look_ahead.json" if config.record else directory / "results.json"
-    command = shown_command("experiments.look_ahead", sys.argv[1:])
-    benchmark = f"MNIST, {config.tasks} tasks of {config.images} images in one pass: retained accuracy"
-    record("look_ahead", benchmark, command, found, published, notes, path)
-    print(f"results: {path}")
+
+    def cells(directory: Path) -> list[Cell]:
+        """Every method on every benchmark, its rate chosen."""
+        found = []
+        for benchmark in config.benchmarks:
+            stream = stream_of(benchmark, config, images)
+            # Rotations come in order; permutations are drawn anew for each seed.
+            orders = "per_seed" if benchmark == "permutations" else None
+            for method in (name for name in config.methods if name in ("sgd", "ewc", "er")):
+                rate, strength = chosen(method, stream, orders, directory / "chosen" / f"{benchmark}-{method}.json")
+                learner = plain(method, (rate, strength) if method == "ewc" else rate)
+                found.append(sweep_cell(benchmark, method, learner, stream, orders=orders))
+                notes[benchmark, method] = f"rate {rate:g}" + (f", strength {strength:g}" if method == "ewc" else "")
+            for method, learner in look_ahead(benchmark, config.updates_per_batch).items():
+                if method in config.methods:
+                    found.append(sweep_cell(benchmark, method, learner, stream, orders=orders))
+        return found
+
+    def report(found: Found) -> Report:
+        lines = [f"\n{config.tasks} tasks of {config.images} images, seen once\n{table(found)}\n"]
+        for (setting, method), cell in found.items():
+            s = statistics(100 * backward_transfer(cell["accuracy"]))
+            lines.append(f"backward transfer, {setting}, {method}: {s.mean:.2f}")
+        published = {
+            cell: [{"mean": mean, "sem": sd / 5**0.5, "n": 5, "source": "Gupta et al. 2020, table 1"}]
+            for cell, (mean, sd) in PUBLISHED.items()
+        }
+        benchmark = f"MNIST, {config.tasks} tasks of {config.images} images in one pass: retained accuracy"
+        return Report("\n".join(lines), benchmark, scored(found), published, notes)
+
+    settled = {"tasks": config.tasks, "images": config.images, "updates_per_batch": config.updates_per_batch}
+    study("look_ahead", config, cells, report, figures, settled=settled, data={"images": images})
 
 
-def figure(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> Path:
+def figures(found: Found, directory: Path) -> list[Path]:
     """Retained accuracy against backward transfer, a point for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     settings = list(dict.fromkeys(setting for setting, _ in found))
-    drawn, axes = plt.subplots(
-        1, len(settings), figsize=(4.4 * len(settings), 3.6), squeeze=False, layout="constrained"
-    )
-    for panel, setting in zip(axes[0], settings, strict=True):
-        for (here, method), cell in found.items():
-            if here == setting:
-                matrix = cell["accuracy"]
-                panel.plot(100 * backward_transfer(matrix), 100 * average_accuracy(matrix), "o", label=method)
-        panel.set_xlabel("backward transfer (points)")
-        panel.set_title(setting)
-        panel.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("retained accuracy (%)")
-    axes[0, -1].legend(fontsize=8)
     path = directory / "retained_accuracy.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
+    with drawing(path, 1, len(settings), size=(4.4, 3.6)) as axes:
+        for panel, setting in zip(axes[0], settings, strict=True):
+            for (here, method), cell in found.items():
+                if here == setting:
+                    matrix = cell["accuracy"]
+                    panel.plot(100 * backward_transfer(matrix), 100 * average_accuracy(matrix), "o", label=method)
+            panel.set_xlabel("backward transfer (points)")
+            panel.set_title(setting)
+            panel.grid(alpha=0.3)
+        axes[0, 0].set_ylabel("retained accuracy (%)")
+        axes[0, -1].legend(fontsize=8)
+    return [path]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ from cl_zoo import (
     compose,
     continual_backprop,
     der,
-    enable_compilation_cache,
     ewc,
     lwf,
     replay,
@@ -37,7 +35,19 @@ from cl_zoo import (
 from cl_zoo.evaluation.metrics import average_accuracy
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
-from experiments.common import RESULTS, Cell, load_images, record, run_cells, settle_run, shown_command, table
+from experiments.common import (
+    Cell,
+    Found,
+    Report,
+    all_but,
+    check_numbers,
+    drawing,
+    load_images,
+    scored,
+    study,
+    sweep_cell,
+    table,
+)
 
 METHODS: dict[str, Component] = {
     "replay": replay(500, batch_size=64),
@@ -68,25 +78,16 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    if config.seeds < 1:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    images = load_images(config.data_dir, config.source)
-    changing = {"data_dir", "source", "scenarios", "seeds", "directory", "record"}
-    settle_run(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in changing}, images)
+    check_numbers(config, "seeds")
+    images = load_images(config)
     chosen = [(), *((name,) for name in METHODS), *itertools.combinations(METHODS, 2)]
-    found = run_cells(
-        [cell for scenario in config.scenarios for cell in cells(config, images, scenario, chosen)],
-        directory,
-        range(config.seeds),
-    )
-    print(f"\nSplit MNIST, pairs of methods\n{table(found)}\n")
-    print(f"figure: {figure(found, directory)}")
-    path = RESULTS / "pairs.json" if config.record else directory / "results.json"
-    command = shown_command("experiments.pairs", sys.argv[1:])
-    record("pairs", "split MNIST, pairs of methods", command, found, {}, {}, path)
-    print(f"results: {path}")
+
+    def report(found: Found) -> Report:
+        text = f"\nSplit MNIST, pairs of methods\n{table(found)}\n"
+        return Report(text, "split MNIST, pairs of methods", scored(found))
+
+    every = [cell for scenario in config.scenarios for cell in cells(config, images, scenario, chosen)]
+    study("pairs", config, every, report, figures, settled=all_but(config, "scenarios"), data={"images": images})
 
 
 def cells(config: Config, images: Any, scenario: str, chosen: list[tuple[str, ...]]) -> list[Cell]:
@@ -99,40 +100,32 @@ def cells(config: Config, images: Any, scenario: str, chosen: list[tuple[str, ..
     def cell(names: tuple[str, ...]) -> Cell:
         components = [METHODS[name] for name in METHODS if name in names]
         learner = compose(model, optax.adam(1e-3), supervised(), *components, tasks=stream.tasks)
-        return Cell(scenario, " + ".join(names) or "none", lambda _: learner, stream)
+        return sweep_cell(scenario, " + ".join(names) or "none", learner, stream)
 
     return [cell(names) for names in chosen]
 
 
-def figure(found: dict[tuple[str, str], dict[str, Any]], directory: Path) -> Path:
+def figures(found: Found, directory: Path) -> list[Path]:
     """Final accuracy of every pair, and of each method alone on the diagonal; a panel per scenario."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names, scenarios = list(METHODS), list(dict.fromkeys(scenario for scenario, _ in found))
     accuracy = {key: 100 * np.mean(average_accuracy(cell["accuracy"])) for key, cell in found.items()}
-    drawn, panels = plt.subplots(
-        1, len(scenarios), figsize=(6 * len(scenarios), 5.2), squeeze=False, layout="constrained"
-    )
-    for axes, scenario in zip(panels[0], scenarios, strict=True):
-        grid = np.full((len(names), len(names)), np.nan)
-        for i, row in enumerate(names):
-            for j in range(i + 1):
-                grid[i, j] = accuracy[scenario, row if i == j else f"{names[j]} + {row}"]
-        image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis")
-        for (i, j), value in np.ndenumerate(grid):
-            if np.isfinite(value):
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black")
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_title(f"split MNIST, {scenario}-incremental; naive: {accuracy[scenario, 'none']:.0f} %")
-    drawn.colorbar(image, ax=panels, label="accuracy on all tasks (%)")
     path = directory / "pairs.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
+    with drawing(path, 1, len(scenarios), size=(6, 5.2)) as panels:
+        for axes, scenario in zip(panels[0], scenarios, strict=True):
+            grid = np.full((len(names), len(names)), np.nan)
+            for i, row in enumerate(names):
+                for j in range(i + 1):
+                    grid[i, j] = accuracy[scenario, row if i == j else f"{names[j]} + {row}"]
+            image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis")
+            for (i, j), value in np.ndenumerate(grid):
+                if np.isfinite(value):
+                    colour = "white" if value < 60 else "black"
+                    axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour)
+            axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+            axes.set_yticks(range(len(names)), names)
+            axes.set_title(f"split MNIST, {scenario}-incremental; naive: {accuracy[scenario, 'none']:.0f} %")
+        axes.figure.colorbar(image, ax=panels, label="accuracy on all tasks (%)")
+    return [path]
 
 
 if __name__ == "__main__":

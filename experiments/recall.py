@@ -10,27 +10,25 @@ tokens: n keys with their values, then n questions among as many tokens of noise
 tokens. First there are few pairs; when a net has learned from those rows, and been tested on such, it goes on with more
 pairs. The first stage is the longest: until a net finds out how to recall at all it learns little, and from rows of 32
 pairs none of these found out in 600 updates. Each stage has its own AdamW (0.9, 0.95, decay 0.1), clipped at norm 1,
-warmed up over a tenth of the steps and then a cosine down to a tenth; rates, steps and rows are the same for all. The
-score is the share of questions that are answered. Each head of a layer other than softmax attention remembers a row in
-d x d numbers, however long it is.
+warmed up over a tenth of the steps and then a cosine down to a tenth; rates, steps and sequences are the same for all.
+The score is the fraction of questions that are answered. Each head of a layer other than softmax attention remembers a
+sequence in d x d numbers, however long it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from tqdm.auto import tqdm
 
-from cl_zoo import compose, enable_compilation_cache, run_stream, supervised
+from cl_zoo import compose, run_stream, supervised
 from cl_zoo.language import decoder
 from cl_zoo.layers import (
     Mixer,
@@ -44,8 +42,19 @@ from cl_zoo.layers import (
 )
 from cl_zoo.losses import next_token_loss
 from cl_zoo.streams import associative_recall
-from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
-from experiments.common import RESULTS, record, shown_command, table, warmed_up_adamw
+from experiments.common import (
+    AT_THE_END,
+    Cell,
+    Found,
+    Report,
+    all_but,
+    check_names,
+    check_numbers,
+    drawing,
+    study,
+    table,
+    warmed_up_adamw,
+)
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
     "softmax attention": softmax_attention,
@@ -96,49 +105,24 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    if config.seeds < 1:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
-    if unknown := set(config.mixers) - set(MIXERS):
-        raise SystemExit(f"mixers names {', '.join(sorted(unknown))}, but there are {', '.join(MIXERS)}")
-    if too_many := [n for n in config.pairs if not 1 <= n <= config.vocabulary // 2 - 1]:
-        raise SystemExit(
-            f"pairs names {too_many[0]}, but it must be in 1 to {config.vocabulary // 2 - 1}, as many keys as there are"
-        )
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    may_change = ("mixers", "seeds", "directory", "record")
-    try:
-        settle_config(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in may_change})
-    except ConfigError as error:
-        raise SystemExit(str(error)) from error
-    (directory / "cells").mkdir(exist_ok=True)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    with tqdm(total=len(config.mixers) * config.seeds, unit="run") as bar:
-        for name in config.mixers:
-            bar.set_description(name)
-            runs[name] = []
-            for seed in range(config.seeds):
-                path = directory / "cells" / f"{name}-{seed}.json".replace(" ", "_")
-                if not path.exists():
-                    write_json(path, run(config, name, seed))
-                runs[name].append(json.loads(path.read_text()))
-                bar.update()
+    check_numbers(config, "seeds")
+    check_names(config, mixers=MIXERS)
+    most = config.vocabulary // 2 - 1
+    if too_many := [n for n in config.pairs if not 1 <= n <= most]:
+        raise SystemExit(f"pairs names {too_many[0]}, but it must be in 1 to {most}, as many keys as there are")
 
-    found = {
-        (f"{pairs} pairs", name): {
-            "scores": 100 * np.array([each["accuracy"][i] for each in runs[name]]),
-            "seconds": [each["seconds"][i] for each in runs[name]],
+    def report(found: Found) -> Report:
+        rows = {
+            (f"{pairs} pairs", name): {"scores": 100 * cell["accuracy"][:, i], "seconds": cell["seconds"][:, i]}
+            for i, pairs in enumerate(config.pairs)
+            for (_, name), cell in found.items()
         }
-        for i, pairs in enumerate(config.pairs)
-        for name in config.mixers
-    }
-    print(table(found, lambda cell: cell["scores"] / 100, "after each stage"))
-    print(f"figure: {figure(runs, config, directory)}")
-    path = RESULTS / "recall.json" if config.record else directory / "results.json"
-    benchmark = f"Associative recall, {config.heads} heads of width {config.width // config.heads}, accuracy"
-    command = shown_command("experiments.recall", sys.argv[1:])
-    record("recall", benchmark, command, found, {}, {}, path, remarks=REMARKS)
-    print(f"results: {path}")
+        text = table(rows, lambda cell: cell["scores"] / 100, "after each stage")
+        benchmark = f"Associative recall, {config.heads} heads of width {config.width // config.heads}, accuracy"
+        return Report(text, benchmark, rows, remarks=REMARKS)
+
+    cells = [Cell("all pairs", name, name, lambda seed, name=name: run(config, name, seed)) for name in config.mixers]
+    study("recall", config, cells, report, partial(figures, config), settled=all_but(config, "mixers"))
 
 
 def run(config: Config, name: str, seed: int) -> dict[str, Any]:
@@ -158,50 +142,39 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
         )
         learner = compose(model, warmed_up_adamw(config.learning_rate, steps), supervised(next_token_loss))
         begun = time.perf_counter()
-        result = run_stream(learner, stream, jax.random.key(seed), evaluate_at="end")
-        stages["accuracy"].append(float(result.accuracy[-1, 0]))
+        result = run_stream(learner, stream, jax.random.key(seed), measure=AT_THE_END)
+        stages["accuracy"].append(float(result.accuracy[0]))
         stages["training_loss"].append(np.asarray(result.metrics["loss"][0]).tolist())
         stages["seconds"].append(time.perf_counter() - begun)
-        # The next stage begins where this one ends.
-        learned = jax.tree.map(np.asarray, result.state.params)
-        model = model._replace(init=lambda key, x, learned=learned: (jax.tree.map(jax.numpy.asarray, learned), {}))
+        model = model.bind(result.state.params)  # the next stage begins where this one ends
     return stages
 
 
-def figure(runs: dict[str, list[dict[str, Any]]], config: Config, directory: Path) -> Path:
+def figures(config: Config, found: Found, directory: Path) -> list[Path]:
     """Accuracy against pairs, and the loss of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    begins = [0, *(config.first_steps + i * config.steps for i in range(len(config.pairs) - 1))]
-    for i, (name, seeds) in enumerate(runs.items()):
-        look = {"label": name, "linewidth": 1.2, "linestyle": ("-", "--", ":")[i % 3], "color": f"C{i}"}
-        scores = 100 * np.mean([each["accuracy"] for each in seeds], axis=0)
-        left.plot(config.pairs, scores, marker="o", markersize=3, **look)
-        width = max(config.steps // 20, 1)
-        for stage, begin in enumerate(begins):
-            losses = np.mean([each["training_loss"][stage] for each in seeds], axis=0) / np.log(2)
-            smooth = np.convolve(losses, np.ones(width) / width, "valid")
-            right.plot(begin + np.arange(len(smooth)) + width, smooth, **look)
-    d = config.width // config.heads
-    left.axvline(d, color="grey", linewidth=0.8)
-    left.annotate(f" d = {d}", (d, 2), color="grey", fontsize=8)
-    left.set(xlabel="pairs in the row", ylabel="accuracy, %", ylim=(0, 103), xscale="log")
-    left.set_xticks(config.pairs, [str(n) for n in config.pairs])
-    left.minorticks_off()
-    right.set(xlabel="updates", ylabel="training loss, bits per question", ylim=(0, None))
-    for begin, pairs in zip(begins, config.pairs):
-        right.annotate(f"{pairs} pairs", (begin, right.get_ylim()[1]), fontsize=8, va="bottom")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     path = directory / "accuracy.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
+    begins = [0, *(config.first_steps + i * config.steps for i in range(len(config.pairs) - 1))]
+    width, d = max(config.steps // 20, 1), config.width // config.heads
+    with drawing(path, 1, 2, size=(4.8, 3.6)) as ((left, right),):
+        for i, ((_, name), cell) in enumerate(found.items()):
+            look = {"label": name, "linewidth": 1.2, "linestyle": ("-", "--", ":")[i % 3], "color": f"C{i}"}
+            left.plot(config.pairs, 100 * cell["accuracy"].mean(axis=0), marker="o", markersize=3, **look)
+            for stage, begin in enumerate(begins):
+                losses = np.mean([each[stage] for each in cell["training_loss"]], axis=0) / np.log(2)
+                smooth = np.convolve(losses, np.ones(width) / width, "valid")
+                right.plot(begin + np.arange(len(smooth)) + width, smooth, **look)
+        left.axvline(d, color="grey", linewidth=0.8)
+        left.annotate(f" d = {d}", (d, 2), color="grey", fontsize=8)
+        left.set(xlabel="pairs in the row", ylabel="accuracy, %", ylim=(0, 103), xscale="log")
+        left.set_xticks(config.pairs, [str(n) for n in config.pairs])
+        left.minorticks_off()
+        right.set(xlabel="updates", ylabel="training loss, bits per question", ylim=(0, None))
+        for begin, pairs in zip(begins, config.pairs):
+            right.annotate(f"{pairs} pairs", (begin, right.get_ylim()[1]), fontsize=8, va="bottom")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return [path]
 
 
 if __name__ == "__main__":

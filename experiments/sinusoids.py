@@ -16,9 +16,6 @@ choice.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -28,18 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from tqdm.auto import tqdm
 
-from cl_zoo import Batch, Learner, compose, enable_compilation_cache, maml, reptile
-from cl_zoo.compilation import jit
+from cl_zoo import Batch, Learner, Stream, TrainState, at, compose, maml, reptile, run_stream
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.losses import squared_error
 from cl_zoo.models import mlp
 from cl_zoo.streams import sinusoids
-from cl_zoo.training.loop import start, train_steps
-from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from cl_zoo.wrappers import episodic, with_learning_rates
-from experiments.common import RESULTS, record, shown_command
+from experiments.common import Cell, Found, Report, all_but, check_numbers, drawing, run_cells, study
 
 Method = Literal["maml", "maml 0.001", "fomaml", "fomaml 0.001", "meta-sgd", "reptile"]
 
@@ -88,7 +81,10 @@ def learner_of(method: str, shots: int, iterations: int) -> tuple[Learner, Any]:
     if method == "reptile":
         inner = optax.sgd(0.02)
         outer = optax.sgd(optax.linear_schedule(1.0, 0.0, iterations))
-        return compose(model, outer, reptile(squared_error, inner=inner, rows=shots)), lambda params: (params, inner)
+        return compose(model, outer, reptile(squared_error, inner=inner, inner_batch_size=shots)), lambda params: (
+            params,
+            inner,
+        )
     rate = 0.001 if "0.001" in method else 0.01
     component = maml(squared_error, inner=optax.sgd(rate), order=1 if method.startswith("fomaml") else 2)
     return compose(model, adam, component), lambda params: (params, optax.sgd(rate))
@@ -130,98 +126,89 @@ def answers_along(inner: Any, params: Any, x: Any, grid: jax.Array, steps: int) 
     return jnp.concatenate([answer(network)[None], after])
 
 
-def run(config: Config, method: str, shots: int, directory: Path) -> dict[str, Any]:
-    """Trains, tests with all numbers of shots, keeps what was found."""
-    path = directory / "cells" / f"{method}-{shots}.json".replace(" ", "_")
-    if path.exists():
-        return json.loads(path.read_text())
+def run(config: Config, method: str, shots: int, seed: int) -> dict[str, Any]:
+    """Trains, tests with all numbers of shots."""
     stream = sinusoids(steps=config.iterations, shots=shots, queries=shots, batch_size=config.meta_batch)
     learner, inner = learner_of(method, shots, config.iterations)
+    sizes: dict[str, Any] = {"evaluation_size": config.test_tasks, "evaluation_batch": config.test_tasks}
+    others = {tested: sinusoids(shots=tested, queries=100, **sizes) for tested in config.shots}
+    tests = {tested: jax.tree.map(lambda leaf: leaf[0], each.evaluation(0, "test")) for tested, each in others.items()}
+    x = jax.tree.map(lambda leaf: leaf[2], tests[shots].x)
 
-    @functools.partial(jit, static_argnums=2)
-    def train(data: Any, key: Any, iterations: int) -> Any:
-        carry = start(learner, stream, data, key)
-        (state, _), metrics = train_steps(learner, stream, data, carry, iterations)
-        return state.params, metrics["loss"].reshape((100, -1)).mean(1)
+    def errors(learner: Learner, state: TrainState, stream: Stream, key: jax.Array) -> dict[int, jax.Array]:
+        return {k: errors_along(inner, state.params, each, config.test_steps) for k, each in tests.items()}
+
+    def answers(learner: Learner, state: TrainState, stream: Stream, key: jax.Array) -> jax.Array:
+        return answers_along(inner, state.params, x, jnp.linspace(-5, 5, 101), config.test_steps)
 
     begun = time.perf_counter()
-    params, losses = jax.block_until_ready(train(stream.data, jax.random.key(config.seed), config.iterations))
+    measure = {"errors": at("end", errors), "answers": at("end", answers)}
+    result = run_stream(learner, stream, jax.random.key(seed), measure=measure)
     seconds = time.perf_counter() - begun
-    kept: dict[str, Any] = {"seconds": seconds, "losses": np.asarray(losses).tolist(), "errors": {}}
-    for tested in config.shots:
-        other = sinusoids(
-            shots=tested, queries=100, evaluation_size=config.test_tasks, evaluation_batch=config.test_tasks
-        )
-        tests = jax.tree.map(lambda leaf: leaf[0], other.evaluation(other.data, 0, "test"))
-        errors = jit(lambda p, t: errors_along(inner, p, t, config.test_steps))(params, tests)
-        kept["errors"][str(tested)] = np.asarray(errors).tolist()
-        if tested == shots:
-            x = jax.tree.map(lambda leaf: leaf[2], tests.x)
-            grid = jnp.linspace(-5, 5, 101)
-            kept["fit"] = {
-                "answers": np.asarray(answers_along(inner, params, x, grid, config.test_steps)).tolist(),
-                "support": np.concatenate([x.support_x, x.support_y[:, None]], axis=1).tolist(),
-                "query": np.concatenate([x.query_x, tests.y[2][:, None]], axis=1).tolist(),
-            }
-    write_json(path, kept)
-    return kept
+    return {
+        "seconds": seconds,
+        "losses": np.asarray(result.metrics["loss"][0].reshape((100, -1)).mean(1)).tolist(),
+        "errors": {str(k): np.asarray(values).tolist() for k, values in result.measures["errors"].items()},
+        "fit": {
+            "answers": np.asarray(result.measures["answers"]).tolist(),
+            "support": np.concatenate([x.support_x, x.support_y[:, None]], axis=1).tolist(),
+            "query": np.concatenate([x.query_x, tests[shots].y[2][:, None]], axis=1).tolist(),
+        },
+    }
+
+
+def cells(config: Config) -> list[Cell]:
+    """Every method with every number of shots."""
+
+    def cell(method: str, shots: int) -> Cell:
+        return Cell(f"{shots} shots", method, f"{method}-{shots}", lambda seed: run(config, method, shots, seed))
+
+    return [cell(method, shots) for shots in config.shots for method in config.methods]
+
+
+def by_shots(found: Found) -> dict[tuple[str, int], dict[str, Any]]:
+    """The one seed's runs, by method and number of shots in training; errors in the order of shots."""
+    runs = {}
+    for (setting, method), cell in found.items():
+        run = jax.tree.map(lambda values: values[0], cell)
+        run["errors"] = dict(sorted(run["errors"].items(), key=lambda item: int(item[0])))
+        runs[method, int(setting.split()[0])] = run
+    return runs
 
 
 def run_all(config: Config, directory: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Every method with every number of shots."""
-    (directory / "cells").mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    with tqdm(total=len(config.shots) * len(config.methods), unit="run") as bar:
-        for shots in config.shots:
-            for method in config.methods:
-                bar.set_description(f"{shots} shots, {method}")
-                found[method, shots] = run(config, method, shots, directory)
-                bar.update()
-    return found
+    """The runs by themselves, for a notebook."""
+    return by_shots(run_cells(cells(config), directory, [config.seed]))
 
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figures."""
-    for field in ("iterations", "meta_batch", "test_tasks", "test_steps"):
-        if getattr(config, field) < 1:
-            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
+    check_numbers(config, "iterations", "meta_batch", "test_tasks", "test_steps")
     if config.iterations % 100:
         raise SystemExit(f"iterations is {config.iterations}, but it must be a multiple of 100")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    try:
-        settle_config(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE})
-    except ConfigError as error:
-        raise SystemExit(str(error)) from error
-    found = run_all(config, directory)
-    print(f"\nMean squared error after one step, {config.test_tasks} sinusoids, mean ± 95 % interval\n{table(found)}\n")
-    for path in figures(found, directory):
-        print(f"figure: {path}")
 
-    cells, published = {}, {}
-    for (method, trained), cell in found.items():
-        for tested, errors in cell["errors"].items():
-            name = f"trained with {trained}, tested with {tested}", method
-            cells[name] = {"scores": np.array(errors)[:, 1], "seconds": [cell["seconds"]]}
-            key = (method.split(" ")[0], trained, int(tested))
-            if key in PUBLISHED:
-                mean, interval = PUBLISHED[key]
-                published[name] = [{"mean": mean, "sem": interval / 1.96, "source": "Li et al. 2017, table 1"}]
-    path = RESULTS / "sinusoids.json" if config.record else directory / "results.json"
-    record(
-        "sinusoids",
-        "sinusoids from a few points: squared error after one step, not percent; n counts test tasks",
-        shown_command("experiments.sinusoids", sys.argv[1:]),
-        cells,
-        published,
-        {name: "inner rate 0.001" if "0.001" in name[1] else "" for name in cells},
-        path,
-        lower_is_better=True,
-    )
-    print(f"results: {path}")
+    def report(found: Found) -> Report:
+        runs, rows, published = by_shots(found), {}, {}
+        for (method, trained), each in runs.items():
+            for tested, errors in each["errors"].items():
+                name = f"trained with {trained}, tested with {tested}", method
+                rows[name] = {"scores": errors[:, 1], "seconds": [each["seconds"]]}
+                key = (method.split(" ")[0], trained, int(tested))
+                if key in PUBLISHED:
+                    mean, width = PUBLISHED[key]
+                    published[name] = [{"mean": mean, "sem": width / 1.96, "source": "Li et al. 2017, table 1"}]
+        title = f"\nMean squared error after one step, {config.test_tasks} sinusoids, mean ± 95 % interval"
+        return Report(
+            f"{title}\n{table(runs)}\n",
+            "sinusoids from a few points: squared error after one step, not percent; n counts test tasks",
+            rows,
+            published,
+            {name: "inner rate 0.001" if "0.001" in name[1] else "" for name in rows},
+            lower_is_better=True,
+        )
 
-
-_FREE = ("shots", "methods", "directory", "record")  # what a run directory may hold several of
+    settled = all_but(config, "shots", "methods")
+    study("sinusoids", config, cells(config), report, figures, settled=settled, seeds=[config.seed])
 
 
 def interval(errors: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -281,23 +268,14 @@ def draw_fits(rows: Any, found: dict[tuple[str, int], dict[str, Any]]) -> None:
     rows[0][0].legend(fontsize=6)
 
 
-def figures(found: dict[tuple[str, int], dict[str, Any]], directory: Path) -> list[Path]:
+def figures(found: Found, directory: Path) -> list[Path]:
     """Adaptation curves; fits before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    paths = [directory / "adaptation.png", directory / "fits.png"]
-    n_shots, n_methods = (len({key[i] for key in found}) for i in (1, 0))
-    figure, axes = plt.subplots(1, n_shots, figsize=(4 * n_shots, 3.4), squeeze=False, layout="constrained")
-    draw_adaptation(axes[0], found)
-    figure.savefig(paths[0], dpi=150)
-    wide = {"figsize": (2.6 * n_methods, 2.2 * n_shots), "sharex": True, "sharey": True, "layout": "constrained"}
-    figure, axes = plt.subplots(n_shots, n_methods, squeeze=False, **wide)
-    draw_fits(axes, found)
-    figure.savefig(paths[1], dpi=150)
-    plt.close("all")
+    paths, runs = [directory / "adaptation.png", directory / "fits.png"], by_shots(found)
+    n_shots, n_methods = (len({key[i] for key in runs}) for i in (1, 0))
+    with drawing(paths[0], 1, n_shots) as axes:
+        draw_adaptation(axes[0], runs)
+    with drawing(paths[1], n_shots, n_methods, size=(2.6, 2.2), sharex=True, sharey=True) as axes:
+        draw_fits(axes, runs)
     return paths
 
 

@@ -15,8 +15,7 @@ digits that come with the package.
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import optax
@@ -27,7 +26,6 @@ from cl_zoo import (
     Model,
     Stream,
     compose,
-    enable_compilation_cache,
     ewc,
     lwf,
     replay,
@@ -37,14 +35,15 @@ from cl_zoo import (
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist as split_mnist_stream
 from experiments.common import (
-    RESULTS,
     Cell,
+    Found,
+    Report,
     accuracy_figures,
+    check_numbers,
     load_images,
-    record,
-    run_cells,
-    settle_run,
-    shown_command,
+    scored,
+    study,
+    sweep_cell,
     table,
 )
 
@@ -107,11 +106,8 @@ def cell(config: Config, scenario: str, method: str, images: Any) -> Cell:
         joint="all" if method == "joint" else None,
     )
     model: Model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=hidden, initialiser="fan_in_uniform")
-
-    def make(_: Any) -> Any:
-        return compose(model, optax.adam(1e-3), *components(method, scenario, batch_size, capacity), tasks=stream.tasks)
-
-    return Cell(scenario, method, make, stream)
+    kept = components(method, scenario, batch_size, capacity)
+    return sweep_cell(scenario, method, compose(model, optax.adam(1e-3), *kept, tasks=stream.tasks), stream)
 
 
 # Mean and standard error over 20 seeds. 2022: table 2 of doi 10.1038/s42256-022-00568-3; 2019: arXiv 1904.07734 v1.
@@ -153,23 +149,23 @@ NOTES = {
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figures."""
-    if config.seeds < 1:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 1")
-    enable_compilation_cache()
-    directory = Path(config.directory or f"runs/split_mnist-{config.protocol}")
-    images = load_images(config.data_dir, config.source)
-    settle_run(directory, {"protocol": config.protocol}, images)
-    cells = [cell(config, scenario, method, images) for scenario in config.scenarios for method in config.methods]
-    found = run_cells(cells, directory, range(config.first_seed, config.first_seed + config.seeds))
+    check_numbers(config, "seeds")
+    images = load_images(config)
 
-    print(f"\nSplit MNIST, protocol {config.protocol}\n{table(found)}\n")
-    for path in accuracy_figures(found, directory, "{}-incremental"):
-        print(f"figure: {path}")
-    path = RESULTS / f"split_mnist_{config.protocol}.json" if config.record else directory / "results.json"
-    command = shown_command("experiments.split_mnist", sys.argv[1:])
-    published = PUBLISHED if config.protocol == "van_de_ven" else {}
-    record("split_mnist", f"split MNIST, {config.protocol}", command, found, published, NOTES, path)
-    print(f"results: {path}")
+    def report(found: Found) -> Report:
+        return Report(
+            f"\nSplit MNIST, protocol {config.protocol}\n{table(found)}\n",
+            f"split MNIST, {config.protocol}",
+            scored(found),
+            PUBLISHED if config.protocol == "van_de_ven" else {},
+            NOTES,
+            name=f"split_mnist_{config.protocol}",
+        )
+
+    cells = [cell(config, scenario, method, images) for scenario in config.scenarios for method in config.methods]
+    figures = partial(accuracy_figures, title="{}-incremental")
+    settled = {"protocol": config.protocol}
+    study("split_mnist", config, cells, report, figures, settled=settled, data={"images": images})
 
 
 if __name__ == "__main__":

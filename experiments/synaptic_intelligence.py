@@ -15,25 +15,24 @@ step of the wide network is some 20 times the work.
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import optax
 import tyro
 
-from cl_zoo import compose, enable_compilation_cache, supervised, synaptic_intelligence
+from cl_zoo import compose, supervised, synaptic_intelligence
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist
 from experiments.common import (
-    RESULTS,
-    Cell,
+    Found,
+    Report,
     accuracy_figures,
+    all_but,
+    check_numbers,
     load_images,
-    record,
-    run_cells,
-    settle_run,
-    shown_command,
+    scored,
+    study,
+    sweep_cell,
     table,
 )
 
@@ -62,43 +61,35 @@ PUBLISHED = {0.0: 57.4, 0.01: 92.0, 0.02: 93.9, 0.1: 96.94}  # by strength; stor
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figures."""
-    for field in ("tasks", "seeds", "epochs"):
-        if getattr(config, field) < 1:
-            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
+    check_numbers(config, "tasks", "seeds", "epochs")
     if min(config.strengths, default=-1) < 0:
         raise SystemExit(f"strengths are {config.strengths}, but there must be some, and none may be negative")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    images = load_images(config.data_dir, config.source)
-    changing = {"data_dir", "source", "strengths", "seeds", "directory", "record"}
-    settle_run(directory, {k: v for k, v in dataclasses.asdict(config).items() if k not in changing}, images)
+    images = load_images(config)
     stream = permuted_mnist(config.tasks, images=images, batch_size=config.batch_size, epochs=config.epochs)
     model = mlp((28, 28), 10, hidden=config.hidden)
+    widths = " x ".join(map(str, config.hidden))
 
     def make(strength: Any) -> Any:
         kept = synaptic_intelligence(strength, damping=0.1)
         return compose(model, optax.adam(1e-3), supervised(), kept, tasks=stream.tasks)
 
-    widths = " x ".join(map(str, config.hidden))
-    found = {}
-    for strength in config.strengths:
-        cell = Cell(f"domain, hidden {widths}", f"si {strength:g}", make, stream)
-        found |= run_cells([cell], directory, range(config.seeds), setting=strength)
-    print(f"\nPermuted MNIST, {config.tasks} tasks, hidden {widths}\n{table(found)}\n")
-    for path in accuracy_figures(found, directory):
-        print(f"figure: {path}")
-    theirs = "Zenke et al. 2017, stored with their code, 2000 x 2000"
-    published = {
-        cell: [{"mean": PUBLISHED[strength], "sem": None, "n": None, "source": theirs}]
-        for cell, strength in zip(found, config.strengths, strict=True)
-        if strength in PUBLISHED
-    }
-    notes = dict.fromkeys(found, "" if config.hidden == (2000, 2000) else "a narrower network than theirs")
-    path = RESULTS / "synaptic_intelligence.json" if config.record else directory / "results.json"
-    command = shown_command("experiments.synaptic_intelligence", sys.argv[1:])
-    benchmark = f"permuted MNIST, {config.tasks} tasks, the protocol of synaptic intelligence"
-    record("synaptic_intelligence", benchmark, command, found, published, notes, path)
-    print(f"results: {path}")
+    def report(found: Found) -> Report:
+        theirs = {"sem": None, "n": None, "source": "Zenke et al. 2017, stored with their code, 2000 x 2000"}
+        return Report(
+            f"\nPermuted MNIST, {config.tasks} tasks, hidden {widths}\n{table(found)}\n",
+            f"permuted MNIST, {config.tasks} tasks, the protocol of synaptic intelligence",
+            scored(found),
+            {
+                cell: [{"mean": PUBLISHED[strength], **theirs}]
+                for cell, strength in zip(found, config.strengths, strict=True)
+                if strength in PUBLISHED
+            },
+            dict.fromkeys(found, "" if config.hidden == (2000, 2000) else "a narrower network than theirs"),
+        )
+
+    cells = [sweep_cell(f"domain, hidden {widths}", f"si {s:g}", make, stream, s) for s in config.strengths]
+    settled = all_but(config, "strengths")
+    study("synaptic_intelligence", config, cells, report, accuracy_figures, settled=settled, data={"images": images})
 
 
 if __name__ == "__main__":

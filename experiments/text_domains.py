@@ -20,31 +20,36 @@ strength for EWC was the smallest: more of it costs the docstrings more than it 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import zlib
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 
-from cl_zoo import Component, Learner, Stream, compose, enable_compilation_cache, ewc, replay, supervised, sweep
+from cl_zoo import Component, Learner, Stream, compose, ewc, replay, supervised
 from cl_zoo.datasets import python_library, read_text_domains
-from cl_zoo.evaluation.metrics import statistics
 from cl_zoo.evaluation.plots import course
 from cl_zoo.language import decoder
 from cl_zoo.losses import next_token_loss
 from cl_zoo.streams import text_domains
-from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
-from experiments.common import RESULTS, Cell, record, run_cells, shown_command
+from experiments.common import (
+    Cell,
+    Found,
+    Report,
+    check_names,
+    check_numbers,
+    drawing,
+    held_out,
+    kept,
+    mean_and_spread,
+    study,
+    sweep_cell,
+)
 from experiments.language_mixers import MIXERS
 
 METHODS = ("naive", "ewc", "replay", "joint")
-SMOKE = {
+SMOKE: dict[str, Any] = {
     "steps": 4, "width": 16, "heads": 2, "layers": 1, "hidden": 16, "length": 16, "text_bytes": 4000,
     "strengths": (10.0, 100.0),
 }  # fmt: skip
@@ -84,62 +89,67 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the study, prints its tables, draws its figure."""
-    for field in ("seeds", "steps"):
-        if getattr(config, field) < 1:
-            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
-    for field, known in (("mixers", MIXERS), ("methods", METHODS)):
-        if unknown := set(getattr(config, field)) - set(known):
-            raise SystemExit(f"{field} names {', '.join(sorted(unknown))}, but there are {', '.join(known)}")
-    enable_compilation_cache()
-    directory = Path(config.directory)
-    found, names = run(config, directory)
-    print(f"\n{table(found, names)}\n\nfigure: {figure(found, names, directory)}")
-    path = RESULTS / "text_domains.json" if config.record else directory / "results.json"
-    benchmark = f"{', '.join(names)} one after another, bytes: bits per byte after the last"
-    cells = summary(found, names)
-    notes = {
-        (setting, method): f"strength {found[setting.split(': ')[0], method]['strength']:g}"
-        for setting, method in cells
-        if method == "ewc"
-    }
-    command = shown_command("experiments.text_domains", sys.argv[1:])
-    record("text_domains", benchmark, command, cells, {}, notes, path, lower_is_better=True)
-    print(f"results: {path}")
-
-
-def run(config: Config, directory: Path) -> tuple[dict[tuple[str, str], dict[str, Any]], list[str]]:
-    """Every method with every layer, with "bits": bits per byte `[S, T + 1, T]`; and the names of the domains."""
-    if config.protocol == "smoke":
-        config = dataclasses.replace(config, **SMOKE)  # type: ignore[arg-type]
-    texts = python_library(config.text_bytes)
+    check_numbers(config, "seeds", "steps")
+    check_names(config, mixers=MIXERS, methods=METHODS)
+    texts = python_library(config.text_bytes if config.protocol == "full" else SMOKE["text_bytes"])
     try:
         texts |= {} if config.text_dir is None else read_text_domains(config.text_dir)
-        same = ("protocol", "steps", "width", "heads", "layers", "hidden", "length", "batch_size", "learning_rate")
-        kept = {field: getattr(config, field) for field in (*same, "strengths", "capacity")}
-        crc = {name: zlib.crc32(text) for name, text in texts.items()}
-        settle_config(directory, json.loads(json.dumps({**kept, "texts_crc32": crc})))
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
+    sizes = dataclasses.replace(config, **(SMOKE if config.protocol == "smoke" else {}))
+    strengths: dict[tuple[str, str], float] = {}
 
-    share = 0.04 if config.protocol == "full" else 0.1
-    sizes: dict[str, Any] = {"length": config.length, "steps": config.steps, "batch_size": config.batch_size}
-    stream, joint = (
-        text_domains(texts, held_out=share, validation=share, joint=kind, **sizes) for kind in (None, "all")
-    )
-    found = {}
-    for mixer in config.mixers:
-        strength = chosen_strength(config, mixer, stream, directory) if "ewc" in config.methods else 0.0
-        for method in config.methods:
-            beside: list[Component] = []
-            if method == "replay":
-                beside = [replay(config.capacity, batch_size=config.batch_size)]
-            plain = learner(config, mixer, *beside)
-            make = with_ewc(config, mixer) if method == "ewc" else lambda _, plain=plain: plain
-            cell = Cell(mixer, method, make, joint if method == "joint" else stream)
-            setting = strength if method == "ewc" else 0.0
-            found |= run_cells([cell], directory, range(config.seeds), setting, orders=None)
-            found[mixer, method] |= {"bits": -found[mixer, method]["accuracy"], "strength": setting}
-    return found, list(texts)
+    def cells(directory: Path) -> list[Cell]:
+        """Every method with every layer, the strength of EWC chosen."""
+        share = 0.04 if config.protocol == "full" else 0.1
+        options: dict[str, Any] = {"length": sizes.length, "steps": sizes.steps, "batch_size": sizes.batch_size}
+        stream, joint = (
+            text_domains(texts, held_out=share, validation=share, joint=kind, **options) for kind in (None, "all")
+        )
+        found = []
+        for mixer in config.mixers:
+            for method in config.methods:
+                strength, make = 0.0, learner(sizes, mixer)
+                if method == "ewc":
+                    strength, make = chosen_strength(sizes, mixer, stream, directory), with_ewc(sizes, mixer)
+                if method == "replay":
+                    make = learner(sizes, mixer, replay(sizes.capacity, batch_size=sizes.batch_size))
+                source = joint if method == "joint" else stream
+                found.append(sweep_cell(mixer, method, make, source, strength, orders=None))
+                strengths[mixer, method] = strength
+        return found
+
+    def report(found: Found) -> Report:
+        names = list(texts)
+        rows = summary(found, names)
+        return Report(
+            f"\n{table(found, names, strengths)}\n",
+            f"{', '.join(names)} one after another, bytes: bits per byte after the last",
+            rows,
+            notes={key: f"strength {strengths[key[0].split(': ')[0], 'ewc']:g}" for key in rows if key[1] == "ewc"},
+            lower_is_better=True,
+        )
+
+    def figures(found: Found, directory: Path) -> list[Path]:
+        """Bits per byte of each domain after each task, a line per method."""
+        path, names = directory / "bits_per_byte.png", list(texts)
+        met = np.arange(1, len(names) + 1)
+        with drawing(path, len(config.mixers), len(names)) as axes:
+            for row, mixer in zip(axes, config.mixers, strict=True):
+                for i, (panel, name) in enumerate(zip(row, names, strict=True)):
+                    lines = {method: bits(cell)[:, 1:, i] for (m, method), cell in found.items() if m == mixer}
+                    course(panel, met, lines, name if len(config.mixers) == 1 else f"{name}, {mixer}")
+                    panel.set_xticks(met, [f"after {other}" for other in names])
+                    panel.margins(x=0.15)
+                    for line in panel.lines:
+                        line.set_marker("o")
+                row[0].set_ylabel("bits per byte (less is better)")
+            axes[0, -1].legend(fontsize=8)
+        return [path]
+
+    same = ("protocol", "steps", "width", "heads", "layers", "hidden", "length", "batch_size", "learning_rate")
+    settled = {field: getattr(sizes, field) for field in (*same, "strengths", "capacity")}
+    study("text_domains", config, cells, report, figures, settled=settled, data={"texts": texts})
 
 
 def learner(config: Config, mixer: str, *beside: Component) -> Learner:
@@ -158,76 +168,51 @@ def with_ewc(config: Config, mixer: str) -> Any:
 
 def chosen_strength(config: Config, mixer: str, stream: Stream, directory: Path) -> float:
     """That with the fewest bits per byte on the validation parts of all domains, after the last."""
-    path = directory / f"strength_{mixer}.json".replace(" ", "_")
-    if not path.exists():
-        keys = jax.random.key(0)[None]
-        tried = sweep(with_ewc(config, mixer), jnp.array(config.strengths), stream, keys, split="validation")
-        bits = -np.asarray(tried.accuracy)[:, 0]
-        best = config.strengths[int(np.nanargmin(bits[:, -1].mean(axis=-1)))]
-        write_json(path, {"chosen": best, "tried": dict(zip(map(str, config.strengths), bits.tolist(), strict=True))})
-    return json.loads(path.read_text())["chosen"]
+
+    def tried() -> dict[str, Any]:
+        matrices = -held_out(with_ewc(config, mixer), config.strengths, stream)[:, 0]
+        best = config.strengths[int(np.nanargmin(matrices[:, -1].mean(axis=-1)))]
+        return {"chosen": best, "tried": dict(zip(map(str, config.strengths), matrices.tolist(), strict=True))}
+
+    return kept(directory / f"strength_{mixer}.json".replace(" ", "_"), tried)["chosen"]
 
 
-def forgetting(bits: np.ndarray) -> np.ndarray:
+def bits(cell: dict[str, Any]) -> np.ndarray:
+    """Bits per byte, `[S, T + 1, T]`."""
+    return -cell["accuracy"]
+
+
+def forgetting(cell: dict[str, Any]) -> np.ndarray:
     """How many more bits per byte the first domain takes after the last one than after itself, `[S]`."""
-    return bits[:, -1, 0] - bits[:, 1, 0]
+    return bits(cell)[:, -1, 0] - bits(cell)[:, 1, 0]
 
 
-def summary(found: dict[tuple[str, str], dict[str, Any]], names: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
+def summary(found: Found, names: list[str]) -> Found:
     """Scores of the ledger's rows, by setting and method."""
     cells = {}
     for (mixer, method), cell in found.items():
-        bits = cell["bits"]
-        scores = {f"{name}, after the last": bits[:, -1, i] for i, name in enumerate(names)}
+        scores = {f"{name}, after the last": bits(cell)[:, -1, i] for i, name in enumerate(names)}
         if method != "joint":  # it never leaves a domain
-            scores[f"forgetting of {names[0]}"] = forgetting(bits)
+            scores[f"forgetting of {names[0]}"] = forgetting(cell)
         for name, values in scores.items():
             cells[f"{mixer}: {name}", method] = {"scores": values, "seconds": cell["seconds"]}
     return dict(sorted(cells.items(), key=lambda item: item[0][0].split(": ")[0]))
 
 
-def table(found: dict[tuple[str, str], dict[str, Any]], names: list[str]) -> str:
+def table(found: Found, names: list[str], strengths: dict[tuple[str, str], float]) -> str:
     """The matrix R of every method: a row for each moment, a column for each domain."""
     moments = ["before", *(f"after {name}" for name in names)]
     wide = max(map(len, moments)) + 2
     lines = ["bits per byte, mean over seeds" + ", standard deviation where there are several"]
     for (mixer, method), cell in found.items():
-        strength = f", strength {cell['strength']:g}" if method == "ewc" else ""
+        strength = f", strength {strengths[mixer, method]:g}" if method == "ewc" else ""
         lines += ["", f"{mixer}: {method}{strength}", " " * wide + "".join(f"{name:>18s}" for name in names)]
         for t, moment in enumerate(moments):
-            shown = [statistics(cell["bits"][:, t, i]) for i in range(len(names))]
-            said = (f"{s.mean:.3f} ± {s.sd:.3f}" if s.n > 1 else f"{s.mean:.3f}" for s in shown)
+            said = (mean_and_spread(bits(cell)[:, t, i]) for i in range(len(names)))
             lines.append(f"{moment:{wide}s}" + "".join(f"{each:>18s}" for each in said))
         if method != "joint":
-            lines.append(f"forgetting of {names[0]}: {forgetting(cell['bits']).mean():.3f}")
+            lines.append(f"forgetting of {names[0]}: {forgetting(cell).mean():.3f}")
     return "\n".join(lines)
-
-
-def figure(found: dict[tuple[str, str], dict[str, Any]], names: list[str], directory: Path) -> Path:
-    """Bits per byte of each domain after each task, a line per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    mixers = list(dict.fromkeys(mixer for mixer, _ in found))
-    shape = (len(mixers), len(names))
-    drawn, axes = plt.subplots(*shape, figsize=(4 * shape[1], 3.4 * shape[0]), squeeze=False, layout="constrained")
-    met = np.arange(1, len(names) + 1)
-    for row, mixer in zip(axes, mixers, strict=True):
-        for i, (panel, name) in enumerate(zip(row, names, strict=True)):
-            lines = {method: cell["bits"][:, 1:, i] for (m, method), cell in found.items() if m == mixer}
-            course(panel, met, lines, name if len(mixers) == 1 else f"{name}, {mixer}")
-            panel.set_xticks(met, [f"after {other}" for other in names])
-            panel.margins(x=0.15)
-            for line in panel.lines:
-                line.set_marker("o")
-        row[0].set_ylabel("bits per byte (less is better)")
-    axes[0, -1].legend(fontsize=8)
-    path = directory / "bits_per_byte.png"
-    drawn.savefig(path, dpi=150)
-    plt.close(drawn)
-    return path
 
 
 if __name__ == "__main__":

@@ -20,31 +20,31 @@ the last one's weights.
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 
-from cl_zoo import Component, compose, enable_compilation_cache, replay, supervised, sweep, weight_interpolation
+from cl_zoo import Component, compose, replay, supervised, weight_interpolation
 from cl_zoo.evaluation.metrics import average_accuracy, statistics, summary
 from cl_zoo.evaluation.plots import strength_curve
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
 from experiments.common import (
-    RESULTS,
     Cell,
+    Found,
+    Report,
     accuracy_figures,
+    check_numbers,
+    drawing,
+    held_out,
+    kept,
     load_images,
-    record,
-    run_cells,
-    settle_run,
-    shown_command,
+    scored,
+    study,
+    sweep_cell,
     table,
 )
 
@@ -78,9 +78,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the study, prints its tables, draws its figures."""
-    for field in ("seeds", "sweep_seeds"):
-        if getattr(config, field) < 1:
-            raise SystemExit(f"{field} is {getattr(config, field)}, but it must be at least 1")
+    check_numbers(config, "seeds", "sweep_seeds")
     if not config.alphas or not all(0 <= alpha <= 1 for alpha in config.alphas):
         raise SystemExit(f"alphas are {config.alphas}, but there must be some, and each in [0, 1]")
     steps, hidden, batch_size = SIZES[config.protocol]
@@ -88,79 +86,85 @@ def main(config: Config) -> None:
         raise SystemExit(f"buffers are {config.buffers}, but there must be some, of at least {batch_size} rows each")
     if config.first_seed < config.sweep_seeds:
         raise SystemExit(f"first_seed is {config.first_seed}, but seeds below {config.sweep_seeds} are the sweep's")
-    enable_compilation_cache()
-    directory = Path(config.directory or f"runs/weight_interpolation-{config.protocol}")
-    images = load_images(config.data_dir, config.source)
-    settled = {"protocol": config.protocol, "alphas": config.alphas, "sweep_seeds": config.sweep_seeds}
-    settle_run(directory, settled, images)
+    images = load_images(config)
     stream = split_mnist(
         scenario="class", images=images, outputs="all", batch_size=batch_size, steps=steps, validation=0.1
     )
     model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=hidden)
+    curves: dict[tuple[str, str], np.ndarray] = {}
+    notes: dict[tuple[str, str], str] = {}
 
     def learner(*components: Component) -> Any:
         return compose(model, optax.adam(1e-3), supervised(), *components, tasks=stream.tasks)
 
-    curves: dict[tuple[str, str], np.ndarray] = {}
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    notes: dict[tuple[str, str], str] = {}
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    for buffer in config.buffers:
-        setting = f"buffer {buffer}"
+    def cells(directory: Path) -> list[Cell]:
+        """Replay, and beside it every alignment with its best alpha."""
+        found = []
+        for buffer in config.buffers:
+            setting, memory = f"buffer {buffer}", replay(buffer, batch_size=batch_size)
+            found.append(sweep_cell(setting, "replay", learner(memory), stream))
+            for alignment in config.alignments:
+                how = None if alignment == "none" else alignment
 
-        def make_replay(_: Any, buffer: int = buffer) -> Any:
-            return learner(replay(buffer, batch_size=batch_size))
+                def make(alpha: Any, memory: Component = memory, how: str | None = how) -> Any:
+                    return learner(memory, weight_interpolation(alpha, alignment=how, sample="replay"))
 
-        found |= run_cells([Cell(setting, "replay", make_replay, stream)], directory, seeds)
-        for alignment in config.alignments:
+                curve = swept(make, config, stream, directory / "sweeps" / f"{buffer}-{alignment}.json")
+                best = config.alphas[int(curve.mean(axis=1).argmax())]
+                print_curve(f"{setting}, alignment {alignment}", config.alphas, curve, best)
+                name = "+ plain mean" if how is None else f"+ {alignment}"
+                found.append(sweep_cell(setting, name, make, stream, best))
+                curves[setting, alignment] = curve
+                notes[setting, name] = (
+                    f"replay, weight interpolation, alpha {best:g}, the best of {len(config.alphas)} on held-out images"
+                )
+        return found
 
-            def make(alpha: Any, buffer: int = buffer, alignment: str = alignment) -> Any:
-                interpolation = weight_interpolation(alpha, alignment=how(alignment), sample="replay")
-                return learner(replay(buffer, batch_size=batch_size), interpolation)
+    def report(found: Found) -> Report:
+        lines = [f"\nClass-incremental split MNIST, protocol {config.protocol}\n{table(found)}\n"]
+        for (setting, name), cell in found.items():
+            values = {field: statistics(100 * v).mean for field, v in summary(cell["accuracy"]).items()}
+            shown = ("learning_accuracy", "forgetting")
+            lines.append(f"{setting}, {name}: " + ", ".join(f"{f.replace('_', ' ')} {values[f]:.2f}" for f in shown))
+        return Report(
+            "\n".join(lines),
+            f"split MNIST, class-incremental, replay and weight interpolation, {config.protocol}",
+            scored(found),
+            notes=notes,
+            name=f"weight_interpolation_{config.protocol}",
+        )
 
-            curve = swept(make, config, stream, directory / "sweeps" / f"{buffer}-{alignment}.npz")
-            best = config.alphas[int(curve.mean(axis=1).argmax())]
-            curves[setting, alignment] = curve
-            name = "+ plain mean" if how(alignment) is None else f"+ {alignment}"
-            print_curve(f"{setting}, alignment {alignment}", config.alphas, curve, best)
-            found |= run_cells([Cell(setting, name, make, stream)], directory, seeds, setting=best)
-            notes[setting, name] = (
-                f"replay, weight interpolation, alpha {best:g}, the best of {len(config.alphas)} on held-out images"
-            )
+    def figures(found: Found, directory: Path) -> list[Path]:
+        """Accuracy against alpha, and against tasks seen; the accuracy matrices. A column per memory."""
+        path = directory / "accuracy_by_alpha.png"
+        with drawing(path, 1, len(config.buffers), size=(4.4, 3.4), sharey=True) as axes:
+            for column, buffer in zip(axes[0], config.buffers, strict=True):
+                title = f"buffer {buffer}, held-out images"
+                for alignment in config.alignments:
+                    strength_curve(column, config.alphas, curves[f"buffer {buffer}", alignment], alignment, title)
+                    column.lines[-1].set_linestyle("--" if alignment == "none" else "-")  # it may lie on another
+                column.set_xscale("linear")
+                column.set_xlabel("alpha, the weight of the old model")
+            axes[0, 0].legend(title="alignment", fontsize=8)
+        return [path, *accuracy_figures(found, directory)]
 
-    print(f"\nClass-incremental split MNIST, protocol {config.protocol}\n{table(found)}\n")
-    for (setting, name), cell in found.items():
-        values = {field: statistics(100 * v).mean for field, v in summary(cell["accuracy"]).items()}
-        shown = ("learning_accuracy", "forgetting")
-        print(f"{setting}, {name}: " + ", ".join(f"{f.replace('_', ' ')} {values[f]:.2f}" for f in shown))
-    for path in figures(config, curves, found, directory):
-        print(f"figure: {path}")
-    name = f"weight_interpolation_{config.protocol}"
-    path = RESULTS / f"{name}.json" if config.record else directory / "results.json"
-    command = shown_command("experiments.weight_interpolation", sys.argv[1:])
-    benchmark = f"split MNIST, class-incremental, replay and weight interpolation, {config.protocol}"
-    record(name, benchmark, command, found, {}, notes, path)
-    print(f"results: {path}")
-
-
-def how(alignment: str) -> str | None:
-    """As `weight_interpolation` takes it."""
-    return None if alignment == "none" else alignment
+    settled = {"protocol": config.protocol, "alphas": config.alphas, "sweep_seeds": config.sweep_seeds}
+    study("weight_interpolation", config, cells, report, figures, settled=settled, data={"images": images})
 
 
-def swept(make: Any, config: Config, stream: Any, kept: Path) -> np.ndarray:
+def swept(make: Any, config: Config, stream: Any, path: Path) -> np.ndarray:
     """Validation accuracy `[alphas, seeds]` after the last task, all from one program; kept once found."""
-    if kept.exists():
-        with np.load(kept, allow_pickle=False) as arrays:
-            return arrays["accuracy"]
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.sweep_seeds))
-    begun = time.perf_counter()
-    result = sweep(make, jnp.asarray(config.alphas), stream, keys, orders="per_seed", split="validation")
-    accuracy = average_accuracy(jax.block_until_ready(result.accuracy))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(kept, accuracy=accuracy)
-    print(f"sweep of {accuracy.size} runs in {time.perf_counter() - begun:.0f} s", flush=True)
-    return accuracy
+    new = not path.exists()
+
+    def tried() -> dict[str, Any]:
+        matrices = held_out(make, config.alphas, stream, config.sweep_seeds, orders="per_seed")
+        return {"accuracy": average_accuracy(matrices).tolist()}
+
+    found = kept(path, tried)
+    curve = np.array(found["accuracy"])
+    if new:
+        print(f"sweep of {curve.size} runs in {found['seconds']:.0f} s", flush=True)
+    return curve
 
 
 def print_curve(title: str, alphas: tuple[float, ...], curve: np.ndarray, best: float) -> None:
@@ -171,36 +175,6 @@ def print_curve(title: str, alphas: tuple[float, ...], curve: np.ndarray, best: 
         print(
             f"  {alpha:>6g}  {s.mean:6.2f}" + (f" ± {s.sd:.2f}" if s.n > 1 else "") + "   <- chosen" * (alpha == best)
         )
-
-
-def figures(
-    config: Config,
-    curves: dict[tuple[str, str], np.ndarray],
-    found: dict[tuple[str, str], dict[str, Any]],
-    directory: Path,
-) -> list[Path]:
-    """Accuracy against alpha, and against tasks seen; the accuracy matrices. A column per memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings = list(dict.fromkeys(setting for setting, _ in found))
-    path = directory / "accuracy_by_alpha.png"
-    wide = {"figsize": (4.4 * len(settings), 3.4), "squeeze": False, "sharey": True, "layout": "constrained"}
-
-    figure, axes = plt.subplots(1, len(settings), **wide)
-    for column, setting in zip(axes[0], settings, strict=True):
-        for alignment in config.alignments:
-            strength_curve(column, config.alphas, curves[setting, alignment], alignment, f"{setting}, held-out images")
-            column.lines[-1].set_linestyle("--" if alignment == "none" else "-")  # it may lie on another
-        column.set_xscale("linear")
-        column.set_xlabel("alpha, the weight of the old model")
-    axes[0, 0].legend(title="alignment", fontsize=8)
-    figure.savefig(path, dpi=150)
-
-    plt.close("all")
-    return [path, *accuracy_figures(found, directory)]
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ studies that tune them are in the ledger. Seconds are those of the whole run of 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,18 +20,15 @@ import jax
 import numpy as np
 import optax
 import tyro
-from tqdm.auto import tqdm
 
 from cl_zoo import (
     Component,
-    Learner,
     Stream,
     agem,
     compose,
     continual_backprop,
     der,
     ema,
-    enable_compilation_cache,
     ewc,
     fisher_merging,
     gdumb,
@@ -46,7 +41,6 @@ from cl_zoo import (
     replay,
     shrink_and_perturb,
     slda,
-    stream_program,
     supervised,
     synaptic_intelligence,
     weight_interpolation,
@@ -56,8 +50,18 @@ from cl_zoo.evaluation.cost import state_bytes, timed
 from cl_zoo.evaluation.metrics import average_accuracy, forgetting, learning_accuracy, statistics
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
-from cl_zoo.training.run_directory import write_json
-from experiments.common import RESULTS, load_images, record, settle_run, shown_command
+from cl_zoo.training import stream_program
+from experiments.common import (
+    Cell,
+    Found,
+    Report,
+    check_numbers,
+    drawing,
+    load_images,
+    run_cells,
+    scored,
+    study,
+)
 
 Scenario = Literal["task", "domain", "class"]
 SIZES = {  # updates per task, hidden widths, batch size, rows in memory
@@ -128,61 +132,50 @@ def methods(scenario: str, protocol: str, n_classes: int) -> dict[str, list[Comp
     )
 
 
-def cells(config: Config, images: Any) -> dict[tuple[str, str], tuple[Learner, Stream]]:
-    """A learner and its stream for every method in every scenario."""
+def cells(config: Config, images: Any) -> list[Cell]:
+    """Every method in every scenario: R, the seconds of the run, and the bytes that are kept."""
     steps, hidden, batch_size, _ = SIZES[config.protocol]
-    found = {}
+
+    def cell(scenario: str, method: str, components: list[Component], stream: Stream) -> Cell:
+        model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=hidden)
+        learner = compose(model, optax.adam(1e-3), *components, tasks=stream.tasks)
+
+        def run(seed: int) -> dict[str, Any]:
+            result, _, (seconds,) = timed(stream_program(learner, stream), learner, stream, jax.random.key(seed))
+            sizes = state_bytes(result.state)
+            own = sum(n for part, n in sizes.items() if part not in ("params", "model_state", "opt_state"))
+            return {"accuracy": np.asarray(result.accuracy).tolist(), "seconds": seconds, "bytes": own}
+
+        return Cell(scenario, method, f"{scenario}-{method}", run)
+
+    found = []
     for scenario in config.scenarios:
         stream = split_mnist(scenario=scenario, images=images, batch_size=batch_size, steps=steps)
-        n_classes = stream.tasks.active.shape[-1]
-        model = mlp((28, 28), n_classes, hidden=hidden)
-        for method, components in methods(scenario, config.protocol, n_classes).items():
+        for method, components in methods(scenario, config.protocol, stream.tasks.active.shape[-1]).items():
             if method in config.methods or not config.methods:
-                learner = compose(model, optax.adam(1e-3), *components, tasks=stream.tasks)
-                found[scenario, method] = learner, stream
+                found.append(cell(scenario, method, components, stream))
     return found
 
 
-def run(config: Config, images: Any, directory: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Accuracy `[S, T + 1, T]`, seconds `[S]` and bytes kept of every method; what is finished is not run again."""
-    folder = directory / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
-    found, todo = {}, cells(config, images)
-    with tqdm(total=len(todo), unit="method") as bar:
-        for (scenario, method), (learner, stream) in todo.items():
-            bar.set_description(f"{scenario}, {method}")
-            path = folder / f"{scenario}-{method.replace(' ', '_')}-{config.seeds}.json"
-            if path.exists():
-                kept = json.loads(path.read_text())
-            else:
-                matrices, seconds, program = [], [], stream_program(learner, stream)
-                for seed in range(config.seeds):
-                    result, _, (took,) = timed(program, stream.tasks, stream.data, jax.random.key(seed))
-                    matrices.append(np.asarray(result.accuracy).tolist())
-                    seconds.append(took)
-                sizes = state_bytes(result.state)
-                own = sum(n for part, n in sizes.items() if part not in ("params", "model_state", "opt_state"))
-                kept = {"accuracy": matrices, "seconds": seconds, "bytes": own}
-                write_json(path, kept)
-            found[scenario, method] = {**kept, "accuracy": np.array(kept["accuracy"])}
-            bar.update()
-    return found
+def run(config: Config, images: Any, directory: Path) -> Found:
+    """The cells by themselves, for a notebook."""
+    return run_cells(cells(config, images), directory, range(config.seeds))
 
 
-def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
+def table(found: Found) -> str:
     """A line per method and scenario."""
-    lines = [f"{'accuracy (%)':32s}{'mean':>8s}{'sd':>7s}{'learnt':>9s}{'forgotten':>11s}{'MB kept':>9s}{'s':>7s}"]
+    lines = [f"{'accuracy (%)':32s}{'mean':>8s}{'sd':>7s}{'learned':>9s}{'forgotten':>11s}{'MB kept':>9s}{'s':>7s}"]
     for (scenario, method), cell in found.items():
         s = statistics(100 * average_accuracy(cell["accuracy"]))
-        learnt, lost = (100 * np.mean(f(cell["accuracy"])) for f in (learning_accuracy, forgetting))
+        learned, lost = (100 * np.mean(f(cell["accuracy"])) for f in (learning_accuracy, forgetting))
         lines.append(
-            f"{scenario + ', ' + method:32s}{s.mean:8.2f}{s.sd:7.2f}{learnt:9.2f}{lost:11.2f}"
-            f"{cell['bytes'] / 1e6:9.2f}{np.median(cell['seconds']):7.2f}"
+            f"{scenario + ', ' + method:32s}{s.mean:8.2f}{s.sd:7.2f}{learned:9.2f}{lost:11.2f}"
+            f"{cell['bytes'][0] / 1e6:9.2f}{np.median(cell['seconds']):7.2f}"
         )
     return "\n".join(lines)
 
 
-def draw(rows: Any, found: dict[tuple[str, str], dict[str, Any]]) -> None:
+def draw(rows: Any, found: Found) -> None:
     """Three panels for each scenario, on `rows` of three axes: accuracy against MB, against seconds, and the plane."""
     style = {
         method: {"color": f"C{i}", "marker": "osD^vPX"[j]}
@@ -193,7 +186,7 @@ def draw(rows: Any, found: dict[tuple[str, str], dict[str, Any]]) -> None:
         for (_, method), cell in ((key, cell) for key, cell in found.items() if key[0] == scenario):
             accuracy = 100 * np.mean(average_accuracy(cell["accuracy"]))
             points = (
-                (cell["bytes"] / 1e6, accuracy),
+                (cell["bytes"][0] / 1e6, accuracy),
                 (np.median(cell["seconds"]), accuracy),
                 (100 * np.mean(learning_accuracy(cell["accuracy"])), 100 - 100 * np.mean(forgetting(cell["accuracy"]))),
             )
@@ -203,7 +196,7 @@ def draw(rows: Any, found: dict[tuple[str, str], dict[str, Any]]) -> None:
         labels = (
             ("MB kept beside the network and its optimiser", "accuracy on all tasks (%)"),
             ("seconds for the stream", "accuracy on all tasks (%)"),
-            ("plasticity: accuracy when learnt (%)", "stability: 100 - forgetting (%)"),
+            ("plasticity: accuracy when learned (%)", "stability: 100 - forgetting (%)"),
         )
         for axes, (x, y) in zip(panels, labels, strict=True):
             axes.set_xlabel(x)
@@ -219,35 +212,30 @@ def draw(rows: Any, found: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figure."""
-    if config.seeds < 2:
-        raise SystemExit(f"seeds is {config.seeds}, but it must be at least 2")
+    check_numbers(config, "seeds", least=2)
     known = [method for group in GROUPS.values() for method in group]
     for method in config.methods:
         if method not in known:
             raise SystemExit(f"methods: there is no {method!r}; there are {', '.join(known)}")
-    enable_compilation_cache()
-    directory = Path(config.directory or f"runs/what_keeps_what-{config.protocol}")
-    images = load_images(config.data_dir, config.source)
-    settle_run(directory, {"protocol": config.protocol}, images)
-    found = run(config, images, directory)
-    print(f"\nSplit MNIST, {config.protocol}, {config.seeds} seeds\n{table(found)}\n")
+    images = load_images(config)
 
-    import matplotlib
+    def report(found: Found) -> Report:
+        return Report(
+            f"\nSplit MNIST, {config.protocol}, {config.seeds} seeds\n{table(found)}\n",
+            "split MNIST, every method",
+            scored(found),
+            notes={key: f"{cell['bytes'][0] / 1e6:.2f} MB kept" for key, cell in found.items()},
+        )
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def figures(found: Found, directory: Path) -> list[Path]:
+        path = directory / "what_keeps_what.png"
+        with drawing(path, len(config.scenarios), 3, size=(16 / 3, 4.2)) as rows:
+            draw(rows, found)
+        return [path]
 
-    figure, rows = plt.subplots(
-        len(config.scenarios), 3, figsize=(16, 4.2 * len(config.scenarios)), squeeze=False, layout="constrained"
-    )
-    draw(rows, found)
-    figure.savefig(directory / "what_keeps_what.png", dpi=150)
-    print(f"figure: {directory / 'what_keeps_what.png'}")
-    path = RESULTS / "what_keeps_what.json" if config.record else directory / "results.json"
-    notes = {key: f"{cell['bytes'] / 1e6:.2f} MB kept" for key, cell in found.items()}
-    command = shown_command("experiments.what_keeps_what", sys.argv[1:])
-    record("what_keeps_what", "split MNIST, every method", command, found, {}, notes, path)
-    print(f"results: {path}")
+    settled = {"protocol": config.protocol}
+    every = cells(config, images)
+    study("what_keeps_what", config, every, report, figures, settled=settled, data={"images": images})
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ import jax
 import numpy as np
 import pytest
 
-from cl_zoo import enable_compilation_cache
+from cl_zoo import clear_programs, enable_compilation_cache
 from cl_zoo.datasets import LabelledImages, load_digits
-from cl_zoo.training import _fit, _run_stream
 
 if cache := os.environ.get("CL_ZOO_TEST_CACHE"):
     enable_compilation_cache(cache)
@@ -59,8 +58,7 @@ def full_digits() -> LabelledImages:
 
 def forget_programs() -> None:
     """Frees all compiled programs: each takes memory maps, of which Linux gives a process 65 530."""
-    for cached in (_run_stream._program, _run_stream._sweep_program, _fit._programs):
-        cached.cache_clear()
+    clear_programs()
     jax.clear_caches()
     gc.collect()
 
@@ -70,3 +68,11 @@ def programs_of_one_module() -> Iterator[None]:
     """No module's programs outlive it."""
     yield
     forget_programs()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shared out over workers by entry where a test says so (its laws), else by file, as what they set up is shared."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,13 +11,17 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Component, compose, ewc, lwf, replay, run_stream, supervised
+from cl_zoo import Component, Learner, Stream, accuracy, compose, ewc, lwf, replay, run_stream, supervised
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
 from cl_zoo.training.loop import check_needs
-from tests.tiny import tiny_learner, tiny_stream
+from tests.tiny import same_bytes, tiny_learner, tiny_stream
 
 MODEL = mlp((4, 4), 6, hidden=(5,))
+
+
+def ones(context: Any, state: Any, part: Any, x: Any, task: Any) -> Any:
+    return jnp.ones((x.shape[0], 6))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +30,14 @@ MODEL = mlp((4, 4), 6, hidden=(5,))
         ((supervised(), ewc(1.0), ewc(2.0)), "2 components are named 'ewc'"),
         ((ewc(1.0),), r"none of the components \(ewc\) has a loss"),
         ((), "there are none"),
-        ((supervised(), Component("a", predict=len), Component("b", predict=len)), "but these do: a, b"),
+        (
+            (supervised(), Component("a", predict=ones), Component("b", predict=ones)),
+            "predict, but these do: a, b",
+        ),
+        (
+            (supervised(), Component("a", predict=len)),
+            r"predict of 'a' takes other arguments than \(context, state, part, x, task\)",
+        ),
     ],
 )
 def test_impossible_compositions_are_refused(components: Any, message: str) -> None:
@@ -65,13 +77,13 @@ def test_model_of_another_shape_is_refused(tiny_images: Any) -> None:
     stream = tiny_stream(tiny_images)
     learner = compose(mlp((28, 28), 6), optax.sgd(0.1), supervised(), tasks=stream.tasks)
     with pytest.raises(
-        ValueError, match=r"takes inputs of shape \(28, 28\), but a row of the batch has shape \(4, 4\)"
+        ValueError, match=r"takes inputs of shape \(28, 28\), but an example of the batch has shape \(4, 4\)"
     ):
         run_stream(learner, stream, jax.random.key(0))
 
 
 def test_component_that_needs_boundaries_is_refused_by_name(tiny_images: Any) -> None:
-    stream = tiny_stream(tiny_images)._replace(provides=frozenset({"open_outputs"}))
+    stream = dataclasses.replace(tiny_stream(tiny_images), provides=frozenset({"open_outputs"}))
     with pytest.raises(ValueError, match="ewc needs 'boundaries', task boundaries"):
         check_needs(tiny_learner(stream, supervised(), ewc(1.0)), stream)
 
@@ -85,7 +97,7 @@ def test_forgotten_tasks_are_noticed(tiny_images: Any) -> None:
 def test_unlabelled_batches_are_refused(tiny_images: Any) -> None:
     stream = tiny_stream(tiny_images)
     learner = tiny_learner(stream, supervised())
-    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    batch, _ = stream.next(stream.init(jax.random.key(0)))
     state = learner.init(jax.random.key(0), batch)
     with pytest.raises(ValueError, match="has no labels"):
         learner.update(state, batch._replace(y=None))
@@ -107,7 +119,7 @@ def test_hooks_run_left_to_right_and_transform_sees_the_task_gradient_alone(tiny
     def spy(name: str) -> Component:
         def transform(context: Any, state: Any, part: Any, record: Any, grads: Any, key: Any) -> Any:
             calls.append(f"{name} transform")
-            return jax.tree.map(lambda task, g: 2 * g + 0 * task, record.task_gradient, grads)
+            return jax.tree.map(lambda task, g: 2 * g + 0 * task, record.task_gradient, grads), part
 
         def observe(context: Any, state: Any, part: Any, record: Any, key: Any) -> Any:
             calls.append(f"{name} observe")
@@ -119,7 +131,7 @@ def test_hooks_run_left_to_right_and_transform_sees_the_task_gradient_alone(tiny
         return Component(name, init=lambda *_: jnp.zeros(()), transform=transform, observe=observe, penalty=pull)
 
     stream = tiny_stream(tiny_images)
-    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    batch, _ = stream.next(stream.init(jax.random.key(0)))
     learner = tiny_learner(stream, supervised(), spy("a"), spy("b"), optimiser=optax.sgd(1.0))
     plain = tiny_learner(stream, supervised(), optimiser=optax.sgd(1.0))
     state = learner.init(jax.random.key(0), batch)
@@ -134,8 +146,71 @@ def test_hooks_run_left_to_right_and_transform_sees_the_task_gradient_alone(tiny
     assert set(metrics) == {"loss", "a/penalty", "b/penalty"}
 
 
+def test_constrain_comes_after_the_optimiser_and_parts_are_kept_with_the_step(tiny_images: Any) -> None:
+    """`prepare`, `transform` and `constrain` may change their part; a batch of padding alone changes none."""
+
+    def counter(name: str, scale: float) -> Component:
+        def prepare(context: Any, state: Any, part: Any, batch: Any, key: Any) -> Any:
+            return batch, part + 1
+
+        def transform(context: Any, state: Any, part: Any, record: Any, grads: Any, key: Any) -> Any:
+            return grads, part + 10
+
+        def constrain(
+            context: Any, state: Any, part: Any, record: Any, params: Any, opt_state: Any, key: Any
+        ) -> tuple[Any, Any, Any]:
+            assert record.new_params is None
+            params = {**params, "hidden_0": record.old_params["hidden_0"]}
+            return jax.tree.map(lambda leaf: scale * leaf + 1, params), record.old_opt_state, part + 100
+
+        def observe(context: Any, state: Any, part: Any, record: Any, key: Any) -> Any:
+            same_bytes(record.new_params, state.params)
+            return state, part
+
+        hooks = {"prepare": prepare, "transform": transform, "constrain": constrain, "observe": observe}
+        return Component(name, init=lambda context, state, batch, key: jnp.zeros(()), **hooks)
+
+    stream = tiny_stream(tiny_images)
+    batch, _ = stream.next(stream.init(jax.random.key(0)))
+    learner = tiny_learner(stream, supervised(), counter("a", 2.0), counter("b", 3.0))
+    plain = tiny_learner(stream, supervised())
+    state = learner.init(jax.random.key(0), batch)
+    after, _ = learner.update(state, batch)
+    one, _ = plain.update(plain.init(jax.random.key(0), batch), batch)
+    for layer, before in (("output", one.params), ("hidden_0", state.params)):
+        for name, leaf in before[layer].items():
+            wanted = 3 * (2 * leaf + 1) + 1 if layer == "output" else 3 * leaf + 1
+            np.testing.assert_allclose(after.params[layer][name], wanted, rtol=1e-5)
+    same_bytes(after.opt_state, state.opt_state)
+    assert after.parts == {"a": 111.0, "b": 111.0}
+    absent, _ = learner.update(after, batch._replace(weight=jnp.zeros_like(batch.weight)))
+    same_bytes(absent._replace(step=after.step), after)
+    assert absent.step == 2
+
+
+def test_a_learner_is_an_argument_of_programs(tiny_images: Any) -> None:
+    stream = tiny_stream(tiny_images)
+    learner = tiny_learner(stream, supervised(), ewc(1.0))
+    leaves = jax.tree.leaves(learner)
+    assert {leaf.shape for leaf in leaves} == {(3,), (3, 6)}, "the tasks, and no weights"
+    batch, _ = jax.jit(Stream.next)(stream, stream.init(jax.random.key(0)))
+    state = jax.jit(Learner.init)(learner, jax.random.key(0), batch)
+    update = jax.jit(Learner.update)
+    for _ in range(2):
+        state, _ = update(learner, state, batch)
+    assert update._cache_size() == 1
+    weights = {**state.params, "output": jax.tree.map(jnp.ones_like, state.params["output"])}
+    begun = jax.jit(Learner.init)(learner.bind(weights), jax.random.key(0), batch)
+    same_bytes(begun.params, weights)
+    same_bytes(begun.opt_state, learner.init(jax.random.key(0), batch).opt_state)
+    assert learner.bind(weights).bind(None).model.weights is None
+    other = dataclasses.replace(learner, tasks=stream.tasks._replace(active=jnp.roll(stream.tasks.active, 1, axis=0)))
+    outputs = [jax.jit(Learner.predict)(one, state, batch.x, jnp.zeros(8, jnp.int32)) for one in (learner, other)]
+    assert [set(np.argmax(each, axis=1).tolist()) <= {0, 1} for each in outputs] == [True, False]
+
+
 def test_a_component_may_answer(tiny_images: Any) -> None:
-    constant = Component("constant", predict=lambda context, state, part, x, task: jnp.ones((x.shape[0], 6)))
+    constant = Component("constant", predict=ones)
     stream = tiny_stream(tiny_images, "class")
     result = run_stream(tiny_learner(stream, supervised(), constant), stream, jax.random.key(0))
     np.testing.assert_allclose(result.accuracy[-1], [0.5, 0.0, 0.0])
@@ -149,6 +224,8 @@ def test_classes_not_open_are_never_answered(tiny_images: Any) -> None:
 
 def test_task_incremental_score_of_a_class_incremental_run(tiny_images: Any) -> None:
     stream = split_mnist(3, "class", images=tiny_images, batch_size=8, steps=30)
-    result = run_stream(tiny_learner(stream, supervised()), stream, jax.random.key(0), within_task=True)
-    assert (result.within_task_accuracy[1:] >= result.accuracy[1:]).all()
-    assert result.within_task_accuracy[-1].mean() > result.accuracy[-1].mean() + 0.2
+    measure = {"accuracy": accuracy(), "within": accuracy(within_task=True)}
+    result = run_stream(tiny_learner(stream, supervised()), stream, jax.random.key(0), measure=measure)
+    within = result.measures["within"]
+    assert (within[1:] >= result.accuracy[1:]).all()
+    assert within[-1].mean() > result.accuracy[-1].mean() + 0.2

@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import fast_weights, recall
+from experiments import common, fast_weights, recall
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's is not for tests."""
+    monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
 
 
 def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recall, "enable_compilation_cache", lambda: None)
     mixers = ("linear attention", "ttt-linear")
     sizes = {"vocabulary": 12, "width": 8, "heads": 2, "layers": 1, "hidden": 8, "mini_batch": 4}
     config = recall.Config(
@@ -41,7 +46,6 @@ def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pyte
 
 
 def test_fast_weights(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_weights, "enable_compilation_cache", lambda: None)
     sizes = {"length": 16, "words": 3, "values": 4, "width": 8, "heads": 2, "layers": 1, "hidden": 8, "mini_batch": 4}
     config = fast_weights.Config(mixers=("ttt-linear",), steps=60, batch_size=8, directory=str(tmp_path), **sizes)
     fast_weights.main(config)
@@ -58,11 +62,12 @@ def test_fast_weights(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
     assert (gone[..., :3] == 0).all() and (np.diff(gone)[..., 3:6] == 0).all()  # they move once a mini-batch
     assert rows["known words", "ttt-linear"] == kept["known"] < kept["frozen"]["known"]
 
-    still = [kept | {"movement": (0 * gone).tolist()}]
+    cell = {"movement": [gone], "known": [kept["known"]], "frozen": {"known": [kept["frozen"]["known"]]}}
+    fast_weights.check_that_weights_matter(cell)
     with pytest.raises(SystemExit, match="did not move in all heads"):
-        fast_weights.check_that_weights_matter(still)
+        fast_weights.check_that_weights_matter(cell | {"movement": [0 * gone]})
     with pytest.raises(SystemExit, match="do not help"):
-        fast_weights.check_that_weights_matter([kept | {"frozen": kept}])
+        fast_weights.check_that_weights_matter(cell | {"known": cell["frozen"]["known"]})
 
     monkeypatch.setattr(fast_weights, "run", lambda *_: pytest.fail("a finished part was run again"))
     fast_weights.main(config)

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cl_zoo._catalogue import catalogue, markdown_table
-from cl_zoo.layers import _catalogue as layer_catalogue
+from cl_zoo._catalogue import catalogue, layer_table, table
 from experiments import ledger
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    ("marker", "table"), [("catalogue", markdown_table), ("layers", layer_catalogue.markdown_table)]
-)
+@pytest.mark.parametrize(("marker", "table"), [("catalogue", table), ("layers", layer_table)])
 def test_readme_shows_the_catalogues(marker: str, table: Callable[[], str]) -> None:
     shown = re.search(rf"<!-- {marker}.*?-->\n(.*?)\n<!-- end", (ROOT / "README.md").read_text(), re.DOTALL)
     assert shown and shown.group(1) == table()

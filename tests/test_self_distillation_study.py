@@ -10,10 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments import common
 from experiments import self_distillation as study
+from experiments import self_distillation_bench as bench
+from experiments import self_distillation_report as report
 
 PRETRAINED = Path(__file__).parent / "data" / "pretrained" / "llama"
 TINY = {"known": 2, "new": 2, "width": 8, "steps": 2, "points": 1, "batch_size": 4, "first_steps": 2, "rates": (1e-3,)}
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's is not for tests."""
+    monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
 
 
 def test_it_stops_where_demonstrations_do_not_help(tmp_path: Path) -> None:
@@ -25,21 +34,21 @@ def test_it_stops_where_demonstrations_do_not_help(tmp_path: Path) -> None:
 @pytest.fixture
 def helpful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nets that learned too little to follow a demonstration are taken all the same."""
-    real = study.scores
+    real = bench.scores
 
-    def scores(bench: Any, model: Any, params: Any, stream: Any) -> np.ndarray:
-        found = real(bench, model, params, stream)
+    def scores(*arguments: Any) -> np.ndarray:
+        found = real(*arguments)
         scores.calls += 1  # type: ignore[attr-defined]
         return found + (scores.calls % 2 == 0)  # type: ignore[attr-defined]
 
     scores.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(study, "scores", scores)
+    monkeypatch.setattr(bench, "scores", scores)
 
 
 FEW = ("in context", "sft", "sft + interpolation", "sdft forward")
 
 
-@pytest.mark.parametrize("methods", [FEW, pytest.param(study.METHODS, marks=pytest.mark.long)], ids=["few", "all"])
+@pytest.mark.parametrize("methods", [FEW, pytest.param(bench.METHODS, marks=pytest.mark.long)], ids=["few", "all"])
 def test_methods_run_and_a_finished_run_is_not_run_again(
     methods: tuple[str, ...],
     helpful: None,
@@ -84,10 +93,10 @@ def cell(forgetting: float, gain: float = 1.0, early: float = 0.1) -> dict[str, 
 
 
 def test_fall_at_a_gain_is_read_off_the_curve() -> None:
-    assert study.fall_at(cell(0.4), 0.4) == pytest.approx(0.05)
-    assert study.fall_at(cell(0.4), 0.8) == pytest.approx(0.1)
-    assert study.fall_at(cell(0.4), 0.9) == pytest.approx(0.25)
-    assert np.isnan(study.fall_at(cell(0.4, 0.5), 0.9))
+    assert report.fall_at(cell(0.4), 0.4) == pytest.approx(0.05)
+    assert report.fall_at(cell(0.4), 0.8) == pytest.approx(0.1)
+    assert report.fall_at(cell(0.4), 0.9) == pytest.approx(0.25)
+    assert np.isnan(report.fall_at(cell(0.4, 0.5), 0.9))
 
 
 @pytest.mark.parametrize(
@@ -102,18 +111,18 @@ def test_fall_at_a_gain_is_read_off_the_curve() -> None:
 )
 def test_the_claim_is_judged_seed_by_seed(sdft: tuple[float, ...], words: str) -> None:
     cells = {("sft", 0.1): [cell(0.4) for _ in sdft], ("sdft forward", 0.2): [cell(each) for each in sdft]}
-    at_the_end, at_a_gain = study.claim(cells, study.chosen(cells))
+    at_the_end, at_a_gain = report.claim(cells, report.chosen(cells))
     assert words in at_the_end
     assert "risen by 90 %" in at_a_gain
 
 
 def test_there_is_no_claim_where_nothing_was_learned() -> None:
     cells = {("sft", 0.1): [cell(0.4)], ("sdft forward", 0.1): [cell(0.4, 0.01)]}
-    assert study.claim(cells, study.chosen(cells)) == []
-    assert study.claim({("sft", 0.1): [cell(0.4)]}, {"sft": 0.1}) == []
-    assert study.note(cells, "sdft forward", 0.1) == "rate 0.1; nothing was learned"
+    assert report.claim(cells, report.chosen(cells)) == []
+    assert report.claim({("sft", 0.1): [cell(0.4)]}, {"sft": 0.1}) == []
+    assert report.note(cells, "sdft forward", 0.1) == "rate 0.1; nothing was learned"
     cells["sft", 0.2] = [cell(0.4)]
-    assert study.note(cells, "sft", 0.2) == "rate 0.2, the largest tried"
+    assert report.note(cells, "sft", 0.2) == "rate 0.2, the largest tried"
 
 
 @pytest.mark.parametrize(

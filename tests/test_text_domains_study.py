@@ -10,7 +10,7 @@ from experiments import common, text_domains
 
 
 def test_text_domains(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_domains, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "numbers.txt").write_text(" ".join(map(str, range(1000))))
@@ -32,8 +32,7 @@ def test_text_domains(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
     means = {strength: np.mean(matrix[-1]) for strength, matrix in tried["tried"].items()}
     assert tried["chosen"] == float(min(means, key=means.__getitem__))
 
-    for module in (common, text_domains):
-        monkeypatch.setattr(module, "sweep", lambda *_, **__: pytest.fail("a finished part was run again"))
+    monkeypatch.setattr(common, "sweep", lambda *_, **__: pytest.fail("a finished part was run again"))
     text_domains.main(config)
     assert capsys.readouterr().out == shown
     with pytest.raises(SystemExit, match="texts_crc32"):

@@ -11,12 +11,13 @@ import numpy as np
 import optax
 
 from cl_zoo import Component, Learner, Model, Stream, compose, supervised
-from cl_zoo._catalogue import Entry
 from cl_zoo.datasets import LabelledImages
+from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, next_token_loss
 from cl_zoo.models import mlp
 from cl_zoo.streams import SymbolWorld, few_shot, split_mnist
 from cl_zoo.wrappers import episodic
+from tests.contract.cases import case
 
 STEPS, BATCH = 6, 8
 
@@ -62,14 +63,21 @@ def entry_components(entry: Entry, **changes: Any) -> list[Component]:
     return components if entry.own_loss else [supervised(), *components]
 
 
-def entry_learner(stream: Stream, entry: Entry, optimiser: Any = None, **changes: Any) -> Learner:
-    """The learner of a catalogue entry."""
-    wrap = entry.wrap
+def entry_learner(
+    stream: Stream,
+    entry: Entry,
+    optimiser: Any = None,
+    around: Callable[[Model], Model] = lambda model: model,
+    **changes: Any,
+) -> Learner:
+    """The learner of a catalogue entry; `around` the network itself."""
+    made, wrap = case(entry.name)
 
-    def wrapped(model: Model) -> Model:
-        return episodic(wrap(model)) if wrap else episodic(model)
+    def net(*arguments: Any, **options: Any) -> Model:
+        return around(made(*arguments, **options))
 
-    return tiny_learner(stream, *entry_components(entry, **changes), optimiser=optimiser, wrap=wrapped, net=entry.net)
+    components = entry_components(entry, **changes)
+    return tiny_learner(stream, *components, optimiser=optimiser, wrap=lambda model: episodic(wrap(model)), net=net)
 
 
 def close(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
@@ -91,3 +99,8 @@ def raw(leaf: Any) -> np.ndarray:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf)
+
+
+def kinds(tree: Any) -> Any:
+    """Structure, and shape, dtype and weak type of every leaf."""
+    return jax.tree.structure(tree), [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]

@@ -1,4 +1,4 @@
-"""Averaged gradient episodic memory: no step may raise the loss on what is remembered, to first order."""
+"""Averaged gradient episodic memory: no step may raise the loss on the memory, to first order."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
 from cl_zoo.checks import check_whole
+from cl_zoo.entries import Entry
 from cl_zoo.estimators.projection import project_conflict
 from cl_zoo.types import Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["AgemState", "agem"]
+__all__ = ["ENTRY", "AgemState", "agem"]
 
 AgemState = Reservoir
-"""The memory: rows of finished tasks, as the stream gave them."""
+"""The memory: examples of finished tasks, as they came from the stream."""
 
 
 def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Component:
-    """The gradient loses the part that would raise the loss on rows drawn from finished tasks.
+    """Removes the part of the gradient that would raise the loss on examples drawn from finished tasks.
 
-        g_ref = grad L(memory rows);    g <- g - min(0, g . g_ref) / (g_ref . g_ref) * g_ref
+        g_ref = grad L(examples from memory);    g <- g - min(0, g . g_ref) / (g_ref . g_ref) * g_ref
 
     so that g . g_ref >= 0 afterwards. L is the sum of all losses of the learner, without penalties.
 
     Args:
-      capacity: rows in memory, at least 1.
-      batch_size: rows drawn for each step, from 1 to the capacity.
+      capacity: examples in memory, at least 1.
+      batch_size: examples drawn for each step, from 1 to the capacity.
       name: key in state.
 
     Returns:
@@ -36,9 +37,9 @@ def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Compone
 
     Source: Chaudhry et al. 2019, arXiv 1812.00420.
 
-    Differences from the paper or its code: the paper keeps equally many rows per class of each finished task; here each
-    finished task offers its sample to one reservoir when it ends, so that shares are equal in expectation where samples
-    are equally large, and the number of tasks need not be known. A step without memory is left as it is.
+    Differences from the paper or its code: the paper stores equally many examples per class of each finished task; here
+    each finished task offers its sample to one reservoir when it ends, so that tasks share it equally in expectation
+    where samples are equally large, and the number of tasks need not be known. An empty memory changes nothing.
 
     Example:
       >>> import optax
@@ -54,11 +55,11 @@ def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Compone
 
     def transform(
         context: Context, state: TrainState, part: AgemState, record: Record, grads: PyTree, key: Key
-    ) -> PyTree:
+    ) -> tuple[PyTree, AgemState]:
         (x, y, task), weight = reservoir_sample(part, batch_size, key)
         memory = Batch(x, y, task, weight)
         reference = jax.grad(lambda params: context.objective(state, params, memory, key))(state.params)
-        return project_conflict(grads, reference)
+        return project_conflict(grads, reference), part
 
     def end_task(
         context: Context, state: TrainState, part: AgemState, sample: Batch, key: Key
@@ -70,3 +71,14 @@ def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Compone
         return state, jax.lax.scan(add, part, (jnp.arange(sample.weight.shape[0]), sample))[0]
 
     return Component(name, frozenset({"boundaries", "end_sample"}), init=init, transform=transform, end_task=end_task)
+
+
+ENTRY = Entry(
+    name="agem",
+    family="replay",
+    summary="the loss on examples of finished tasks, by projecting each gradient so that it does not rise",
+    factory=agem,
+    arguments={"capacity": 20, "batch_size": 8},
+    papers=("chaudhry2019efficient",),
+    results="a-gem",
+)

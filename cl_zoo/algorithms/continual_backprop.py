@@ -1,4 +1,4 @@
-"""Continual backprop: units that are of least use are made anew, a few at a time."""
+"""Continual backprop: units of least utility are re-initialised, a few at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.units import (
     check_units,
     group_size,
@@ -19,17 +20,17 @@ from cl_zoo.estimators.units import (
 )
 from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState
 
-__all__ = ["ContinualBackpropState", "continual_backprop"]
+__all__ = ["ENTRY", "ContinualBackpropState", "continual_backprop"]
 
 
 class ContinualBackpropState(NamedTuple):
     """One entry for each group of n units.
 
     Attributes:
-      utility: `f32[n]`, running means of each unit's use, from 0.
+      utility: `f32[n]`, running means of each unit's utility, from 0.
       activation: `f32[n]`, running means of its activation, from 0.
-      age: `i32[n]`, updates since it was made.
-      due: `f32[]`, the part of a unit that is due to be replaced.
+      age: `i32[n]`, updates since it was initialised.
+      due: `f32[]`, the fraction of a unit that is due to be replaced.
       replaced: `i32[]`, units replaced so far.
     """
 
@@ -48,7 +49,7 @@ def continual_backprop(
     utility: str = "paper",
     name: str = "continual_backprop",
 ) -> Component:
-    """After each step, a small share of the units that are old enough and of least use is replaced by new ones.
+    """After each step, a small fraction of the mature units, those of least utility, is replaced by new ones.
 
     For unit i of a group, with h_i its activation in the step's pass, m_i a running mean of it and a_i its age,
 
@@ -57,13 +58,14 @@ def continual_backprop(
         utility "released":   y_i = mean_b |h_bi - m_i| * mean_k |w_out_ik| / mean_k |w_in_ik|
         c <- c + replacement_rate * #{i: a_i > maturity}
 
-    and the floor(c) eligible units of the lowest u_i / (1 - decay^a_i) are replaced, c <- c - floor(c): what makes them
-    is drawn anew as at the start, what reads them is 0, and a, u, m and the optimiser's moments start afresh. In a
-    feature map, means of h are over its positions too, and w_out are all weights that read the channel.
+    and the floor(c) eligible units of the lowest u_i / (1 - decay^a_i) are replaced, c <- c - floor(c): weights and
+    biases that make them are re-initialised, weights that read them are 0, and a, u, m and the optimiser's moments
+    start afresh. In a feature map, means of h are over its positions too, and w_out are all weights that read the
+    channel.
 
     Args:
-      replacement_rate: share of the eligible units replaced per step, in [0, 1]; 1e-6 to 1e-3 are usual.
-      maturity: steps for which a new unit is safe, at least 0.
+      replacement_rate: fraction of the eligible units replaced per step, in [0, 1]; 1e-6 to 1e-3 are usual.
+      maturity: steps for which a new unit is protected, at least 0.
       decay: of the running means, in [0, 1).
       utility: "paper" | "released", as above.
       name: key in state.
@@ -79,11 +81,11 @@ def continual_backprop(
     doi 10.1038/s41586-024-07711-7.
 
     Differences from the paper or its code: "released" is what the authors' configurations of permuted MNIST and
-    ImageNet use; the paper's text gives the other, without the correction by age, which keeps young units from being
-    replaced for their youth. Biases of new units are those of the model's own initialisation (0 by default, as in the
-    paper). The authors' code was to move the mean output of a replaced unit to the biases that follow, but has no
-    effect; it is left out. Moments are reset, but not Adam's count of steps, which the authors keep for each weight.
-    A weight between two units that are replaced at once is 0.
+    ImageNet use; the paper's text gives the other, without the correction by age, which keeps units from being replaced
+    for being young. Biases of new units are those of the model's own initialisation (0 by default, as in the paper).
+    The authors' code is meant to move the mean output of a replaced unit to the next biases, but has no effect; it is
+    left out. Moments are reset, but not Adam's count of steps, which the authors keep for each weight. A weight between
+    two units that are replaced at once is 0.
 
     Example:
       >>> import optax
@@ -139,3 +141,16 @@ def continual_backprop(
         return state._replace(params=params, opt_state=opt_state), new
 
     return Component(name, init=init, observe=observe)
+
+
+ENTRY = Entry(
+    name="continual_backprop",
+    family="plasticity",
+    summary="plasticity, by re-initialising the units of least utility",
+    factory=continual_backprop,
+    arguments={"replacement_rate": 0.0625, "maturity": 2},
+    numbers=("replacement_rate",),
+    papers=("dohare2024loss",),
+    null=Null({"replacement_rate": 0.0}, "no unit replaced"),
+    results="continual backprop",
+)

@@ -1,4 +1,4 @@
-"""Dark experience replay: the network's own past answers are rehearsed, and with ++ their labels too."""
+"""Dark experience replay: the network's own past outputs are replayed, and in DER++ the labels too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
 from cl_zoo.checks import check_range, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["DerState", "der"]
+__all__ = ["ENTRY", "DerState", "der"]
 
 DerState = Reservoir
-"""The memory: rows as the stream gave them, each with the outputs that the network gave when it came."""
+"""The memory: examples as they came from the stream, each with the network's outputs when it came."""
 
 
 def der(
@@ -26,19 +27,19 @@ def der(
     batch_size: int = 32,
     name: str = "der",
 ) -> Component:
-    """A uniform sample of all rows seen is kept with the outputs z' they got; those, and labels, are learnt again.
+    """A uniform sample of all examples seen is stored with the outputs z' they had; those, and labels, are replayed.
 
         DER     L = L_task + alpha * mean_b mean_c (f(x'_b)_c - z'_bc)^2
         DER++   L = L_DER  + beta * mean_b [ - log softmax(f(x''_b))_{y''_b} ]
 
-    x' and x'' are independent draws of `batch_size` different rows from memory. z' are all outputs, before any mask, of
-    the forward pass in which the row was first learnt from.
+    x' and x'' are independent draws of `batch_size` different examples from memory. z' are all outputs, before any
+    mask, of the forward pass in which the example was first learned from.
 
     Args:
-      capacity: rows in memory, at least 1.
+      capacity: examples in memory, at least 1.
       alpha: at least 0.
       beta: at least 0; None is DER, a number DER++.
-      batch_size: rows of each draw, from 1 to the capacity.
+      batch_size: examples of each draw, from 1 to the capacity.
       name: key in state and metrics.
 
     Returns:
@@ -50,9 +51,9 @@ def der(
     Source: Buzzega et al. 2020, arXiv 2004.07211; reservoir: Vitter 1985.
 
     Differences from the paper or its code: the paper writes a squared norm over classes, its code (and this) takes
-    their mean. Both draws go through the network in one pass, which matters for batch normalisation alone; the
-    statistics that it carries are updated by the stream's rows only. Where rows tell their task the labels compete
-    among its outputs, as in `supervised`.
+    their mean. Both draws go through the network in one pass, which matters for batch normalisation alone; its running
+    statistics are updated by the stream's examples only. Where examples carry their task, the labels compete among its
+    outputs, as in `supervised`.
 
     Example:
       >>> import optax
@@ -101,8 +102,34 @@ def der(
         context: Context, state: TrainState, part: DerState, record: Record, key: Key
     ) -> tuple[TrainState, DerState]:
         if record.outputs is None:
-            raise ValueError(f"{name}: no loss made a forward pass on the batch, so there are no outputs to keep")
+            raise ValueError(f"{name}: no loss made a forward pass on the batch, so there are no outputs to store")
         rows = batch_rows(record.batch), record.outputs[: record.batch.weight.shape[0]]
         return state, reservoir_add(part, rows, record.batch.weight, key)
 
     return Component(name, init=init, loss=loss, observe=observe)
+
+
+ENTRY = (
+    Entry(
+        name="der",
+        family="replay",
+        summary="a sample of all examples seen and the logits that they had when they came, by replay",
+        factory=der,
+        arguments={"capacity": 20, "batch_size": 8, "alpha": 0.5},
+        numbers=("alpha",),
+        papers=("buzzega2020dark",),
+        null=Null({"alpha": 0.0}, "alpha 0"),
+        results="der",
+    ),
+    Entry(
+        name="der_plus_plus",
+        family="replay",
+        summary="a sample of all examples seen, their logits and, on a second draw, their labels, by replay",
+        factory=der,
+        arguments={"capacity": 20, "batch_size": 8, "alpha": 0.5, "beta": 0.5},
+        numbers=("alpha", "beta"),
+        papers=("buzzega2020dark",),
+        null=Null({"alpha": 0.0, "beta": 0.0}, "alpha and beta 0"),
+        results="der++",
+    ),
+)

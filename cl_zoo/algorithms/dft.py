@@ -1,12 +1,13 @@
-"""Dynamic fine-tuning: labels are learned from as far as the network would have said them itself."""
+"""Dynamic fine-tuning: each token's loss is weighted by the probability that the network gives it."""
 
 from __future__ import annotations
 
 from cl_zoo.algorithms.supervised import supervised
+from cl_zoo.entries import Entry
 from cl_zoo.losses import dynamic_fine_tuning_loss
 from cl_zoo.types import Component
 
-__all__ = ["dft"]
+__all__ = ["ENTRY", "dft"]
 
 
 def dft(*, name: str = "dft") -> Component:
@@ -16,7 +17,7 @@ def dft(*, name: str = "dft") -> Component:
       name: key in metrics.
 
     Returns:
-      A component without state, in the place of `supervised`.
+      A component without state, in place of `supervised`.
 
     Raises:
       ValueError: at the first trace, if the stream has no labels.
@@ -34,3 +35,15 @@ def dft(*, name: str = "dft") -> Component:
       >>> learner = compose(answering(net), optax.adam(1e-3), dft())
     """
     return supervised(dynamic_fine_tuning_loss, name=name)
+
+
+ENTRY = Entry(
+    name="dft",
+    family="self-distillation",
+    summary="what was known, by weighting each token's loss with its own probability",
+    factory=dft,
+    scenarios=("skills",),
+    papers=("wu2025generalization",),
+    results="dft",
+    own_loss=True,
+)

@@ -1,24 +1,24 @@
-"""Exponential moving average: a slow copy of the network gives the answers."""
+"""Exponential moving average: a slow copy of the network makes the predictions."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_range
-from cl_zoo.estimators.averaging import interpolate
+from cl_zoo.entries import Entry, Null
+from cl_zoo.estimators.teacher import moved_teacher
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["EmaState", "ema"]
+__all__ = ["ENTRY", "EmaState", "ema"]
 
 
 class EmaState(NamedTuple):
     """Attributes:
     params, model_state: the moving average.
-    updates: `i32[]`, how many it has seen.
+    updates: `i32[]`, how many it averages.
     """
 
     params: PyTree
@@ -27,7 +27,7 @@ class EmaState(NamedTuple):
 
 
 def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Component:
-    """The network learns as it would, but its moving average answers.
+    """The network learns as usual, but its moving average predicts.
 
         average = d average + (1 - d) theta     after every update
 
@@ -40,7 +40,7 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
       name: key in state.
 
     Returns:
-      A component with an `EmaState`, which answers; so no other component of the learner may.
+      A component with an `EmaState`. It predicts, so no other component of the learner may.
 
     Raises:
       ValueError: decay outside [0, 1].
@@ -49,8 +49,8 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
     learning: Arani et al. 2022, arXiv 2201.12604.
 
     Differences from the paper or its code: Arani et al. keep two averages, updated at random steps, and distil them
-    into the network; here there is one, updated at every step, and the network does not know of it. Running statistics
-    of normalisation layers are averaged like weights.
+    into the network; here there is one, updated at every step, and the network does not depend on it. Running
+    statistics of normalisation layers are averaged like weights.
 
     Example:
       >>> import optax
@@ -69,10 +69,9 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
         n = part.updates.astype(jnp.float32)
         d = jnp.minimum(decay, n / (n + 1)) if warm_up else decay
         new, old = (state.params, state.model_state), (part.params, part.model_state)
-        params, model_state = interpolate(new, old, d)
-        moved = EmaState(params, model_state, part.updates + 1)
-        learnt = jnp.any(record.batch.weight > 0)
-        return state, jax.tree.map(lambda a, b: jnp.where(learnt, a, b), moved, part)
+        params, model_state = moved_teacher(old, new, d, record.batch)
+        learned = jnp.any(record.batch.weight > 0)
+        return state, EmaState(params, model_state, part.updates + learned)
 
     def predict(context: Context, state: TrainState, part: EmaState, x: PyTree, task: Array | None) -> PyTree:
         outputs, _, _ = context.model.apply(part.params, part.model_state, x, task=task)
@@ -80,3 +79,16 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
         return outputs if active is None else mask_outputs(outputs, active)
 
     return Component(name, init=init, observe=observe, predict=predict)
+
+
+ENTRY = Entry(
+    name="ema",
+    family="weight averaging",
+    summary="an exponential moving average of the weights, which predicts in the network's place",
+    factory=ema,
+    arguments={"decay": 0.9},
+    numbers=("decay",),
+    papers=("tarvainen2017mean",),
+    null=Null({"decay": 0.0}, "decay 0"),
+    results="ema",
+)

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.estimators.moments import row_gradient_square
 from cl_zoo.estimators.quadratic import Quadratic, add_quadratic, quadratic_penalty, zero_quadratic
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["EwcState", "ewc"]
+__all__ = ["ENTRY", "EwcState", "ewc"]
 
 EwcState = Quadratic
 """The penalty of all finished tasks as one quadratic: Fisher, anchor, residual."""
@@ -26,7 +27,7 @@ def ewc(
     micro_batch: int = 16,
     name: str = "ewc",
 ) -> Component:
-    """Keeps parameters near those of finished tasks, each as firmly as its Fisher information says.
+    """Keeps parameters near those of finished tasks, each in proportion to its Fisher information.
 
     Separate (`decay=None`), one quadratic for each finished task k with its own parameters p_k:
 
@@ -44,26 +45,26 @@ def ewc(
       strength: lambda, at least 0. It multiplies a mean over examples, so it depends on neither sample nor batch size.
         F falls towards 0 as a task is fitted: useful strengths reach from 1e2 to 1e10, search on a log scale.
       decay: None, or gamma in [0, 1].
-      labels: "expected" | "sampled" | "observed", see `fisher_diagonal`; or "loss", for what is no classifier: in place
-        of log p, the learner's own loss of each row, a meta-loss of each episode say.
-      batch_square: the square of batch means, wrong, kept to reproduce other libraries.
-      micro_batch: rows whose gradients are held at once where no fast path exists.
+      labels: "expected" | "sampled" | "observed", see `fisher_diagonal`; or "loss", for models that are not
+        classifiers: in place of log p, the learner's own loss of each example (a meta-loss of each episode, say).
+      batch_square: square the batch means, which is wrong, to reproduce other libraries.
+      micro_batch: examples whose gradients are computed at once where no fast path exists.
       name: key in state and metrics.
 
     Returns:
       A component with an `EwcState`; metric `ewc/penalty`.
 
     Raises:
-      ValueError: negative strength, decay outside [0, 1], unknown labels, batch_square of expected labels,
-        micro_batch below 1.
+      ValueError: negative strength, decay outside [0, 1], unknown labels, batch_square with labels
+        "expected" or "loss", micro_batch below 1.
 
     Source: Kirkpatrick et al. 2017, arXiv 1612.00796; online: Schwarz et al. 2018, arXiv 1805.06370.
 
     Differences from the paper or its code: Kirkpatrick et al. do not say which labels; "expected" is what van de Ven
     (arXiv 2502.11756) found best; "loss" is the empirical Fisher where the loss is minus a log-likelihood. Schwarz et
-    al. also normalise each task's Fisher, which is left out here as in the codes of van de Ven and Mammoth. Van de
-    Ven's code multiplies the online penalty by decay once more (here: strength * decay); Mammoth's has no 1/2 (here:
-    strength * 2). Fishers of other codes may be sums, or divide by n - 1.
+    al. also normalise each task's Fisher, which is left out here as in the code of van de Ven and Mammoth. Van de Ven's
+    code multiplies the online penalty by decay once more (here: strength * decay); Mammoth's has no 1/2 (here:
+    strength * 2). Fishers elsewhere may be sums, or divided by n - 1.
 
     Example:
       >>> import optax
@@ -110,3 +111,29 @@ def ewc(
         return state, EwcState(faded, state.params, jnp.zeros(()))
 
     return Component(name, frozenset({"boundaries", "end_sample"}), init=init, penalty=penalty, end_task=end_task)
+
+
+ENTRY = (
+    Entry(
+        name="ewc",
+        family="regularisation",
+        summary="parameters of finished tasks, by a quadratic penalty weighted with the Fisher information",
+        factory=ewc,
+        arguments={"strength": 1e3},
+        numbers=("strength",),
+        papers=("kirkpatrick2017overcoming",),
+        null=Null({"strength": 0.0}, "strength 0"),
+        results="ewc",
+    ),
+    Entry(
+        name="online_ewc",
+        family="regularisation",
+        summary="parameters of the last task, by a penalty weighted with a decaying sum of Fisher information",
+        factory=ewc,
+        arguments={"strength": 1e3, "decay": 0.9},
+        numbers=("strength", "decay"),
+        papers=("schwarz2018progress",),
+        null=Null({"strength": 0.0}, "strength 0"),
+        results="online ewc",
+    ),
+)

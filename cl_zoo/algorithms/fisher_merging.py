@@ -1,4 +1,4 @@
-"""Fisher merging: the models of all tasks are averaged, each parameter as firmly as its Fisher information says."""
+"""Fisher merging: the models of all tasks are averaged, each parameter weighted by its Fisher information."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import interpolate
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["FisherMergingState", "fisher_merging"]
+__all__ = ["ENTRY", "FisherMergingState", "fisher_merging"]
 
 
 class FisherMergingState(NamedTuple):
@@ -51,7 +52,7 @@ def fisher_merging(
       epsilon: above 0, added to the Fishers, which are means over examples; a parameter that neither model needs
         becomes the plain mean.
       labels: "expected" | "sampled" | "observed", see `fisher_diagonal`.
-      micro_batch: rows whose gradients are held at once where no fast path exists.
+      micro_batch: examples whose gradients are computed at once where no fast path exists.
       name: key in state.
 
     Returns:
@@ -60,12 +61,12 @@ def fisher_merging(
     Raises:
       ValueError: a number outside its range, unknown labels, micro_batch below 1.
 
-    Source: Matena and Raffel 2022, arXiv 2111.09832; in turn, with balance and decay 0: CoFiMA, Marouf et al. 2024,
-    arXiv 2312.08977.
+    Source: Matena and Raffel 2022, arXiv 2111.09832; task by task, with balance and decay 0: CoFiMA, Marouf et al.
+    2024, arXiv 2312.08977.
 
-    Differences from the paper or its code: the paper merges models that were fine-tuned apart from one initialisation;
-    here each task goes on from the merged model. Running statistics of normalisation layers are averaged by `balance`
-    alone. The optimiser keeps its state; `reset_optimiser` drops it.
+    Differences from the paper or its code: the paper merges models that were fine-tuned separately from one
+    initialisation; here each task goes on from the merged model. Running statistics of normalisation layers are
+    averaged by `balance` alone. The optimiser keeps its state; `reset_optimiser` drops it.
 
     Example:
       >>> import optax
@@ -109,3 +110,16 @@ def fisher_merging(
         return state, FisherMergingState(params, model_state, total, part.finished + 1)
 
     return Component(name, frozenset({"boundaries", "end_sample"}), init=init, end_task=end_task)
+
+
+ENTRY = Entry(
+    name="fisher_merging",
+    family="weight averaging",
+    summary="the models of all tasks, averaged with their Fisher information as weights",
+    factory=fisher_merging,
+    arguments={"balance": 0.5, "decay": 1.0},
+    numbers=("balance", "decay"),
+    papers=("matena2022merging",),
+    null=Null({"balance": 1.0}, "balance 1"),
+    results="fisher merging",
+)

@@ -12,11 +12,12 @@ import optax
 from cl_zoo.algorithms.supervised import no_loss
 from cl_zoo.buffers import ClassBalanced, batch_rows, class_balanced_memory
 from cl_zoo.checks import check_whole
+from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["GdumbState", "gdumb"]
+__all__ = ["ENTRY", "GdumbState", "gdumb"]
 
 GdumbState = ClassBalanced
 """The memory."""
@@ -32,25 +33,25 @@ def gdumb(
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
     name: str = "gdumb",
 ) -> Component:
-    """The stream fills a memory M; nothing is learnt until a task ends. Then, from new random parameters p,
+    """The stream fills a memory M; nothing is learned until a task ends. Then, from re-initialised parameters p,
 
         L(p) = mean_b loss(f_p(x_b), y_b),   b running through `epochs` random orders of M
 
-    is minimised, with the outputs that compete at that time.
+    is minimised, over the outputs active at that time.
 
     Args:
-      capacity: rows in memory, at least 1.
+      capacity: examples in memory, at least 1.
       n_classes: labels of the stream.
       epochs: passes over the memory at each task's end, at least 1.
-      batch_size: rows of a step, from 1 to capacity; the last of a pass may be incomplete.
-      optimiser: of that training, begun afresh each time; None takes the learner's. A schedule goes in here: a pass has
-        ceil(|M| / batch_size) steps.
+      batch_size: examples per step, from 1 to capacity; the last of a pass may be incomplete.
+      optimiser: for that training, initialised each time; None takes the learner's. A schedule goes in here: a pass
+        has ceil(|M| / batch_size) steps.
       loss: `(outputs, y) -> f32[B]`.
       name: key in state.
 
     Returns:
-      A component with a `GdumbState`, to stand in the place of `supervised`. Its loss in the stream is 0, and it puts
-      parameters that moved all the same (weight decay) back.
+      A component with a `GdumbState`, in place of `supervised`. Its loss on the stream is 0, and it restores parameters
+      that moved nevertheless (weight decay).
 
     Raises:
       ValueError: a size outside its range; at the first trace, a stream without labels.
@@ -59,9 +60,9 @@ def gdumb(
 
     Differences from the paper or its code: for MNIST they take SGD with momentum 0.9, weight decay 1e-6, gradients
     clipped at norm 10, batches of 16, 128 epochs, a cosine from 0.05 to 0.0005 with warm restarts after 1, 2, 4, ...
-    epochs, after a first epoch at 0.005, and the best of all epochs on the test set; here the last. All but that is in
-    `optimiser` and `epochs` (for a memory that is full). They also shift images, and mix them (cutmix) on other data;
-    not here. Their code takes the first capacity / C rows of each class, here the greedy sampler runs.
+    epochs, after a first epoch at 0.005, and the best of all epochs on the test set; here the last. All but that can be
+    set by `optimiser` and `epochs` (for a memory that is full). They also shift images, and on other data mix them
+    (cutmix); not here. Their code takes the first capacity / C examples of each class, here the greedy sampler runs.
 
     Example:
       >>> import optax
@@ -124,3 +125,15 @@ def gdumb(
         return state._replace(params=params, model_state=model_state), part
 
     return Component(name, frozenset({"boundaries"}), init=init, loss=no_loss, observe=observe, end_task=end_task)
+
+
+ENTRY = Entry(
+    name="gdumb",
+    family="replay",
+    summary="a class-balanced memory; at the end of each task a new network is trained on it alone",
+    factory=gdumb,
+    arguments={"capacity": 20, "n_classes": 6, "epochs": 2, "batch_size": 8},
+    papers=("prabhu2020gdumb",),
+    results="gdumb",
+    own_loss=True,
+)

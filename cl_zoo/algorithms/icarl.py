@@ -1,4 +1,4 @@
-"""iCaRL: exemplars chosen by herding, distillation of sigmoid outputs, and the nearest mean of exemplars answers."""
+"""iCaRL: exemplars chosen by herding, distillation of sigmoid outputs, prediction by the nearest mean."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.buffers import batch_rows
+from cl_zoo.buffers import batch_rows, joined
 from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.entries import Entry
 from cl_zoo.estimators.herding import herding_ranks, unit_rows
 from cl_zoo.losses import mask_outputs, weighted_mean
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TaskInfo, TrainState
 
-__all__ = ["IcarlState", "icarl"]
+__all__ = ["ENTRY", "IcarlState", "icarl"]
 
 
 class IcarlState(NamedTuple):
     """Attributes:
-    rows: exemplars as the stream gave them, a pytree of `[capacity, ...]` arrays; the first `sum(held)` count.
+    rows: exemplars as they came from the stream, a pytree of `[capacity, ...]` arrays; the first `sum(held)` count.
     labels, ranks: `i32[capacity]`, the class of each, and its place in the order in which herding picked it.
     held: `i32[C]`, exemplars of each class.
     seen: `bool[C]`, classes of finished tasks.
     means: `f32[C, F]`, unit means of the exemplars' unit features when the last task ended.
-    task_size: `f32[]`, rows of the task at hand.
+    task_size: `f32[]`, examples of the current task.
     params, model_state: the teacher, a copy of the model when the last task ended.
     """
 
@@ -53,36 +54,36 @@ def icarl(
     feature_batch: int = 500,
     name: str = "icarl",
 ) -> Component:
-    """Learns from the task's rows and the exemplars of old classes; answers with the class of the nearest mean.
+    """Learns from the task's examples and the exemplars of old classes; predicts the class of the nearest mean.
 
         L = mean_b sum_c BCE(sigmoid(z_bc), t_bc),   t_bc = sigmoid(old z_bc / T) for classes of finished tasks,
                                                             [y_b = c]             for all others
 
-    over the outputs c that compete, old z from the network when the last task ended. At a task's end each new class
+    over the active outputs c, old z from the network when the last task ended. At a task's end each new class
     gets m = capacity // (classes seen) exemplars by herding (`herding_ranks`) from the task's sample, and the lists of
     old classes are cut to their first m. With unit features phi and mu_c the unit mean of the exemplars' phi,
 
-        answer_c(x) = - || phi(x) - mu_c ||^2
+        output_c(x) = - || phi(x) - mu_c ||^2
 
-    The mean over b is meant over the union of |X| task rows and |P| exemplars: `batch_size` exemplars drawn uniformly
-    join each batch, and together they count |P| / |X| times as much as the current rows.
+    The mean over b is over the union of |X| task examples and |P| exemplars: `batch_size` exemplars drawn uniformly
+    join each batch, and together they count |P| / |X| times as much as the current examples.
 
     Args:
       capacity: exemplars in all, at least `n_classes`.
       n_classes: outputs of the network, `C`.
-      batch_size: exemplars that join each batch, from 0 to capacity; those not yet held have weight 0.
-      draw: they count as much by their "weights", in every batch; or each joins as one of the "rows", of weight 1, with
+      batch_size: exemplars that join each batch, from 0 to capacity; those not yet stored have weight 0.
+      draw: "weights": their weights make them count as much in every batch; "examples": each joins with weight 1, with
         the probability that makes it so on average (the noise of batches drawn from the union).
       per_class: None, or a fixed m, with per_class * n_classes at most capacity.
       temperature: T above 0, of the teacher's outputs alone.
-      task_size: |X|; None counts the rows of the sample given when the task begins, which is |X| if the sample is the
-        whole task.
+      task_size: |X|; None counts the examples of the sample given when the task begins, which is |X| if the sample is
+        the whole task.
       feature_batch: exemplars whose features are computed at once.
       name: key in state and metrics.
 
     Returns:
-      A component with an `IcarlState`, to stand in the place of `supervised`. A class without exemplars is never the
-      answer; before the first task has ended no class has any.
+      A component with an `IcarlState`, in place of `supervised`. A class without exemplars is never predicted; before
+      the first task has ended no class has any.
 
     Raises:
       ValueError: a number outside its range, unknown draw; at the first trace, a stream without labels, a model without
@@ -92,7 +93,7 @@ def icarl(
 
     Differences from the paper or its code: the equation sums over outputs as the paper's does, its code takes their
     mean (here: learning rate / C under plain SGD). The paper makes each batch from the union at random; here exemplars
-    come beside the current rows, so a step sees more rows. Means are those at the last task's end and not renewed
+    are added to the current examples, so a step uses more. Means are those at the last task's end and not recomputed
     within a task. The paper's code also averages over mirrored images, may pick an image twice, and herds towards the
     class mean as it is; here, and in van de Ven's code, it is of unit length. That code (arXiv 1904.07734,
     doi 10.1038/s42256-022-00568-3) has temperature 2, and in 2022 per_class 100.
@@ -107,7 +108,7 @@ def icarl(
     check_whole(name, "capacity", capacity, n_classes)
     check_whole(name, "batch_size", batch_size, 0, capacity)
     check_whole(name, "feature_batch", feature_batch, 1)
-    check_choice(name, "draw", draw, ("weights", "rows"))
+    check_choice(name, "draw", draw, ("weights", "examples"))
     check_range(name, "temperature", temperature, 1e-6)
     if per_class is not None:
         check_whole(name, "per_class", per_class, 1, capacity // n_classes)
@@ -132,9 +133,11 @@ def icarl(
             raise ValueError(f"{name}: task_size is None, and begin_task was given no sample to count")
         return state, part._replace(task_size=size.astype(jnp.float32))
 
-    def prepare(context: Context, state: TrainState, part: IcarlState, batch: Batch, key: Key) -> Batch:
+    def prepare(
+        context: Context, state: TrainState, part: IcarlState, batch: Batch, key: Key
+    ) -> tuple[Batch, IcarlState]:
         if batch_size == 0:
-            return batch
+            return batch, part
         held = jnp.sum(part.held)
         index_key, row_key = jax.random.split(key)
         index = shuffled_index(index_key, jnp.arange(batch_size), held)
@@ -142,10 +145,9 @@ def icarl(
         together = jnp.sum(batch.weight) * held / part.task_size
         each = together / jnp.clip(held, 1, batch_size)
         weight = jnp.where(jnp.arange(batch_size) < held, each, 0)
-        if draw == "rows":  # weights above 1 mean that batch_size is too small for the share: then all join
+        if draw == "examples":  # weights above 1 mean that batch_size is too small for the fraction: then all join
             weight = jnp.where(jax.random.uniform(row_key, weight.shape) < weight, jnp.maximum(weight, 1), 0)
-        joined = Batch(x, y, told, weight.astype(batch.weight.dtype))
-        return jax.tree.map(lambda now, then: jnp.concatenate([now, then]), batch, joined)
+        return joined(batch, Batch(x, y, told, weight.astype(batch.weight.dtype))), part
 
     def loss(
         context: Context,
@@ -221,3 +223,17 @@ def icarl(
         end_task=end_task,
         predict=predict,
     )
+
+
+ENTRY = Entry(
+    name="icarl",
+    family="replay",
+    summary="exemplars chosen by herding and the last model's outputs; predictions by the nearest mean of exemplars",
+    factory=icarl,
+    arguments={"capacity": 20, "n_classes": 6, "batch_size": 8, "temperature": 1.0},
+    numbers=("temperature",),
+    scenarios=("class",),
+    papers=("rebuffi2017icarl",),
+    results="icarl",
+    own_loss=True,
+)

@@ -1,17 +1,18 @@
-"""Regenerative regularisation: weights are drawn back to where they began."""
+"""Regenerative regularisation: weights are pulled back to their initial values."""
 
 from __future__ import annotations
 
 import optax
 
 from cl_zoo.checks import check_range
+from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["l2_init"]
+__all__ = ["ENTRY", "l2_init"]
 
 
 def l2_init(strength: Array | float, *, name: str = "l2_init") -> Component:
-    """Keeps the network able to learn: parameters that a task does not need return to their first values.
+    """Keeps the network able to learn: parameters that a task does not need return to their initial values.
 
         penalty(p) = strength * sum_i (p_i - p_0,i)^2
 
@@ -44,3 +45,16 @@ def l2_init(strength: Array | float, *, name: str = "l2_init") -> Component:
         return strength * optax.tree.norm(optax.tree.sub(params, part), squared=True)
 
     return Component(name, init=init, penalty=penalty)
+
+
+ENTRY = Entry(
+    name="l2_init",
+    family="plasticity",
+    summary="plasticity, by an L2 penalty towards the initial parameters",
+    factory=l2_init,
+    arguments={"strength": 0.01},
+    numbers=("strength",),
+    papers=("kumar2023maintaining",),
+    null=Null({"strength": 0.0}, "strength 0"),
+    results="l2 init",
+)

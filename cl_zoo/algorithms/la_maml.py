@@ -1,4 +1,4 @@
-"""Look-ahead MAML: learning from a stream so that what comes next disturbs least what came before."""
+"""Look-ahead MAML: learning from a stream so that new examples interfere least with old ones."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import optax
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
 from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.entries import Entry
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["LaMamlState", "la_maml", "look_ahead_sgd"]
+__all__ = ["ENTRY", "LaMamlState", "la_maml", "look_ahead_sgd"]
 
 
 class LaMamlState(NamedTuple):
     """Attributes:
-    memory: rows of the stream.
-    updates: `i32[]`, so that a row that is handed out several times enters the memory once.
+    memory: examples of the stream.
+    updates: `i32[]`, so that an example used in several updates enters the memory once.
     """
 
     memory: Reservoir
@@ -34,43 +35,43 @@ def la_maml(
     batch_size: int = 10,
     rate: Array | float | None = None,
     order: int = 1,
-    glances: int = 1,
+    updates_per_batch: int = 1,
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
     name: str = "la_maml",
 ) -> Component:
-    """The rows of a batch are learnt one by one in a look-ahead; the real step lowers the loss along that path.
+    """The examples of a batch are learned one by one in a look-ahead; the real step lowers the loss along that path.
 
-        phi_0 = theta;   phi_{j+1} = phi_j - relu(alpha) * grad loss(phi_j; row j)
-        L(theta, alpha) = mean_j  loss(phi_{j+1}; batch and rows from memory)
+        phi_0 = theta;   phi_{j+1} = phi_j - relu(alpha) * grad loss(phi_j; example j)
+        L(theta, alpha) = mean_j  loss(phi_{j+1}; batch and examples from memory)
 
     with alpha a learned rate for each parameter (La-MAML, with a model from `with_learning_rates`) or one fixed number
     (C-MAML). With the optimiser `look_ahead_sgd(eta)`:
 
         alpha <- alpha - eta * clip(dL / d alpha);   theta <- theta - relu(alpha) * clip(dL / d theta)
 
-    The gradient of alpha is minus the inner product, number by number, of inner gradients and of the loss on new and
-    old rows: rates grow where the two agree, and fall to 0 where learning would disturb what is remembered.
+    The gradient of alpha is minus the elementwise product of the inner gradients and those of the loss on new and old
+    examples: rates grow where the two agree, and fall to 0 where learning would interfere with the memory.
 
     Args:
-      capacity: rows in memory, at least 1.
-      batch_size: rows drawn for each step, from 1 to the capacity.
+      capacity: examples in memory, at least 1.
+      batch_size: examples drawn for each step, from 1 to the capacity.
       rate: None takes the model's learned rates; a number is that of every parameter.
       order: 1 takes inner gradients as constants, as the authors do; 2 differentiates through them.
-      glances: how often a stream hands out each batch; rows enter the memory at the first.
+      updates_per_batch: updates per batch, as in the stream; examples enter the memory at the first.
       loss: `(outputs [B, C], y) -> f32[B]`.
       name: key in state and metrics.
 
     Returns:
-      A component with a `LaMamlState`. It is the learner's objective and stands in the place of `supervised`.
+      A component with a `LaMamlState`. It is the learner's objective, in place of `supervised`.
 
     Raises:
-      ValueError: capacity or glances below 1, batch_size below 1 or above the capacity, a negative rate, another order;
-        at `init`, a model without learning rates where `rate` is None.
+      ValueError: capacity or updates_per_batch below 1, batch_size below 1 or above the capacity, a negative rate,
+        another order; at `init`, a model without learning rates where `rate` is None.
 
     Source: Gupta, Yadav and Paull 2020, "Look-ahead meta learning for continual learning", arXiv 2007.13904.
 
-    Differences from the paper or its code: the authors' code for MNIST draws old rows from a memory that, after the
-    first task, holds those of the task at hand too, as here. Its reservoir draws among one slot too many; here it is
+    Differences from the paper or its code: the authors' code for MNIST draws old examples from a memory that, after the
+    first task, contains those of the current task too, as here. Its reservoir draws among one slot too many; here it is
     algorithm R. Inner gradients are not clipped (its clipping for MNIST has no effect).
 
     Example:
@@ -83,7 +84,7 @@ def la_maml(
     """
     check_whole(name, "capacity", capacity, 1)
     check_whole(name, "batch_size", batch_size, 1, capacity)
-    check_whole(name, "glances", glances, 1)
+    check_whole(name, "updates_per_batch", updates_per_batch, 1)
     check_choice(name, "order", order, (1, 2))
     if rate is not None:
         check_range(name, "rate", rate, 0)
@@ -130,7 +131,7 @@ def la_maml(
     def observe(
         context: Context, state: TrainState, part: LaMamlState, record: Record, key: Key
     ) -> tuple[TrainState, LaMamlState]:
-        new = record.batch.weight * (part.updates % glances == 0)
+        new = record.batch.weight * (part.updates % updates_per_batch == 0)
         memory = reservoir_add(part.memory, batch_rows(record.batch), new, key)
         present = jnp.any(record.batch.weight > 0)
         return state, LaMamlState(memory, part.updates + present.astype(jnp.int32))
@@ -147,7 +148,7 @@ def look_ahead_sgd(
         alpha <- alpha - rate_learning_rate * g_alpha
         p <- p - relu(alpha) * g_p          or, with a `learning_rate` (Sync La-MAML),  p <- p - learning_rate * g_p
 
-    The rates that p takes are the new ones (asynchronous).
+    p is updated with the new rates (asynchronous).
 
     Args:
       rate_learning_rate: at least 0.
@@ -158,7 +159,7 @@ def look_ahead_sgd(
       An optax optimiser for models from `with_learning_rates`.
 
     Raises:
-      ValueError: a number outside its range; at the first update, other parameters.
+      ValueError: a number outside its range; at the first update, parameters without learning rates.
 
     Source: Gupta, Yadav and Paull 2020, arXiv 2007.13904.
     """
@@ -186,3 +187,28 @@ def look_ahead_sgd(
         return {"params": moved, "learning_rates": step}
 
     return optax.stateless(update)
+
+
+ENTRY = (
+    Entry(
+        name="la_maml",
+        family="meta-learning",
+        summary="a replay memory, and a learning rate for each parameter, low where learning would interfere with it",
+        factory=la_maml,
+        arguments={"capacity": 20, "batch_size": 8, "updates_per_batch": 2},
+        papers=("gupta2020look",),
+        results="la-maml",
+        own_loss=True,
+    ),
+    Entry(
+        name="c_maml",
+        family="meta-learning",
+        summary="a replay memory, on which the loss after each look-ahead along the new examples is minimised",
+        factory=la_maml,
+        arguments={"capacity": 20, "batch_size": 8, "rate": 0.5},
+        numbers=("rate",),
+        papers=("gupta2020look",),
+        results="c-maml",
+        own_loss=True,
+    ),
+)

@@ -1,4 +1,4 @@
-"""Learning without forgetting: the answers of the last task's model are kept by distillation."""
+"""Learning without forgetting: the outputs of the last task's model are kept by distillation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range
+from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import soft_cross_entropy, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["LwfState", "lwf"]
+__all__ = ["ENTRY", "LwfState", "lwf"]
 
 
 class LwfState(NamedTuple):
@@ -32,13 +33,13 @@ def lwf(
     temperature_squared: bool = False,
     name: str = "lwf",
 ) -> Component:
-    """The new task's inputs are labelled softly by the model as it was before the task; that is learned too.
+    """The model as it was before the new task gives soft labels to its inputs; these are learned too.
 
         L = L_task + strength * mean_b [ - sum_c softmax(teacher_b / T)_c log softmax(student_b / T)_c ]
 
-    from the second task on. Rows that carry their task (task-incremental) are distilled on each finished task's head,
-    and these are averaged; for others the teacher's softmax is over the outputs open when it was taken, the student's
-    over those open now. Outputs `[B, L, C]`, of tokens, are averaged over L.
+    from the second task on. Examples that carry their task (task-incremental) are distilled on each finished task's
+    head, and these are averaged; for others the teacher's softmax is over the outputs active when it was copied, the
+    student's over those active now. Outputs `[B, L, C]`, of tokens, are averaged over L.
 
     Args:
       strength: at least 0.
@@ -58,8 +59,8 @@ def lwf(
     Differences from the paper or its code: the paper first trains the new head alone ("warm-up") and weighs by epochs,
     which is left out here as in van de Ven's code (arXiv 1904.07734 and doi 10.1038/s42256-022-00568-3). There, 2022:
     weighting "tasks" in the task- and domain-incremental settings, "constant" in the class-incremental one; 2019:
-    weighting "tasks" and T^2, all divided by the number of tasks, a common factor that Adam cancels. The teacher
-    distils the rows of the stream; rows replayed by another component are distilled too.
+    weighting "tasks" and T^2, all divided by the number of tasks, a common factor that Adam cancels. Examples replayed
+    by another component are distilled too.
 
     Example:
       >>> import optax
@@ -95,7 +96,7 @@ def lwf(
         else:
             before = context.active(jnp.maximum(state.task - 1, 0))
             each = soft_cross_entropy(student, teacher, temperature, context.active(state.task), before)
-            rows = jnp.mean(each.reshape((each.shape[0], -1)), axis=1)  # of tokens, where a row has many
+            rows = jnp.mean(each.reshape((each.shape[0], -1)), axis=1)  # over tokens, where an example has many
         factor = state.task if weighting == "tasks" else jnp.minimum(state.task, 1)
         scale = strength * factor.astype(student.dtype)
         if temperature_squared:
@@ -108,3 +109,16 @@ def lwf(
         return state, LwfState(state.params, state.model_state)
 
     return Component(name, frozenset({"boundaries"}), init=init, loss=loss, end_task=end_task)
+
+
+ENTRY = Entry(
+    name="lwf",
+    family="distillation",
+    summary="the last model's outputs on new inputs, by distillation",
+    factory=lwf,
+    arguments={"strength": 1.0, "temperature": 2.0},
+    numbers=("strength", "temperature"),
+    papers=("li2016learning",),
+    null=Null({"strength": 0.0}, "strength 0"),
+    results="lwf",
+)

@@ -1,4 +1,4 @@
-"""Model-agnostic meta-learning: parameters from which a few steps of gradient descent go far."""
+"""Model-agnostic meta-learning: parameters from which a few gradient steps solve a new problem."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree, TrainState
 
-__all__ = ["Adaptation", "maml"]
+__all__ = ["ENTRY", "Adaptation", "maml"]
 
 
 class Adaptation(NamedTuple):
@@ -24,14 +25,14 @@ class Adaptation(NamedTuple):
       loss: `(outputs [N, C], y) -> f32[N]`.
       inner: an optax optimiser, or "learned": the rates of `with_learning_rates`.
       steps: of the inner loop; None is one pass over the support.
-      rows: rows of the support that each step takes, in their order and from the start again; None takes all.
-      only: names of the parameters that move; none named, all do.
+      inner_batch_size: examples of the support that each step takes, in order and cyclically; None takes all.
+      only: names of the parameters that are updated; if empty, all.
     """
 
     loss: Callable[[PyTree, PyTree], Array]
     inner: optax.GradientTransformation | str
     steps: int | None
-    rows: int | None
+    inner_batch_size: int | None
     only: tuple[str, ...]
 
     def network(self, params: PyTree) -> PyTree:
@@ -43,7 +44,7 @@ class Adaptation(NamedTuple):
         return {**params, "params": network} if self.inner == "learned" else network
 
     def answer(self, context: Context, state: TrainState, params: PyTree, x: PyTree, active: Array | None) -> Array:
-        """Masked outputs of the network for rows, as it answers."""
+        """Masked outputs of the network for examples, in evaluation mode."""
         outputs, _, _ = context.model.apply(params, state.model_state, x)
         return outputs if active is None else mask_outputs(outputs, active)
 
@@ -57,13 +58,13 @@ class Adaptation(NamedTuple):
         each: Callable[[PyTree], PyTree] | None = None,
         **options: Any,
     ) -> tuple[PyTree, PyTree]:
-        """The inner loop from `params` on `support`, `(x, y, weight)` of K rows; see `inner_loop`."""
+        """The inner loop from `params` on `support`, `(x, y, weight)` of K examples; see `inner_loop`."""
         size = jax.tree.leaves(support[0])[0].shape[0]
 
         def loss(network: PyTree, i: Array) -> Array:
             x, y, weight = support
-            if self.rows is not None:
-                index = (i * self.rows + jnp.arange(self.rows)) % size
+            if self.inner_batch_size is not None:
+                index = (i * self.inner_batch_size + jnp.arange(self.inner_batch_size)) % size
                 x, y, weight = jax.tree.map(lambda leaf: leaf[index], support)
             outputs = self.answer(context, state, self.with_network(params, network), x, active)
             return weighted_mean(self.loss(outputs, y), weight)
@@ -76,7 +77,7 @@ class Adaptation(NamedTuple):
             loss,
             self.network(params),
             optimiser,
-            -(-size // (self.rows or size)) if self.steps is None else self.steps,
+            -(-size // (self.inner_batch_size or size)) if self.steps is None else self.steps,
             only=self.only,
             each=looked,
             **options,
@@ -100,7 +101,7 @@ class Adaptation(NamedTuple):
         return jax.vmap(function, in_axes=axes)((x.support_x, x.support_y, ones), x.query_x, active, *more)
 
     def predict(self, context: Context, state: TrainState, part: PyTree, x: PyTree, task: Array | None) -> PyTree:
-        """The hook: an episode's queries are answered after learning from its support, plain rows as they are."""
+        """The hook: an episode's queries are predicted after learning from its support, plain examples directly."""
         if not isinstance(x, Episode):
             return self.answer(context, state, state.params, x, context.active(state.task, task))
 
@@ -113,7 +114,7 @@ class Adaptation(NamedTuple):
     def adapt(
         self, context: Context, state: TrainState, part: PyTree, batch: Batch, key: Key
     ) -> tuple[TrainState, PyTree, None]:
-        """The hook: the network learns from labelled rows, for good. Episodes leave it as it is: `predict` answers."""
+        """The hook: the network learns from labelled examples, for good. Episodes do not change it: see `predict`."""
         if not isinstance(batch.x, Episode):
             active = context.active(state.task, batch.task)
             params, _ = self.run(context, state, state.params, (batch.x, batch.y, batch.weight), active)
@@ -122,7 +123,7 @@ class Adaptation(NamedTuple):
 
 
 def check_adaptation(
-    owner: str, inner: optax.GradientTransformation | str, steps: dict[str, int | None], rows: int | None
+    owner: str, inner: optax.GradientTransformation | str, steps: dict[str, int | None], inner_batch_size: int | None
 ) -> None:
     """Refuses an impossible inner loop."""
     if isinstance(inner, str):
@@ -130,8 +131,8 @@ def check_adaptation(
     for field, value in steps.items():
         if value is not None:
             check_whole(owner, field, value, 0)
-    if rows is not None:
-        check_whole(owner, "rows", rows, 1)
+    if inner_batch_size is not None:
+        check_whole(owner, "inner_batch_size", inner_batch_size, 1)
 
 
 def maml(
@@ -142,12 +143,12 @@ def maml(
     test_steps: int | None = None,
     order: int = 2,
     only: Sequence[str] = (),
-    rows: int | None = None,
+    inner_batch_size: int | None = None,
     step_weights: Sequence[float] | None = None,
     rematerialise: bool = False,
     name: str = "maml",
 ) -> Component:
-    """Each row of a batch is an episode: learn from its support, and be judged by its query.
+    """Each example of a batch is an episode: learn from its support, be evaluated on its query.
 
         phi_e = inner_steps steps of `inner` on mean_k loss(f(support_x_k; phi), support_y_k), from phi = theta
         L(theta) = sum_e w_e mean_q loss(f(query_x_q; phi_e), query_y_q) / sum_e w_e
@@ -155,33 +156,32 @@ def maml(
     The gradient of L passes through the inner loop (order 2), or takes its gradients as constants (order 1, FOMAML).
     With `step_weights` L is sum_i v_i L_i, L_i the loss after inner step i (multi-step loss). With inner="learned"
     each parameter moves by its own learned rate (Meta-SGD): phi <- phi - rates * grad. With `only` naming the last
-    layer it is ANIL. It answers an `Episode` after learning from its support; `learner.adapt(state, batch)` learns from
-    labelled rows and keeps what it learnt.
+    layer it is ANIL. It predicts the queries of an `Episode` after learning from its support;
+    `learner.adapt(state, batch)` learns from labelled examples and keeps what it learned.
 
     Args:
       loss: `(outputs [N, C], y) -> f32[N]`.
       inner: any optax optimiser, or "learned", with a model from `with_learning_rates`.
-      inner_steps: when training, at least 0; None is one pass over the support, `rows` at a time.
-      test_steps: when answering; None is `inner_steps`.
+      inner_steps: when training, at least 0; None is one pass over the support, `inner_batch_size` at a time.
+      test_steps: when predicting; None is `inner_steps`.
       order: 2 or 1.
-      only: names of the parameters that the inner loop moves ("output"); none named, all.
-      rows: of the support in each inner step, in their order; None takes all.
+      only: names of the parameters that the inner loop updates ("output"); if empty, all.
+      inner_batch_size: examples of the support in each inner step, in order; None takes all.
       step_weights: v, one for each inner step; None counts the last alone.
-      rematerialise: compute inner steps again in the backward pass: slower, less memory.
+      rematerialise: recompute inner steps in the backward pass: slower, less memory.
       name: key in metrics.
 
     Returns:
-      A component without state, for `episodic` models. It is the learner's objective and stands in the place of
-      `supervised`.
+      A component without state, for `episodic` models. It is the learner's objective, in place of `supervised`.
 
     Raises:
-      ValueError: another order, a negative number of steps, rows below 1, not one weight a step; at the first trace,
-        batches that are not episodes, a name that is no parameter.
+      ValueError: another order, a negative number of steps, inner_batch_size below 1, not one weight per step; at the
+        first trace, batches that are not episodes, a name that is not a parameter.
 
     Source: Finn et al. 2017, arXiv 1703.03400; Meta-SGD: Li et al. 2017, arXiv 1707.09835; ANIL: Raghu et al. 2020,
     arXiv 1909.09157; multi-step loss: Antoniou et al. 2019, arXiv 1810.09502.
 
-    Differences from the paper or its code: networks answer as in evaluation, so normalisation layers use their running
+    Differences from the paper or its code: networks run in evaluation mode, so normalisation layers use their running
     statistics; the authors' code normalises each batch by itself. For tasks in groups, all weigh the same.
 
     Example:
@@ -193,14 +193,14 @@ def maml(
       >>> model = episodic(mlp((1,), 1, hidden=(40, 40)))
       >>> learner = compose(model, optax.adam(1e-3), maml(squared_error, inner=optax.sgd(0.01)))
     """
-    check_adaptation(name, inner, {"inner_steps": inner_steps, "test_steps": test_steps}, rows)
+    check_adaptation(name, inner, {"inner_steps": inner_steps, "test_steps": test_steps}, inner_batch_size)
     check_choice(name, "order", order, (1, 2))
     if step_weights is not None and len(step_weights) != inner_steps:
         raise ValueError(
             f"{name}: step_weights has {len(step_weights)} numbers, but there must be one for each of the"
             f" {inner_steps} inner steps"
         )
-    training = Adaptation(loss, inner, inner_steps, rows, tuple(only))
+    training = Adaptation(loss, inner, inner_steps, inner_batch_size, tuple(only))
     answering = training if test_steps is None else training._replace(steps=test_steps)
 
     def loss_hook(
@@ -234,4 +234,56 @@ def maml(
 def check_episodes(owner: str, batch: Batch) -> None:
     """Refuses batches of anything but episodes."""
     if not isinstance(batch.x, Episode):
-        raise ValueError(f"{owner}: the rows of the batch are not episodes; take them from few_shot or sinusoids, say")
+        raise ValueError(f"{owner}: the examples of the batch are not episodes, as those of few_shot or sinusoids are")
+
+
+ENTRY = (
+    Entry(
+        name="maml",
+        family="meta-learning",
+        summary="parameters from which a few gradient steps solve a new problem",
+        factory=maml,
+        arguments={"inner": optax.sgd(0.5), "inner_steps": 2},
+        scenarios=("episodes",),
+        papers=("finn2017model",),
+        null=Null({"inner_steps": 0}, "no inner steps: joint training"),
+        results="maml",
+        own_loss=True,
+    ),
+    Entry(
+        name="first_order_maml",
+        family="meta-learning",
+        summary="parameters as maml's, with inner gradients taken as constants",
+        factory=maml,
+        arguments={"inner": optax.sgd(0.5), "inner_steps": 2, "order": 1},
+        scenarios=("episodes",),
+        papers=("finn2017model",),
+        null=Null({"inner_steps": 0}, "no inner steps: joint training"),
+        results="fomaml",
+        own_loss=True,
+    ),
+    Entry(
+        name="anil",
+        family="meta-learning",
+        summary="parameters as maml's, where only the last layer adapts to a new problem",
+        factory=maml,
+        arguments={"inner": optax.sgd(0.5), "inner_steps": 2, "only": ("output",)},
+        scenarios=("episodes",),
+        papers=("raghu2020rapid",),
+        null=Null({"inner_steps": 0}, "no inner steps: joint training"),
+        results="anil",
+        own_loss=True,
+    ),
+    Entry(
+        name="meta_sgd",
+        family="meta-learning",
+        summary="parameters as maml's, and a learned inner learning rate for each of them",
+        factory=maml,
+        arguments={"inner": "learned"},
+        scenarios=("episodes",),
+        papers=("li2017meta",),
+        null=Null({"inner_steps": 0}, "no inner steps: joint training"),
+        results="meta-sgd",
+        own_loss=True,
+    ),
+)

@@ -1,4 +1,4 @@
-"""Memory-aware synapses: what the answers are sensitive to is kept, without labels."""
+"""Memory-aware synapses: parameters that the outputs are sensitive to are kept, without labels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_range, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.moments import gradient_moment
 from cl_zoo.estimators.quadratic import Quadratic, quadratic_penalty, zero_quadratic
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["MasState", "mas"]
+__all__ = ["ENTRY", "MasState", "mas"]
 
 MasState = Quadratic
 """Importance of the finished tasks, and the parameters when the last one ended."""
@@ -19,18 +20,18 @@ MasState = Quadratic
 def mas(
     strength: Array | float, *, decay: Array | float | None = None, micro_batch: int = 16, name: str = "mas"
 ) -> Component:
-    """Keeps parameters near their last values, each as firmly as the network's outputs depend on it.
+    """Keeps parameters near their last values, each in proportion to how much the outputs depend on it.
 
         Omega_t,i = mean_x | d ||f(x)||^2 / d p_i |                        each example's own gradient
         Omega <- Omega + Omega_t,   or   decay * Omega + (1 - decay) * Omega_t
         penalty(p) = strength * sum_i Omega_i (p_i - a_i)^2
 
-    f(x) are the outputs open to x, and a the parameters when the last task ended.
+    f(x) are the active outputs for x, and a the parameters when the last task ended.
 
     Args:
       strength: lambda, at least 0.
       decay: None adds tasks up; a number in [0, 1] takes a moving average over them.
-      micro_batch: rows whose gradients are held at once where no fast path exists.
+      micro_batch: examples whose gradients are computed at once where no fast path exists.
       name: key in state and metrics.
 
     Returns:
@@ -41,8 +42,8 @@ def mas(
 
     Source: Aljundi et al. 2018, arXiv 1711.09601.
 
-    Differences from the paper or its code: none; the paper adds tasks up, Avalanche averages with decay 0.5. Some codes
-    take the gradient of a batch's mean norm, in which examples of opposite sign cancel; here it is each example's own.
+    Differences from the paper or its code: none; the paper adds tasks up, Avalanche averages with decay 0.5. Some code
+    takes the gradient of a batch's mean norm, in which examples of opposite sign cancel; here it is each example's own.
 
     Example:
       >>> import optax
@@ -80,3 +81,16 @@ def mas(
         return state, MasState(omega, state.params, part.residual)
 
     return Component(name, frozenset({"boundaries", "end_sample"}), init=init, penalty=penalty, end_task=end_task)
+
+
+ENTRY = Entry(
+    name="mas",
+    family="regularisation",
+    summary="parameters that the outputs are sensitive to, by a quadratic penalty that needs no labels",
+    factory=mas,
+    arguments={"strength": 1.0},
+    numbers=("strength",),
+    papers=("aljundi2018memory",),
+    null=Null({"strength": 0.0}, "strength 0"),
+    results="mas",
+)

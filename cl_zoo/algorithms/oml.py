@@ -1,4 +1,4 @@
-"""Online-aware meta-learning: a representation on which learning row by row does not interfere."""
+"""Online-aware meta-learning: a representation on which learning example by example does not interfere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import optax
 
 from cl_zoo.algorithms.maml import maml
+from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import cross_entropy
 from cl_zoo.types import Array, Component, PyTree
 
-__all__ = ["oml"]
+__all__ = ["ENTRY", "oml"]
 
 
 def oml(
@@ -21,13 +22,13 @@ def oml(
     order: int = 2,
     name: str = "oml",
 ) -> Component:
-    """The prediction part W learns row by row along a trajectory; what it read, the representation, is meta-learnt.
+    """The prediction part W learns example by example along a trajectory; the representation it reads is meta-learned.
 
         W_0 = W;   W_{j+1} = W_j - inner_rate * grad_W loss(f(x_j; theta, W_j), y_j),   j = 0 ... K - 1
         L(theta, W) = mean over the query of loss(f(x; theta, W_K), y)
 
-    The support of an episode is the trajectory, K correlated rows in the order of learning; the query holds them and
-    random rows of all tasks, so that L counts what was forgotten. `trajectories` makes such episodes.
+    The support of an episode is the trajectory, K correlated examples in the order of learning; the query contains them
+    and random examples of all tasks, so that L measures forgetting. `trajectories` makes such episodes.
 
     Args:
       inner_rate: at least 0.
@@ -37,8 +38,8 @@ def oml(
       name: key in metrics.
 
     Returns:
-      `maml` with one row a step and those parameters only. After meta-learning, `learner.adapt` on rows one by one, or
-      an episode as long as one likes, learns W alone.
+      `maml` with one example per step and those parameters only. After meta-learning, `learner.adapt` on examples one
+      by one, or an episode of any length, learns W alone.
 
     Raises:
       ValueError: as `maml`.
@@ -55,4 +56,20 @@ def oml(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(episodic(mlp((28, 28), 10)), optax.adam(1e-4), oml(0.03))
     """
-    return maml(loss, inner=optax.sgd(inner_rate), inner_steps=None, rows=1, order=order, only=prediction, name=name)
+    return maml(
+        loss, inner=optax.sgd(inner_rate), inner_steps=None, inner_batch_size=1, order=order, only=prediction, name=name
+    )
+
+
+ENTRY = Entry(
+    name="oml",
+    family="meta-learning",
+    summary="a representation on which learning example by example does not interfere",
+    factory=oml,
+    arguments={"inner_rate": 0.5},
+    numbers=("inner_rate",),
+    scenarios=("episodes",),
+    papers=("javed2019meta",),
+    null=Null({"inner_rate": 0.0}, "inner rate 0: joint training"),
+    own_loss=True,
+)

@@ -1,4 +1,4 @@
-"""PackNet: every task keeps a share of the weights that are still free, and never loses them."""
+"""PackNet: every task keeps a fraction of the weights that are still free, and never loses them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.checks import check_range, check_whole
+from cl_zoo.entries import Entry
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["PackNetState", "packnet"]
+__all__ = ["ENTRY", "PackNetState", "packnet"]
 
 _FREE = 2**15 - 1  # above every task's index, so that "usable by task k" is owner <= k
 
@@ -36,34 +37,34 @@ def packnet(
         while task t trains:   w_i moves only where w_i is free
         when it ends:          per layer, of its n free weights, the round(prune * n) smallest |w_i| = 0 and stay free,
                                the others belong to t and are trained `retrain_steps` steps more
-        task k is answered by  w_i [owner_i <= k]
+        task k is predicted by w_i [owner_i <= k]
 
     Weights of earlier tasks are frozen to the bit under any optimiser, so what a task scores never changes once it has
     ended. Biases, and all else with less than two axes, belong to the first task and are frozen after it, and so is
-    `model_state`. The network's last layer is not packed: each task owns the outputs that are open to it, whole.
+    `model_state`. The network's last layer is not packed: each task owns the whole of its active outputs.
     Where no weight is left free, a later task trains its own outputs alone (with `pack_outputs`, nothing at all).
 
     Args:
-      prune: share of a layer's free weights, in [0, 1], that a task hands back.
+      prune: fraction of a layer's free weights, in [0, 1], that a task gives back.
       retrain_steps: updates after pruning, on the batches of the end sample in turn; at least 0.
       pack_outputs: the last layer is packed like any other, as if its outputs were shared.
       name: key in state.
 
     Returns:
-      A component with a `PackNetState`; it answers (`predict`). It must stand after components that edit parameters.
+      A component with a `PackNetState`; it predicts. Place it after components that edit parameters.
 
     Raises:
       ValueError: prune outside [0, 1], retrain_steps below 0; at `init`, a model without taps, whose last layer is
-        unknown, unless all outputs are open (`tasks=None`) or `pack_outputs`.
+        unknown, unless all outputs are active (`tasks=None`) or `pack_outputs`.
 
     Source: Mallya and Lazebnik 2018, arXiv 1711.05769.
 
     Differences from the paper or its code: the paper starts from a network trained on ImageNet and retrains for half as
     many epochs as it trained, here the first task starts from the initial weights, and `retrain_steps` counts. The
     retraining starts with a fresh optimiser; the run's own goes on, compose `reset_optimiser()` for one per task, as
-    there. Ties in magnitude are broken by place, so that the number of owned weights is exact; there, all that tie with
-    the last are pruned. Normalisation goes by the statistics of the batch while later tasks train, there by those of
-    the first task. While a task trains it is answered by all weights as they stand.
+    there. Ties in magnitude are broken by position, so that the number of owned weights is exact; there, all that tie
+    with the last are pruned. Normalisation uses the statistics of the batch while later tasks train, there those of the
+    first task. While a task trains it is predicted by all weights as they are.
 
     Example:
       >>> import optax
@@ -89,7 +90,7 @@ def packnet(
 
         jax.eval_shape(apply)
         if not names:
-            raise ValueError(f"{name}: the model records no taps, which tell its last layer; give pack_outputs=True")
+            raise ValueError(f"{name}: the model records no taps, so its last layer is unknown; give pack_outputs=True")
         return names[-1]
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> PackNetState:
@@ -103,9 +104,9 @@ def packnet(
 
     def transform(
         context: Context, state: TrainState, part: PackNetState, record: Record, grads: PyTree, key: Key
-    ) -> PyTree:
+    ) -> tuple[PyTree, PackNetState]:
         # Frozen weights take no part in what an optimiser makes of all gradients together (clipping by norm, say).
-        return _where(lambda owner: owner >= state.task, part.owner, grads, jax.tree.map(jnp.zeros_like, grads))
+        return _where(lambda owner: owner >= state.task, part.owner, grads, jax.tree.map(jnp.zeros_like, grads)), part
 
     def observe(
         context: Context, state: TrainState, part: PackNetState, record: Record, key: Key
@@ -168,7 +169,7 @@ def packnet(
         if task is None:
             outputs = answer(state.params)
         else:
-            # Before a task has ended, its weights are among the free ones, and all serve it.
+            # Before a task has ended, its weights are among the free ones, and all are used.
             rows = jnp.clip(task, 0, state.task)
 
             def one(k: Array, answered: Array) -> Array:
@@ -182,7 +183,7 @@ def packnet(
                 return jnp.where(mine, answer(usable), answered)
 
             shape = jax.eval_shape(answer, state.params)
-            # One pass where all rows share a task, as in most batches.
+            # One pass where all examples share a task, as in most batches.
             outputs = jax.lax.fori_loop(jnp.min(rows), jnp.max(rows) + 1, one, jnp.zeros(shape.shape, shape.dtype))
         return mask_outputs(outputs, context.active(state.task, task))
 
@@ -203,7 +204,20 @@ def _where(test: Callable[[Array], Array], owner: PyTree, then: PyTree, otherwis
 
 
 def _smallest(magnitude: Array, free: Array, share: Array | float) -> Array:
-    """Which of the free are the round(share * free) smallest; exactly so many, ties broken by place."""
+    """Which of the free are the round(share * free) smallest; exactly so many, ties broken by position."""
     order = jnp.argsort(jnp.where(free, magnitude, jnp.inf).ravel())
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
     return (rank < jnp.round(share * jnp.sum(free))).reshape(free.shape) & free
+
+
+ENTRY = Entry(
+    name="packnet",
+    family="parameter isolation",
+    summary="the largest of the free weights for each task, frozen to the bit; others are pruned for later tasks",
+    factory=packnet,
+    arguments={"prune": 0.5, "retrain_steps": 4},
+    numbers=("prune",),
+    scenarios=("task",),
+    papers=("mallya2018packnet",),
+    results="packnet",
+)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_range, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.units import check_units, reset_units, row_mean, unit_activations
 from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState
 
-__all__ = ["RedoState", "redo"]
+__all__ = ["ENTRY", "RedoState", "redo"]
 
 
 class RedoState(NamedTuple):
@@ -24,19 +25,19 @@ class RedoState(NamedTuple):
 
 
 def redo(threshold: Array | float, every: int = 1000, *, name: str = "redo") -> Component:
-    """Now and then, units that hardly fire on the batch at hand are made anew.
+    """From time to time, units that are hardly active on the current batch are re-initialised.
 
     A unit i of a layer with n units is dormant where
 
         s_i = mean_b |h_bi| / (1/n sum_j mean_b |h_bj|) <= threshold
 
-    After every `every`-th update, what makes a dormant unit is drawn anew as at the start, what reads it is 0, and the
-    optimiser's moments of both start afresh. In a feature map the means are over positions too. A layer that is silent
-    altogether is dormant as a whole.
+    After every `every`-th update, weights and biases that make a dormant unit are re-initialised, weights that read it
+    are 0, and the optimiser's moments of both start afresh. In a feature map the means are over positions too. A layer
+    that is silent altogether is dormant as a whole.
 
     Args:
       threshold: tau, at least 0; 0 recycles units that are exactly 0 on the whole batch.
-      every: updates between two looks, at least 1.
+      every: updates between two checks, at least 1.
       name: key in state.
 
     Returns:
@@ -48,8 +49,8 @@ def redo(threshold: Array | float, every: int = 1000, *, name: str = "redo") -> 
 
     Source: Sokar et al. 2023, "The dormant neuron phenomenon in deep reinforcement learning", arXiv 2302.12902.
 
-    Differences from the paper or its code: the paper looks at a batch from the replay memory, here it is the batch of
-    the step, so it must not be too small (on one row, half of all ReLU units are silent). Adam's count of steps, which
+    Differences from the paper or its code: the paper takes a batch from the replay memory, here it is the batch of the
+    step, so it must not be too small (on one example, half of all ReLU units are silent). Adam's count of steps, which
     all weights share, goes on. A weight between two units that are recycled at once is 0.
 
     Example:
@@ -81,3 +82,16 @@ def redo(threshold: Array | float, every: int = 1000, *, name: str = "redo") -> 
         return state._replace(params=params, opt_state=opt_state), RedoState(updates, recycled)
 
     return Component(name, init=init, observe=observe)
+
+
+ENTRY = Entry(
+    name="redo",
+    family="plasticity",
+    summary="plasticity, by re-initialising dormant units",
+    factory=redo,
+    arguments={"threshold": 0.8, "every": 3},
+    numbers=("threshold",),
+    papers=("sokar2023dormant",),
+    null=Null({"every": 1000000}, "never checked"),
+    results="redo",
+)

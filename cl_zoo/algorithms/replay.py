@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import (
@@ -11,45 +10,47 @@ from cl_zoo.buffers import (
     Ring,
     batch_rows,
     class_balanced_memory,
+    joined,
     reservoir_memory,
     ring_memory,
 )
 from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Batch, Component, Context, Key, Record, TrainState
 
-__all__ = ["ReplayState", "replay"]
+__all__ = ["ENTRY", "ReplayState", "replay"]
 
 ReplayState = Reservoir | Ring | ClassBalanced
-"""The memory: rows as the stream gave them (uint8 images stay uint8), and how many were seen."""
+"""The memory: examples as they came from the stream (uint8 images stay uint8), and how many were seen."""
 
 
 def replay(
     capacity: int,
     *,
     batch_size: int = 32,
-    weighting: str = "rows",
+    weighting: str = "examples",
     memory: str = "reservoir",
     n_classes: int | None = None,
     name: str = "replay",
 ) -> Component:
-    """Each batch is joined by `batch_size` different rows drawn uniformly from a memory of rows seen.
+    """Each batch is joined by `batch_size` different examples drawn uniformly from a memory of those seen.
 
-    With n current rows and m replayed ones, the loss of the joined batch is
+    With n current examples and m replayed ones, the loss of the joined batch is
 
-        weighting "rows":   L = sum of all losses / (n + m)
+        weighting "examples":   L = sum of all losses / (n + m)
         weighting "tasks":  L = 1/t * (mean current loss) + (1 - 1/t) * (mean replayed loss),   t = tasks so far
 
     Args:
-      capacity: rows in memory, at least 1.
-      batch_size: rows replayed with each batch, at least 0; those the memory cannot give yet have weight 0.
+      capacity: examples in memory, at least 1.
+      batch_size: examples replayed with each batch, at least 0; those the memory cannot supply yet have weight 0.
       weighting: as above; "tasks" needs task boundaries.
-      memory: "reservoir", a uniform sample of all rows seen; "ring", the last capacity // n_classes rows of each class;
-        "class_balanced", as many rows of each class as can be.
+      memory: "reservoir", a uniform sample of all examples seen; "ring", the last capacity // n_classes examples of
+        each class; "class_balanced", classes as equal in number as possible.
       n_classes: labels of the stream; needed by the last two.
       name: key in state.
 
     Returns:
-      A component with a `ReplayState`. Other components see the joined batch, current rows first.
+      A component with a `ReplayState`. Other components see the joined batch, current examples first.
 
     Raises:
       ValueError: capacity below 1, batch_size below 0 or above the capacity, unknown weighting or memory, a memory by
@@ -60,8 +61,8 @@ def replay(
     doi 10.1007/978-3-030-58536-5_31.
 
     Differences from the paper or its code: draws are without replacement. Van de Ven's code fills its memory at each
-    task's end with a fixed number of rows per class, here every row seen is offered to a reservoir, so the memory is
-    full from the start and also replays the task at hand.
+    task's end with a fixed number of examples per class, here every example seen is offered to a reservoir, so the
+    whole capacity is used from the start, also for the current task.
 
     Example:
       >>> import optax
@@ -71,7 +72,7 @@ def replay(
     """
     check_whole(name, "capacity", capacity, 1)
     check_whole(name, "batch_size", batch_size, 0, capacity)
-    check_choice(name, "weighting", weighting, ("rows", "tasks"))
+    check_choice(name, "weighting", weighting, ("examples", "tasks"))
     check_choice(name, "memory", memory, ("reservoir", "ring", "class_balanced"))
     if memory == "reservoir":
         kind = reservoir_memory(capacity)
@@ -83,16 +84,18 @@ def replay(
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> ReplayState:
         return kind.init(batch_rows(batch))
 
-    def prepare(context: Context, state: TrainState, part: ReplayState, batch: Batch, key: Key) -> Batch:
+    def prepare(
+        context: Context, state: TrainState, part: ReplayState, batch: Batch, key: Key
+    ) -> tuple[Batch, ReplayState]:
         if batch_size == 0:
-            return batch
+            return batch, part
         (x, y, task), weight = kind.sample(part, batch_size, key)
         if weighting == "tasks":
-            # Weights whose sum is t - 1 times that of the current rows.
+            # Weights whose sum is t - 1 times that of the current examples.
             current = jnp.sum(batch.weight)
             weight = weight * state.task.astype(jnp.float32) * current / jnp.maximum(jnp.sum(weight), 1)
         replayed = Batch(x, y, task, weight.astype(batch.weight.dtype))
-        return jax.tree.map(lambda now, then: jnp.concatenate([now, then]), batch, replayed)
+        return joined(batch, replayed), part
 
     def observe(
         context: Context, state: TrainState, part: ReplayState, record: Record, key: Key
@@ -102,3 +105,15 @@ def replay(
 
     needs = {"boundaries"} if weighting == "tasks" else set()
     return Component(name, frozenset(needs), init=init, prepare=prepare, observe=observe)
+
+
+ENTRY = Entry(
+    name="replay",
+    family="replay",
+    summary="a uniform sample of all examples seen, replayed with every batch",
+    factory=replay,
+    arguments={"capacity": 20, "batch_size": 8},
+    papers=("chaudhry2019tiny",),
+    null=Null({"batch_size": 0}, "0 examples replayed"),
+    results="replay",
+)

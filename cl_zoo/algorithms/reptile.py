@@ -1,4 +1,4 @@
-"""Reptile: the parameters follow those that plain training on each task arrives at."""
+"""Reptile: the parameters follow those that plain training on each task ends at."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.algorithms.maml import Adaptation, check_adaptation, check_episodes
+from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree, TrainState
 
-__all__ = ["reptile"]
+__all__ = ["ENTRY", "reptile"]
 
 
 def reptile(
@@ -21,36 +22,37 @@ def reptile(
     inner: optax.GradientTransformation,
     inner_steps: int = 5,
     test_steps: int | None = None,
-    rows: int | None = None,
+    inner_batch_size: int | None = None,
     name: str = "reptile",
 ) -> Component:
-    """The gradient is the way back from where training on each episode leads.
+    """The gradient is the difference between the parameters and those that training on each episode ends at.
 
-        phi_e = inner_steps steps of `inner` on all rows of episode e, from phi = theta
+        phi_e = inner_steps steps of `inner` on all examples of episode e, from phi = theta
         g = theta - sum_e w_e phi_e / sum_e w_e
 
-    so that under SGD with rate eps, theta <- theta + eps (mean_e phi_e - theta). Support and query are one set of rows.
+    so that under SGD with rate eps, theta <- theta + eps (mean_e phi_e - theta). Support and query are one set.
 
     Args:
       loss: `(outputs [N, C], y) -> f32[N]`.
       inner: any optax optimiser; it starts afresh in every episode.
       inner_steps: when training, at least 0; with 1 it is joint training.
-      test_steps: when answering, on the support alone; None is `inner_steps`.
-      rows: of the episode in each inner step, in their order; None takes all. When answering, at most those of the
-        support.
+      test_steps: when predicting, on the support alone; None is `inner_steps`.
+      inner_batch_size: examples of the episode in each inner step, in order; None takes all. When predicting, at most
+        those of the support.
       name: key in metrics.
 
     Returns:
-      A component without state, for `episodic` models, in the place of `supervised`. The metric `loss` is that of all
-      rows before learning.
+      A component without state, for `episodic` models, in place of `supervised`. The metric `loss` is that of all
+      examples before learning.
 
     Raises:
-      ValueError: a negative number of steps, rows below 1; at the first trace, batches that are not episodes.
+      ValueError: a negative number of steps, inner_batch_size below 1; at the first trace, batches that are not
+        episodes.
 
     Source: Nichol, Achiam and Schulman 2018, arXiv 1803.02999.
 
     Differences from the paper or its code: the authors keep the moments of an inner Adam from one episode to the next;
-    here each starts afresh. Minibatches are taken in the order of the rows, which streams give at random.
+    here each starts afresh. Minibatches are taken in the order of the examples, which is random in streams.
 
     Example:
       >>> import optax
@@ -59,12 +61,12 @@ def reptile(
       >>> from cl_zoo.models import mlp
       >>> from cl_zoo.losses import squared_error
       >>> learner = compose(
-      ...     episodic(mlp((1,), 1)), optax.sgd(0.1), reptile(squared_error, inner=optax.sgd(0.02), rows=10)
+      ...     episodic(mlp((1,), 1)), optax.sgd(0.1), reptile(squared_error, inner=optax.sgd(0.02), inner_batch_size=10)
       ... )
     """
     tested = inner_steps if test_steps is None else test_steps
-    check_adaptation(name, inner, {"inner_steps": inner_steps, "test_steps": tested}, rows)
-    training = Adaptation(loss, inner, inner_steps, rows, ())
+    check_adaptation(name, inner, {"inner_steps": inner_steps, "test_steps": tested}, inner_batch_size)
+    training = Adaptation(loss, inner, inner_steps, inner_batch_size, ())
     answering = training._replace(steps=tested)
 
     def loss_hook(
@@ -96,3 +98,16 @@ def reptile(
         return weighted_mean(before, batch.weight) + follow, {}
 
     return Component(name, loss=loss_hook, adapt=answering.adapt, predict=answering.predict)
+
+
+ENTRY = Entry(
+    name="reptile",
+    family="meta-learning",
+    summary="parameters near those that training on each problem ends at",
+    factory=reptile,
+    arguments={"inner": optax.sgd(0.5), "inner_steps": 3, "inner_batch_size": 2},
+    scenarios=("episodes",),
+    papers=("nichol2018first",),
+    results="reptile",
+    own_loss=True,
+)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Batch, Component, Context, Key, TaskInfo, TrainState
 
-__all__ = ["reset_optimiser"]
+__all__ = ["ENTRY", "reset_optimiser"]
 
 
 def reset_optimiser(*, name: str = "reset_optimiser") -> Component:
-    """opt_state = optimiser.init(p) when a task begins, so that no momentum of the last task moves the new one.
+    """opt_state = optimiser.init(p) when a task begins, so that no momentum of the last task acts on the new one.
 
     Args:
       name: of the component.
@@ -19,7 +20,7 @@ def reset_optimiser(*, name: str = "reset_optimiser") -> Component:
     Raises:
       nothing.
 
-    Source: done so by Zenke et al. 2017, arXiv 1703.04200 (split MNIST), and many since; van de Ven et al. keep the
+    Source: done by Zenke et al. 2017, arXiv 1703.04200 (split MNIST), and many since; van de Ven et al. keep the
     optimiser's state.
 
     Differences from the paper or its code: none.
@@ -37,3 +38,13 @@ def reset_optimiser(*, name: str = "reset_optimiser") -> Component:
         return state._replace(opt_state=context.optimiser.init(state.params)), None
 
     return Component(name, frozenset({"boundaries"}), begin_task=begin_task)
+
+
+ENTRY = Entry(
+    name="reset_optimiser",
+    family="plasticity",
+    summary="plasticity, by resetting the optimiser's state at each task",
+    factory=reset_optimiser,
+    papers=("zenke2017continual",),
+    null=Null({}, "an optimiser without state", sgd=True),
+)

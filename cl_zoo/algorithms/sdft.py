@@ -1,4 +1,4 @@
-"""Self-distillation: the network teaches itself what it can do with a demonstration before its eyes."""
+"""Self-distillation: the network's teacher is the same model conditioned on a demonstration in context."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range, check_whole
-from cl_zoo.estimators.averaging import interpolate
-from cl_zoo.language._decoder import Decoder, check_decoder
+from cl_zoo.entries import Entry
+from cl_zoo.estimators.teacher import moved_teacher
+from cl_zoo.language._decoder import check_decoder
 from cl_zoo.language._generate import check_stop, generate
 from cl_zoo.language.answers import Demonstrated, answer_logits, check_demonstrated
 from cl_zoo.losses import divergence, token_losses, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["SdftState", "context_distillation", "offline_distillation", "sdft"]
+__all__ = ["ENTRY", "SdftState", "context_distillation", "offline_distillation", "sdft"]
 
 
 class SdftState(NamedTuple):
@@ -28,52 +29,50 @@ class SdftState(NamedTuple):
 
 
 def sdft(
-    decoder: Decoder,
     *,
     length: int,
     direction: str = "forward",
     teacher: str = "ema",
-    rate: Array | float = 0.01,
+    decay: Array | float = 0.99,
     skip: int = 3,
     temperature: float = 1.0,
     stop: Sequence[int] = (),
     name: str = "sdft",
 ) -> Component:
-    """On-policy self-distillation fine-tuning: the student answers, the teacher, who has seen a demonstration, grades.
+    """On-policy self-distillation fine-tuning: the student answers; its teacher has a demonstration in context.
 
         y ~ p(. | prompt; theta)
         L = mean over b of mean over t >= skip of D( p(. | prompt, y_<t; theta),  p(. | shown, y_<t; phi) )
-        phi <- phi + rate (theta - phi)     after every update;   phi_0 = theta_0
+        phi <- decay phi + (1 - decay) theta     after every update;   phi_0 = theta_0
 
     with D over the whole vocabulary at every token of the student's own answer. No gradient goes through the draws of y
     nor through the teacher. Both read the same tokens of y, after different prompts.
 
     Args:
-      decoder: the net that the model is made of: `answering(decoder)`, or adapters around it.
       length: tokens of an answer at most.
       direction: "forward", KL(teacher || student), with which the paper's results were made; "reverse", which its text
-        says; or "jsd"; see `divergence`.
-      teacher: "ema"; "frozen", phi_0 for ever; or "live", theta itself.
-      rate: in [0, 1], of the moving average; 0 is "frozen", 1 is "live".
-      skip: tokens at the beginning of an answer that are not learned from: they often speak of the demonstration.
+        states; or "jsd"; see `divergence`.
+      teacher: "ema"; "frozen", phi_0 throughout; or "live", theta itself.
+      decay: in [0, 1], of the moving average; 1 is "frozen", 0 is "live".
+      skip: tokens at the beginning of an answer that are not learned from: they often refer to the demonstration.
       temperature: of the draws; 0 is greedy.
       stop: tokens that end an answer.
       name: key in state and metrics.
 
     Returns:
-      A component with an `SdftState`, which learns from rows `Demonstrated` and no labels; metric `sdft/tokens`, the
-      mean length of answers.
+      A component with an `SdftState`, which learns from `Demonstrated` examples without labels; metric `sdft/tokens`,
+      the mean length of answers.
 
     Raises:
-      ValueError: a number outside its range, an unknown word, no decoder; at the first trace, rows that
-        are not `Demonstrated`.
+      ValueError: a number outside its range, an unknown choice; at `init`, a model that is not made of a decoder by
+        `answering`, or examples that are not `Demonstrated`.
 
     Source: Shenfeld et al. 2026, arXiv 2601.19897.
 
     Differences from the paper or its code: the gradient is that of the divergence itself, where the equation printed in
     the first version leaves out a factor, as their code does too. No importance weights, which they need because
-    another program draws their answers. A row whose answer ends within `skip` tokens teaches nothing. The moving
-    average goes on over the borders of tasks; the paper does not say what becomes of its teacher there.
+    another program draws their answers. An example whose answer ends within `skip` tokens contributes nothing. The
+    moving average goes on across task boundaries; the paper does not state what becomes of its teacher there.
 
     Example:
       >>> import optax
@@ -81,14 +80,13 @@ def sdft(
       >>> from cl_zoo import compose, sdft
       >>> from cl_zoo.layers import softmax_attention
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
-      >>> learner = compose(answering(net), optax.adam(1e-3), sdft(net, length=4, skip=0))
+      >>> learner = compose(answering(net), optax.adam(1e-3), sdft(length=4, skip=0))
     """
     learn = _by_divergence(name, direction)
-    return _distillation(decoder, "student", learn, length, teacher, rate, skip, temperature, stop, name)
+    return _distillation("student", learn, length, teacher, decay, skip, temperature, stop, name)
 
 
 def context_distillation(
-    decoder: Decoder,
     *,
     length: int,
     direction: str = "forward",
@@ -96,12 +94,12 @@ def context_distillation(
     stop: Sequence[int] = (),
     name: str = "context_distillation",
 ) -> Component:
-    """What the network says after a demonstration, it learns to say without: off-policy distillation of the context.
+    """Off-policy distillation of the context: the network learns to answer as it does after a demonstration.
 
         y ~ p(. | shown; theta_0);   L = mean over b, t of D( p(. | prompt, y_<t; theta),  p(. | shown, y_<t; theta_0) )
 
     Args:
-      decoder, length, direction, temperature, stop, name: see `sdft`.
+      length, direction, temperature, stop, name: see `sdft`.
 
     Returns:
       A component with an `SdftState`; metric `context_distillation/tokens`.
@@ -111,8 +109,8 @@ def context_distillation(
 
     Source: Snell et al. 2022, arXiv 2209.15189; Askell et al. 2021, arXiv 2112.00861.
 
-    Differences from the paper or its code: answers are drawn anew for every batch, not once into a data set; the
-    divergence is over the whole vocabulary, where Askell et al. keep the 50 likeliest tokens.
+    Differences from the paper or its code: answers are drawn again for every batch, not once into a data set; the
+    divergence is over the whole vocabulary, where Askell et al. keep the 50 most likely tokens.
 
     Example:
       >>> import optax
@@ -120,26 +118,25 @@ def context_distillation(
       >>> from cl_zoo import compose, context_distillation
       >>> from cl_zoo.layers import softmax_attention
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
-      >>> learner = compose(answering(net), optax.adam(1e-3), context_distillation(net, length=4))
+      >>> learner = compose(answering(net), optax.adam(1e-3), context_distillation(length=4))
     """
     learn = _by_divergence(name, direction)
-    return _distillation(decoder, "teacher", learn, length, "frozen", 0.0, 0, temperature, stop, name)
+    return _distillation("teacher", learn, length, "frozen", 1.0, 0, temperature, stop, name)
 
 
 def offline_distillation(
-    decoder: Decoder,
     *,
     length: int,
     temperature: float = 1.0,
     stop: Sequence[int] = (),
     name: str = "offline_distillation",
 ) -> Component:
-    """Fine-tuning on answers that the network gave itself with a demonstration before its eyes.
+    """Fine-tuning on the network's own answers to questions with a demonstration in context.
 
         y ~ p(. | shown; theta_0);   L = mean over b, t of - log p(y_t | prompt, y_<t; theta)
 
     Args:
-      decoder, length, temperature, stop, name: see `sdft`.
+      length, temperature, stop, name: see `sdft`.
 
     Returns:
       A component with an `SdftState`; metric `offline_distillation/tokens`.
@@ -150,7 +147,7 @@ def offline_distillation(
     Source: Kim and Rush 2016 (sequence-level distillation), arXiv 1606.07947; as a baseline of self-distillation:
     Shenfeld et al. 2026, arXiv 2601.19897; Yang et al. 2024, arXiv 2402.13669.
 
-    Differences from the paper or its code: answers are drawn anew for every batch, not once into a data set.
+    Differences from the paper or its code: answers are drawn again for every batch, not once into a data set.
 
     Example:
       >>> import optax
@@ -158,13 +155,13 @@ def offline_distillation(
       >>> from cl_zoo import compose, offline_distillation
       >>> from cl_zoo.layers import softmax_attention
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
-      >>> learner = compose(answering(net), optax.adam(1e-3), offline_distillation(net, length=4))
+      >>> learner = compose(answering(net), optax.adam(1e-3), offline_distillation(length=4))
     """
 
     def learn(student: Array, teacher: Array, y: Array) -> Array:
         return token_losses(student, y)
 
-    return _distillation(decoder, "teacher", learn, length, "frozen", 0.0, 0, temperature, stop, name)
+    return _distillation("teacher", learn, length, "frozen", 1.0, 0, temperature, stop, name)
 
 
 def _by_divergence(name: str, direction: str) -> Callable[[Array, Array, Array], Array]:
@@ -173,28 +170,27 @@ def _by_divergence(name: str, direction: str) -> Callable[[Array, Array, Array],
 
 
 def _distillation(
-    decoder: Decoder,
     answers: str,
     learn: Callable[[Array, Array, Array], Array],
     length: int,
     teacher: str,
-    rate: Array | float,
+    decay: Array | float,
     skip: int,
     temperature: float,
     stop: Sequence[int],
     name: str,
 ) -> Component:
     """Distillation on drawn answers: `learn(student, teacher [B, N, V], y [B, N]) -> [B, N]` is each token's loss, and
-    `answers` says who draws them."""
-    check_decoder(name, decoder)
+    `answers` chooses who draws them."""
     check_stop(name, stop)
     check_whole(name, "length", length, 1)
     check_choice(name, "teacher", teacher, ("ema", "frozen", "live"))
-    check_range(name, "rate", rate, 0, 1)
+    check_range(name, "decay", decay, 0, 1)
     check_whole(name, "skip", skip, 0, length - 1)
     check_range(name, "temperature", temperature, 0)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SdftState:
+        check_decoder(name, context.model.decoder)
         check_demonstrated(name, batch.x, shown=True)
         return SdftState({} if teacher == "live" else state.params)
 
@@ -207,12 +203,8 @@ def _distillation(
         batch: Batch,
         key: Key,
     ) -> tuple[Array, dict[str, PyTree]]:
-        def whole(params: PyTree) -> PyTree:
-            """The decoder's own parameters."""
-            make = context.model.parameters
-            return params if make is None else make(params, state.model_state)
-
         x: Demonstrated = batch.x
+        decoder, whole = context.model.decoder, context.model.inner_params
         theta, phi = whole(state.params), whole(state.params if teacher == "live" else part.teacher)
         asked, shown = (x.prompt, x.padding), (x.shown, x.shown_padding)
         who, (prompt, padding) = (theta, asked) if answers == "student" else (phi, shown)
@@ -230,8 +222,45 @@ def _distillation(
     ) -> tuple[TrainState, SdftState]:
         if teacher != "ema":
             return state, part
-        learnt = jnp.any(record.batch.weight > 0)
-        moved = interpolate(state.params, part.teacher, 1 - rate)
-        return state, SdftState(jax.tree.map(lambda a, b: jnp.where(learnt, a, b), moved, part.teacher))
+        return state, SdftState(moved_teacher(part.teacher, state.params, decay, record.batch))
 
     return Component(name, init=init, loss=loss, observe=observe)
+
+
+ENTRY = (
+    Entry(
+        name="sdft",
+        family="self-distillation",
+        summary="what was known, by learning from its own answers with a teacher: the same model conditioned on a "
+        "demonstration in context",
+        factory=sdft,
+        arguments={"length": 3, "stop": (3,), "skip": 0, "decay": 0.75},
+        numbers=("decay",),
+        scenarios=("skills",),
+        papers=("shenfeld2026self",),
+        results="sdft forward",
+        own_loss=True,
+    ),
+    Entry(
+        name="context_distillation",
+        family="self-distillation",
+        summary="little; the network learns the distribution of its own answers to a demonstration in context",
+        factory=context_distillation,
+        arguments={"length": 3, "stop": (3,)},
+        scenarios=("skills",),
+        papers=("snell2022learning",),
+        results="context distillation",
+        own_loss=True,
+    ),
+    Entry(
+        name="offline_distillation",
+        family="self-distillation",
+        summary="little; the network is fine-tuned on its own answers to a demonstration in context",
+        factory=offline_distillation,
+        arguments={"length": 3, "stop": (3,)},
+        scenarios=("skills",),
+        papers=("kim2016sequence",),
+        results="offline distillation",
+        own_loss=True,
+    ),
+)

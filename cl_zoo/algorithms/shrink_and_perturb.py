@@ -1,4 +1,4 @@
-"""Shrink and perturb: parameters are drawn towards 0 and shaken."""
+"""Shrink and perturb: parameters are shrunk towards 0 and perturbed with noise."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range
+from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TaskInfo, TrainState
 
-__all__ = ["shrink_and_perturb"]
+__all__ = ["ENTRY", "shrink_and_perturb"]
 
 
 def shrink_and_perturb(
@@ -19,7 +20,7 @@ def shrink_and_perturb(
     when: str = "step",
     name: str = "shrink_and_perturb",
 ) -> Component:
-    """All parameters are drawn towards 0 and shaken, after each step or before each task but the first.
+    """All parameters are shrunk and perturbed with noise, after each step or before each task but the first.
 
         p = (1 - shrink) * p + noise * xi
         source "normal":   xi ~ N(0, 1) for every number
@@ -27,7 +28,7 @@ def shrink_and_perturb(
 
     Args:
       shrink: in [0, 1].
-      noise: at least 0: a standard deviation, or with source "init" a share of a freshly initialised network.
+      noise: at least 0: a standard deviation, or with source "init" a fraction of a freshly initialised network.
       source: as above.
       when: "step" | "task"; "task" needs task boundaries.
       name: of the component.
@@ -36,7 +37,7 @@ def shrink_and_perturb(
       A component without state of its own. Place it before components that anchor parameters.
 
     Raises:
-      ValueError: a number outside its range, unknown source or moment.
+      ValueError: a number outside its range, unknown source or when.
 
     Source: Ash and Adams 2020, "On warm-starting neural network training", arXiv 1910.08475 (before each new portion of
     data: "task"); Dohare et al. 2024, doi 10.1038/s41586-024-07711-7 (after each step).
@@ -83,3 +84,16 @@ def shrink_and_perturb(
         return Component(name, observe=observe)
     needs = {"boundaries", "begin_sample"} if source == "init" else {"boundaries"}
     return Component(name, frozenset(needs), begin_task=begin_task)
+
+
+ENTRY = Entry(
+    name="shrink_and_perturb",
+    family="plasticity",
+    summary="plasticity, by shrinking parameters and perturbing them with noise",
+    factory=shrink_and_perturb,
+    arguments={"shrink": 0.01, "noise": 0.01},
+    numbers=("shrink", "noise"),
+    papers=("ash2020warm",),
+    null=Null({"shrink": 0.0, "noise": 0.0}, "nothing shrunk, no noise"),
+    results="shrink and perturb",
+)

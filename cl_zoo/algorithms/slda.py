@@ -1,4 +1,4 @@
-"""Streaming linear discriminant analysis: a mean per class and one covariance, exact after every row."""
+"""Streaming linear discriminant analysis: a mean per class and one covariance, exact after every example."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import jax.numpy as jnp
 
 from cl_zoo.algorithms.supervised import no_loss
 from cl_zoo.checks import check_choice, check_range
+from cl_zoo.entries import Entry
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["SldaState", "slda"]
+__all__ = ["ENTRY", "SldaState", "slda"]
 
 
 class SldaState(NamedTuple):
     """Attributes:
-    counts: `i32[C]`, rows of each class; the network has C outputs.
+    counts: `i32[C]`, examples of each class; the network has C outputs.
     means: `f32[C, F]`.
     covariance: `f32[F, F]`.
     """
@@ -34,17 +35,17 @@ def slda(
     counter: str = "total",
     name: str = "slda",
 ) -> Component:
-    """Classifies features z by their class means and one shared covariance, which take in each row once.
+    """Classifies features z by their class means and one shared covariance, updated once for each example.
 
-    Row by row, with y the row's class, n_y its rows so far and t all rows so far:
+    Example by example, with y its class, n_y the examples of y so far and t all examples so far:
 
         d = z - mu_y;   Sigma <- (t Sigma + c d d^T) / (t + 1),   c = t / (t + 1) or n_y / (n_y + 1)
                         mu_y  <- mu_y + d / (n_y + 1)
 
-        Lambda = [(1 - eps) Sigma + eps I]^-1;   answer(z) = mu Lambda z - diag(mu Lambda mu^T) / 2
+        Lambda = [(1 - eps) Sigma + eps I]^-1;   outputs(z) = mu Lambda z - diag(mu Lambda mu^T) / 2
 
-    A batch of rows is one matrix product. Lambda mu^T is solved for at each answer, as any update changes it: about
-    F^3 / 3 operations, once for all rows of the answer.
+    A batch of examples is one matrix product. Lambda mu^T is solved for at each prediction, as any update changes it:
+    about F^3 / 3 operations, once for all examples of the batch.
 
     Args:
       shrinkage: eps in (0, 1].
@@ -53,10 +54,10 @@ def slda(
       name: key in state.
 
     Returns:
-      A component with an `SldaState`. Alone it stands in the place of `supervised` and its loss is 0: the network rests
-      (under any optimiser that rests at gradient 0: not with weight decay). With "penultimate" the statistics are those
-      of a network that rests: a trained one, or one whose optimiser updates the last layer only. A class without rows
-      is never the answer.
+      A component with an `SldaState`. Alone it replaces `supervised` and its loss is 0: the network stays as it is
+      (under any optimiser that does not move at gradient 0: not with weight decay). With "penultimate" the statistics
+      are those of a fixed network: a trained one, or one whose optimiser updates the last layer only. A class without
+      examples is never predicted.
 
     Raises:
       ValueError: a number outside its range, unknown features or counter; at the first trace, a stream without labels,
@@ -65,9 +66,9 @@ def slda(
     Source: Hayes and Kanan 2020, arXiv 1909.01520.
 
     Differences from the paper or its code: theirs begins with means and covariance of a first set of classes (the
-    covariance by an oracle-approximating shrinkage), here all begin at 0. c by "total" is what the paper says and its
-    code does; the result then depends on the order of rows, and the first row of a class adds about z z^T. By "class"
-    it is, in any order, the within-class covariance of all rows seen (sum / t), that of batch discriminant analysis
+    covariance by an oracle-approximating shrinkage), here all begin at 0. c by "total" is what the paper states and its
+    code does; the result then depends on the order of examples, and the first of a class adds about z z^T. By "class"
+    it is, in any order, the within-class covariance of all examples seen (sum / t), that of batch discriminant analysis
     with equal priors; for a stream of one class the two are the same. Their code takes the pseudo-inverse, here a
     Cholesky factor.
 
@@ -120,13 +121,13 @@ def slda(
 
 
 def _absorb(part: SldaState, z: Array, y: Array, is_row: Array, counter: str) -> SldaState:
-    """The statistics after the rows `z` (`[B, F]`) one by one, without a loop over them."""
+    """The statistics after the examples `z` (`[B, F]`) one by one, without a loop over them."""
     own = ((y[:, None] == jnp.arange(part.counts.shape[0])) & is_row[:, None]).astype(z.dtype)  # [B, C]
     present, new, counts = jnp.sum(own, axis=1), jnp.sum(own, axis=0), part.counts.astype(z.dtype)
-    # Accelerators round what they multiply to ten bits unless told not to, and these are sums that must not drift.
+    # By default accelerators round the factors of a product to ten bits, and these are sums that must not drift.
     with jax.default_matmul_precision("highest"):
         centred = present[:, None] * z - own @ part.means
-        earlier = jnp.tril(own @ own.T, -1)  # which rows of its class a row finds there
+        earlier = jnp.tril(own @ own.T, -1)  # the examples of its class before each
         n_before = own @ counts + jnp.sum(earlier, axis=1)
         d = centred - (earlier @ centred) / jnp.maximum(n_before, 1)[:, None]
         t_before = jnp.sum(counts) + jnp.cumsum(present) - present
@@ -136,3 +137,17 @@ def _absorb(part: SldaState, z: Array, y: Array, is_row: Array, counter: str) ->
     total = jnp.maximum(jnp.sum(counts) + jnp.sum(new), 1)
     covariance = part.covariance + (scatter - jnp.sum(new) * part.covariance) / total
     return SldaState(part.counts + new.astype(jnp.int32), means, covariance)
+
+
+ENTRY = Entry(
+    name="slda",
+    family="replay",
+    summary="a mean of features for each class and one covariance; predictions by linear discriminant analysis",
+    factory=slda,
+    arguments={"shrinkage": 0.001},
+    numbers=("shrinkage",),
+    papers=("hayes2020lifelong",),
+    results="slda",
+    own_loss=True,
+    trains=False,
+)

@@ -1,4 +1,4 @@
-"""Learning from labels. Alone it is the naive baseline: each task trained after the last, nothing kept."""
+"""Learning from labels. Alone it is the naive baseline: each task is trained after the last, and nothing is kept."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["no_loss", "supervised"]
+__all__ = ["ENTRY", "no_loss", "supervised"]
 
 
 def no_loss(
@@ -21,16 +22,16 @@ def no_loss(
     batch: Batch,
     key: Key,
 ) -> tuple[Array, dict[str, PyTree]]:
-    """The `loss` hook of what does not learn by gradients: 0, without a forward pass."""
+    """The `loss` hook of a component that does not learn by gradients: 0, without a forward pass."""
     return jnp.zeros(()), {}
 
 
 def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name: str = "supervised") -> Component:
     """L = sum_b w_b loss(outputs_b, y_b) / sum_b w_b.
 
-    With `compose(..., tasks=stream.tasks)` the loss sees masked logits: rows that carry their task compete among that
-    task's outputs (task-incremental, a multi-head net), others among those open now (class-incremental: the classes
-    seen so far, or all).
+    With `compose(..., tasks=stream.tasks)` the logits are masked: examples that carry their task compete among that
+    task's outputs (task-incremental, a multi-head network), others among those active now (class-incremental: the
+    classes seen so far, or all).
 
     Args:
       loss: `(outputs, y) -> f32[B]`.
@@ -70,3 +71,15 @@ def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name:
         return weighted_mean(loss(outputs, batch.y), batch.weight), {}
 
     return Component(name, loss=loss_hook)
+
+
+ENTRY = Entry(
+    name="supervised",
+    family="baseline",
+    summary="nothing: each task is trained after the last (the naive baseline)",
+    factory=supervised,
+    papers=("vandeven2022three",),
+    null=Null({}, "it is the naive learner"),
+    results="none",
+    own_loss=True,
+)

@@ -1,4 +1,4 @@
-"""Synaptic intelligence: what each parameter did for a task is measured along the path of its training."""
+"""Synaptic intelligence: the contribution of each parameter to a task is measured along the training path."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.quadratic import Quadratic, quadratic_penalty, zero_quadratic
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
-__all__ = ["SynapticIntelligenceState", "synaptic_intelligence"]
+__all__ = ["ENTRY", "SynapticIntelligenceState", "synaptic_intelligence"]
 
 
 class SynapticIntelligenceState(NamedTuple):
     """Attributes:
-    path: the loss drop that each parameter has brought in the task at hand, a tree like the parameters.
+    path: the drop of the loss due to each parameter in the current task, a tree like the parameters.
     quadratic: importance of the finished tasks, and the parameters when the last one ended.
     """
 
@@ -32,7 +33,7 @@ def synaptic_intelligence(
     clamp: bool = True,
     name: str = "synaptic_intelligence",
 ) -> Component:
-    """Keeps parameters near their last values, each as firmly as it has lowered the losses of finished tasks.
+    """Keeps parameters near their last values, each in proportion to how much it lowered the losses of finished tasks.
 
         w_i <- w_i - g_i (p_i,new - p_i,old)                              after every step
         Omega_i <- max(0, Omega_i + w_i / ((p_i - a_i)^2 + damping));     a <- p;   w <- 0        after every task
@@ -100,3 +101,16 @@ def synaptic_intelligence(
         return state, SynapticIntelligenceState(zero, Quadratic(omega, state.params, old.residual))
 
     return Component(name, frozenset({"boundaries"}), init=init, penalty=penalty, observe=observe, end_task=end_task)
+
+
+ENTRY = Entry(
+    name="synaptic_intelligence",
+    family="regularisation",
+    summary="parameters of finished tasks, by a penalty weighted with what each did for the loss along the path",
+    factory=synaptic_intelligence,
+    arguments={"strength": 1.0, "damping": 0.1},
+    numbers=("strength", "damping"),
+    papers=("zenke2017continual",),
+    null=Null({"strength": 0.0}, "strength 0"),
+    results="si",
+)

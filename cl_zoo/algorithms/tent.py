@@ -1,4 +1,4 @@
-"""Tent: normalisation layers learn from test batches to be sure of their answers."""
+"""Tent: normalisation layers minimise the entropy of predictions on test batches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.checks import check_range, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import movable
 from cl_zoo.losses import mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["TentState", "tent"]
+__all__ = ["ENTRY", "TentState", "tent"]
 
 
 class TentState(NamedTuple):
     """Attributes:
-    opt_state: of the optimiser at test time, over what moves.
+    opt_state: of the optimiser at test time, over what is updated.
     calls: `i32[]`, test batches so far, so that each draws (dropout) afresh.
     """
 
@@ -35,36 +36,36 @@ def tent(
     only: Sequence[str] = (),
     name: str = "tent",
 ) -> Component:
-    """At test time the scales and biases of normalisation layers go down the entropy of the answers to a batch.
+    """At test time the scales and biases of normalisation layers minimise the entropy of predictions on a batch.
 
-        H(p) = mean_b - sum_c q_bc log q_bc,   q_b = softmax of the outputs that compete, by the statistics of the batch
-        p <- p + optimiser(grad H(p)),   p the scales and biases;   the answers are those from before the step
+        H(p) = mean_b - sum_c q_bc log q_bc,   q_b = softmax of the active outputs, by the statistics of the batch
+        p <- p + optimiser(grad H(p)),   p the scales and biases;   predictions are those before the step
 
-    With several steps they are those from before the last one. Running statistics stay as they are. The optimiser's
-    state and the parameters stay in the learner's state; whether they are kept for the next test batch is said by
-    `evaluate_adapting(reset=)`. It needs batches: on a single row, or rows sorted by class, it collapses.
+    With several steps they are those before the last one. Running statistics stay as they are. The optimiser's state
+    and the parameters stay in the learner's state; `evaluate_adapting(reset=)` decides whether they are kept for the
+    next test batch. It needs batches: on a single example, or examples sorted by class, it collapses.
 
     Args:
-      learning_rate: of Adam, at least 0; 0 answers by the statistics of the batch alone, the baseline "norm".
+      learning_rate: of Adam, at least 0; 0 predicts by the statistics of the batch alone, the baseline "norm".
       optimiser: any optax optimiser in Adam's place.
       steps: on each test batch, at least 1.
-      only: names of the parameters that move ("norm_0", "norm_1/scale"); none named, every scale and bias of a layer
-        that has a scale.
+      only: names of the parameters that are updated ("norm_0", "norm_1/scale"); if empty, every scale and bias of a
+        layer that has a scale.
       name: key in state.
 
     Returns:
-      A component with a `TentState`, beside anything; it does nothing in training.
+      A component with a `TentState`, for any learner; it does nothing in training.
 
     Raises:
-      ValueError: a number outside its range; at `init`, a model without normalisation layers, a name that is no
-        parameter.
+      ValueError: a number outside its range; at `init`, a model without normalisation layers, a name that is not
+        a parameter.
 
     Source: Wang et al. 2021, "Tent: fully test-time adaptation by entropy minimization", arXiv 2006.10726.
 
     Differences from the paper or its code: theirs is Adam with 1e-3 for CIFAR-10-C and SGD with momentum 0.9 and 2.5e-4
-    for ImageNet-C, both with batches (200 and 64) that set the rate; give your own by `optimiser`. Their code deletes
-    the running statistics, here they are left unused, so that `predict` answers as the source model does. Layer and
-    group normalisation have no statistics of a batch; their scales and biases move all the same.
+    for ImageNet-C, both with batches (200 and 64) that set the rate; pass your own as `optimiser`. Their code deletes
+    the running statistics, here they are left unused, so that `predict` is that of the source model. Layer and group
+    normalisation have no batch statistics; their scales and biases are updated all the same.
 
     Example:
       >>> import optax
@@ -126,6 +127,19 @@ def _normalisation(owner: str, params: PyTree) -> tuple[str, ...]:
     if not layers:
         raise ValueError(
             f"{owner}: none of the model's layers normalises (no parameter is named scale), so nothing can be adapted;"
-            ' give it a norm, as in mlp(..., norm="batch"), or name what moves by only'
+            ' give it a norm, as in mlp(..., norm="batch"), or name parameters in only'
         )
     return tuple(path for path in found if path in {layer + leaf for layer in layers for leaf in ("scale", "bias")})
+
+
+ENTRY = Entry(
+    name="tent",
+    family="test-time training",
+    summary="nothing; scales and biases of normalisation layers minimise the entropy of predictions on the test batch",
+    factory=tent,
+    arguments={"learning_rate": 0.1},
+    numbers=("learning_rate",),
+    papers=("wang2021tent",),
+    null=Null({"learning_rate": 0.0}, "in training at any setting; with rate 0 nothing moves at test time"),
+    results="tent",
+)

@@ -1,4 +1,4 @@
-"""Test-time training: before an image is answered, the net learns from it which way up it is."""
+"""Test-time training: before it classifies an image, the network learns to predict its rotation."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.checks import check_range, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import inner_loop
 from cl_zoo.losses import cross_entropy, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["TttState", "crop_and_flip", "quarter_turns", "ttt"]
+__all__ = ["ENTRY", "TttState", "crop_and_flip", "quarter_turns", "ttt"]
 
 
 class TttState(NamedTuple):
     """Attributes:
-    calls: `i32[]`, test batches that were learnt from so far, so that each draws afresh.
+    calls: `i32[]`, test batches learned from so far, so that each draws afresh.
     """
 
     calls: Array
 
 
 def quarter_turns(owner: str, images: Array) -> Array:
-    """Square images `[B, H, H]` or `[B, H, H, C]` turned by 0, 1, 2 and 3 quarters, `[4, B, ...]`, pixel by pixel.
+    """Square images `[B, H, H]` or `[B, H, H, C]` rotated by 0, 90, 180, 270 degrees, `[4, B, ...]`.
 
     Raises:
       ValueError: anything but one array of square images.
@@ -40,18 +41,18 @@ def quarter_turns(owner: str, images: Array) -> Array:
     if shape is None or len(shape) not in (3, 4) or shape[1] != shape[2]:
         raise ValueError(
             f"{owner}: x is {'a pytree' if shape is None else f'of shape {shape}'}, but it must be square images to be"
-            " turned, [B, H, H] or [B, H, H, C]"
+            " rotated, [B, H, H] or [B, H, H, C]"
         )
     return jnp.stack([jnp.rot90(images, turns, axes=(1, 2)) for turns in range(4)])
 
 
 def crop_and_flip(pad: int = 4, flip: bool = True) -> Callable[[Array, Key], Array]:
-    """Each image is shifted by up to `pad` pixels, zeros coming in, and mirrored or not: as natural images are
-    augmented. `(images [N, H, W] or [N, H, W, C], key) -> images`.
+    """Shifts each image by up to `pad` pixels, filled with zeros, and mirrors it or not: the usual augmentation of
+    natural images. `(images [N, H, W] or [N, H, W, C], key) -> images`.
 
     Args:
       pad: in pixels, at least 0.
-      flip: whether half of them are mirrored; not for digits, of which a mirror makes others.
+      flip: whether half of them are mirrored; not for digits, which mirroring changes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -85,27 +86,26 @@ def ttt(
     threshold: Array | float | None = None,
     name: str = "ttt",
 ) -> Component:
-    """In training the rotation head learns beside the main one; at test time the trunk and it learn from test images.
+    """In training the rotation head learns beside the main head; at test time it and the trunk learn from test images.
 
-        R(p; x, r) = CE(rotation logits of turn(x, r) at p, r),   r = 0, 1, 2, 3 quarters
+        R(p; x, r) = CE(rotation logits of x rotated by 90 r degrees at p, r),   r = 0, 1, 2, 3
         training:   L(p) = L_main(p) + joint * mean over b, r of R(p; x_b, r)
         test time:  p_0 = p;   p_{i+1} = p_i - learning_rate * grad mean over b, v of R(p_i; augment(x_b), r_bv)
-                    answers: main(x_b; p_steps)
+                    outputs: main(x_b; p_steps)
 
-    In every step each of the B test images has `views` new views, augmented and then turned by r_bv at random. With
-    B = 1 it is the paper's single image. What belongs to the main branch gets no gradient. The updated weights stay in
-    the state: whether they are kept for the next test batch (online, with steps=1) or not is said by
-    `evaluate_adapting(reset=)`.
+    In every step each of the B test images has `views` new views, augmented and then rotated, with r_bv random. With
+    B = 1 it is the paper's single image. The main branch gets no gradient. The updated weights stay in the state:
+    `evaluate_adapting(reset=)` decides whether they are kept for the next test batch (online, with steps=1) or not.
 
     Args:
       learning_rate: of plain gradient descent at test time, at least 0.
       steps: at test time, at least 0.
       views: of each test image in each step, at least 1.
-      augment: `(images, key) -> images`, of views before they are turned; None leaves them as they are.
+      augment: `(images, key) -> images`, of views before they are rotated; None leaves them as they are.
         `crop_and_flip()` for natural images.
       joint: weight of the rotation loss in training, at least 0.
-      threshold: in [0, 1]; an image that the head takes to be upright with at least this probability is not learnt
-        from. None learns from all.
+      threshold: in [0, 1]; an image that the head predicts to be upright with at least this probability is not
+        learned from. None learns from all.
       name: key in state and metrics.
 
     Returns:
@@ -113,18 +113,18 @@ def ttt(
       its loss in training.
 
     Raises:
-      ValueError: a number outside its range; at the first trace, a model without rotation head, x that is not square
+      ValueError: a number outside its range; at the first trace, a model without a rotation head, x that is not square
         images.
 
     Source: Sun et al. 2020, "Test-time training with self-supervision for generalization under distribution shifts",
     arXiv 1909.13231.
 
-    Differences from the paper or its code: the code's head begins as a copy of the main branch, also in its values,
-    here it is drawn on its own. The code counts the confidence of the threshold on one view and skips the image; here
-    images of one batch are skipped each for itself. At test time the network answers as in evaluation, so batch
-    normalisation uses its running statistics; theirs are of the 32 views, unless told to be fixed. In training the
-    four turns are a forward pass of their own, which leaves running statistics as they are. A batch of B images takes
-    the mean over all their views; the paper has B = 1.
+    Differences from the paper or its code: the code's head begins as a copy of the main branch, values included, here
+    it is initialised on its own. The code takes the confidence for the threshold from one view and skips the image;
+    here each image of a batch is skipped on its own. At test time the network runs in evaluation mode, so batch
+    normalisation uses its running statistics; theirs are of the 32 views, unless an option fixes them. In training the
+    four rotations are a forward pass of their own, which leaves running statistics as they are. A batch of B images
+    takes the mean over all their views; the paper has B = 1.
 
     Example:
       >>> import optax
@@ -142,7 +142,7 @@ def ttt(
         check_range(name, "threshold", threshold, 0, 1)
 
     def logits(context: Context, state: TrainState, params: PyTree, batch: Batch, **options: object) -> Array:
-        """The rotation head's, `[B, 4]`."""
+        """The rotation head's logits, `[B, 4]`."""
         _, _, taps = context.model.apply(
             params, state.model_state, batch.x, task=batch.task, weight=batch.weight, **options
         )
@@ -152,7 +152,7 @@ def ttt(
         return told[-1]
 
     def repeated(batch: Batch, times: int, x: PyTree) -> Batch:
-        """Rows in blocks, each the whole batch."""
+        """Examples in blocks, each the whole batch."""
         again = lambda leaf: jnp.tile(leaf, times)  # noqa: E731
         return Batch(x, None, None if batch.task is None else again(batch.task), again(batch.weight))
 
@@ -180,7 +180,7 @@ def ttt(
         context: Context, state: TrainState, part: TttState, batch: Batch, key: Key
     ) -> tuple[TrainState, TttState, None]:
         key, size = jax.random.fold_in(key, part.calls), batch.weight.shape[0]
-        quarter_turns(name, batch.x)  # refuses what cannot be turned
+        quarter_turns(name, batch.x)  # refuses what cannot be rotated
         learnt_from = batch
         if threshold is not None:
             upright = jax.nn.softmax(logits(context, state, state.params, batch))[:, 0]
@@ -200,3 +200,16 @@ def ttt(
         return state._replace(params=params), TttState(calls), None
 
     return Component(name, init=init, loss=loss, adapt=adapt)
+
+
+ENTRY = Entry(
+    name="ttt",
+    family="test-time training",
+    summary="nothing; the trunk first learns to predict the rotation (0, 90, 180, 270 degrees) of each test image",
+    factory=ttt,
+    arguments={"learning_rate": 0.1, "joint": 1.0, "steps": 2, "views": 4},
+    numbers=("learning_rate", "joint"),
+    papers=("sun2020test",),
+    null=Null({"joint": 0.0, "learning_rate": 0.0}, "rotation loss of weight 0, test-time steps of size 0"),
+    results="ttt",
+)

@@ -9,18 +9,19 @@ import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir
 from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.alignment import match_activations, match_weights, permute, permute_statistics, readers
 from cl_zoo.estimators.averaging import floating, interpolate, recompute_statistics
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["WeightInterpolationState", "weight_interpolation"]
+__all__ = ["ENTRY", "WeightInterpolationState", "weight_interpolation"]
 
 
 class WeightInterpolationState(NamedTuple):
     """Attributes:
     params, model_state: the old model, as the last task left it after interpolation.
     finished: `i32[]`, tasks so far.
-    moved: `f32[]`, share of the old model's hidden units that changed place at the last alignment.
+    moved: `f32[]`, fraction of the old model's hidden units that changed place at the last alignment.
     distance: `f32[]`, || theta_new - P(theta_old) || at the last interpolation.
     """
 
@@ -32,7 +33,7 @@ class WeightInterpolationState(NamedTuple):
 
 
 def weight_interpolation(
-    alpha: Array | float,
+    old_weight: Array | float,
     *,
     alignment: str | None = "activations",
     sample: str = "task",
@@ -42,48 +43,50 @@ def weight_interpolation(
 ) -> Component:
     """After each task from the second on, the old weights are put in the new ones' order and the two are averaged.
 
-        theta = (1 - alpha) theta_new + alpha P(theta_old);   theta_old <- theta
+        theta = (1 - old_weight) theta_new + old_weight P(theta_old);   theta_old <- theta
 
     P permutes hidden units, which leaves the old model's function as it was. Then running statistics of normalisation
-    layers, averaged likewise, are made anew from the sample (`recompute_statistics`), and the optimiser starts afresh.
+    layers, averaged likewise, are recomputed from the sample (`recompute_statistics`), and the optimiser starts afresh.
 
     Args:
-      alpha: in [0, 1], weighs the OLD model.
+      old_weight: in [0, 1], weighs the OLD model.
       alignment: how P is found: "activations", where units of the two models correlate best over the sample
         (`match_activations`); "weights", where their weights are nearest (`match_weights`); None, no permutation.
       sample: what activations and statistics are taken from: "task", the finished task's sample, or the name of a
         replay component, whose whole memory is used (as the paper does).
-      micro_batch: rows of that memory in one forward pass; batches of the task's sample are taken as they come.
-      sweeps: at most, of matching weights.
+      micro_batch: examples of that memory in one forward pass; batches of the task's sample are taken as they come.
+      sweeps: of weight matching, at most.
       name: key in state.
 
     Returns:
-      A component with a `WeightInterpolationState`. It stands before components that anchor weights, such as `ewc`.
+      A component with a `WeightInterpolationState`. Place it before components that anchor weights, such as `ewc`.
 
     Raises:
-      ValueError: alpha outside [0, 1]; unknown alignment; micro_batch or sweeps below 1; at `init`, a model without
-        units, or without the taps that "activations" needs; when a task's end is compiled, a `sample` that names no
-        component with a memory.
+      ValueError: old_weight outside [0, 1]; unknown alignment; micro_batch or sweeps below 1; at `init`, a model
+        without units, or without the taps that "activations" needs; when a task's end is compiled, a `sample` that
+        names no component with a memory.
 
     Source: Kozal et al. 2024, arXiv 2404.04002; "weights": Ainsworth et al. 2022, arXiv 2209.04836.
 
     Differences from the paper or its code: the code sums activations of feature maps over positions but divides by the
-    number of images, so that its correlations of convolutions are none; here positions count as rows. Rows of the
-    memory are not augmented. After the reset of normalisation, its layers go on with their own momentum (there: with
-    cumulative means), and batches count by their rows. The optimiser starts afresh after the first task too. Groups of
-    units are matched in their order, not in a random one.
+    number of images, so that for convolutions these are no correlations; here positions count as examples. Examples of
+    the memory are not augmented. After the reset, normalisation layers go on with their own momentum (there: with
+    cumulative means), and batches count by their examples. The optimiser starts afresh after the first task too. Groups
+    of units are matched in their order, not in a random one.
 
     Example:
       >>> import optax
       >>> from cl_zoo import compose, replay, supervised
       >>> from cl_zoo.models import mlp
-      >>> components = supervised(), replay(200), weight_interpolation(alpha=0.3, sample="replay")
+      >>> components = supervised(), replay(200), weight_interpolation(old_weight=0.3, sample="replay")
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), *components)
     """
-    check_range(name, "alpha", alpha, 0, 1)
+    check_range(name, "old_weight", old_weight, 0, 1)
     check_choice(name, "alignment", alignment, ("activations", "weights", None))
     check_whole(name, "micro_batch", micro_batch, 1)
     check_whole(name, "sweeps", sweeps, 1)
+
+    source = sample  # the hook's own argument has that name
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> WeightInterpolationState:
         model = context.model
@@ -108,7 +111,7 @@ def weight_interpolation(
     def aligned(
         context: Context, state: TrainState, part: WeightInterpolationState, rows: PyTree
     ) -> tuple[PyTree, PyTree, Array]:
-        """The old model in the new one's order, and the share of its units that changed place."""
+        """The old model in the new one's order, and the fraction of its units that changed place."""
         units = context.model.units
         if alignment is None:
             return part.params, part.model_state, jnp.zeros(())
@@ -125,9 +128,9 @@ def weight_interpolation(
         )
 
     def end_task(
-        context: Context, state: TrainState, part: WeightInterpolationState, task_sample: Batch | None, key: Key
+        context: Context, state: TrainState, part: WeightInterpolationState, sample: Batch, key: Key
     ) -> tuple[TrainState, WeightInterpolationState]:
-        rows: PyTree = task_sample if sample == "task" else _memory(name, sample, state.parts, micro_batch)
+        rows: PyTree = sample if source == "task" else _memory(name, source, state.parts, micro_batch)
         has_statistics = any(floating(leaf) for leaf in jax.tree.leaves(state.model_state))
         if rows is None and (alignment == "activations" or has_statistics):
             raise ValueError(
@@ -137,8 +140,8 @@ def weight_interpolation(
         def average() -> tuple[PyTree, PyTree, Array, Array]:
             old_params, old_model_state, moved = aligned(context, state, part, rows)
             squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), state.params, old_params)
-            params = interpolate(state.params, old_params, alpha)
-            model_state = interpolate(state.model_state, old_model_state, alpha)
+            params = interpolate(state.params, old_params, old_weight)
+            model_state = interpolate(state.model_state, old_model_state, old_weight)
             if has_statistics:
                 model_state = recompute_statistics(context.model, params, model_state, rows, key)
             distance = jnp.sqrt(jnp.asarray(sum(jax.tree.leaves(squares)), jnp.float32))
@@ -154,13 +157,13 @@ def weight_interpolation(
         return state, WeightInterpolationState(params, model_state, part.finished + 1, moved, distance)
 
     needs = {"boundaries"}
-    if sample == "task" and alignment == "activations":
+    if source == "task" and alignment == "activations":
         needs.add("end_sample")
     return Component(name, frozenset(needs), init=init, end_task=end_task)
 
 
 def _memory(owner: str, sample: str, parts: dict[str, PyTree], micro_batch: int) -> Batch:
-    """All rows of a replay component's memory, `Batch[M, micro_batch, ...]`; what it does not hold has weight 0."""
+    """All examples of a replay component's memory, `Batch[M, micro_batch, ...]`; empty slots have weight 0."""
 
     def memories(part: PyTree) -> list[Reservoir]:
         leaves = jax.tree.leaves(part, is_leaf=lambda leaf: isinstance(leaf, Reservoir))
@@ -169,14 +172,14 @@ def _memory(owner: str, sample: str, parts: dict[str, PyTree], micro_batch: int)
     if sample not in parts or not memories(parts[sample]):
         known = [repr(name) for name, part in parts.items() if memories(part)]
         raise ValueError(
-            f"{owner}: sample is {sample!r}, but it must be 'task' or the name of a component with a memory of rows"
-            f" ({', '.join(known) or 'the learner has none'})"
+            f"{owner}: sample is {sample!r}, but it must be 'task' or the name of a component with a memory of"
+            f" examples ({', '.join(known) or 'the learner has none'})"
         )
     memory = memories(parts[sample])[0]
     capacity = jax.tree.leaves(memory.rows)[0].shape[0]
     size = min(micro_batch, capacity)
     padding = -capacity % size
-    # Some keep answers beside their rows.
+    # Some store outputs beside their examples.
     x, y, task = memory.rows if len(memory.rows) == 3 else memory.rows[0]
     weight = (jnp.arange(capacity) < memory.seen).astype(jnp.float32)
 
@@ -185,3 +188,16 @@ def _memory(owner: str, sample: str, parts: dict[str, PyTree], micro_batch: int)
         return padded.reshape((-1, size, *leaf.shape[1:]))
 
     return jax.tree.map(split, Batch(x, y, task, weight))
+
+
+ENTRY = Entry(
+    name="weight_interpolation",
+    family="weight averaging",
+    summary="the old weights, permuted to match the new ones' units and averaged with them after each task",
+    factory=weight_interpolation,
+    arguments={"old_weight": 0.5},
+    numbers=("old_weight",),
+    papers=("kozal2024continual",),
+    null=Null({"old_weight": 0.0}, "old weight 0, and an optimiser without state", sgd=True),
+    results="+ activations",
+)

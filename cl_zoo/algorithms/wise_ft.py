@@ -1,4 +1,4 @@
-"""Robust fine-tuning in turn: each task's weights are averaged with those from before it."""
+"""Robust fine-tuning, task by task: each task's weights are averaged with those from before it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range
+from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import interpolate
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["WiseFtState", "wise_ft"]
+__all__ = ["ENTRY", "WiseFtState", "wise_ft"]
 
 
 class WiseFtState(NamedTuple):
@@ -26,15 +27,15 @@ class WiseFtState(NamedTuple):
 
 
 def wise_ft(
-    alpha: Array | float, *, anchor: str = "last", pretrained: bool = False, name: str = "wise_ft"
+    old_weight: Array | float, *, anchor: str = "last", pretrained: bool = False, name: str = "wise_ft"
 ) -> Component:
     """At each task's end the weights are moved back towards those from before it.
 
-        theta = (1 - alpha) theta_anchor + alpha theta_new
+        theta = old_weight theta_anchor + (1 - old_weight) theta_new
 
     Args:
-      alpha: in [0, 1], weighs the NEW model, as in the paper (in `weight_interpolation` it weighs the old one).
-      anchor: "last", what the last task left after averaging; "first", what the first task left, for ever.
+      old_weight: in [0, 1], of the anchor; 1 minus the paper's alpha.
+      anchor: "last", what the last task left after averaging; "first", what the first task left, throughout.
       pretrained: whether the initial network is worth keeping: then it is the first anchor, and the first task is
         averaged with it too; otherwise the first task's weights stay as they are.
       name: key in state.
@@ -43,9 +44,10 @@ def wise_ft(
       A component with a `WiseFtState`.
 
     Raises:
-      ValueError: alpha outside [0, 1], unknown anchor.
+      ValueError: old_weight outside [0, 1], unknown anchor.
 
-    Source: Wortsman et al. 2022, arXiv 2109.01903; in turn, anchor "last": CoMA, Marouf et al. 2024, arXiv 2312.08977.
+    Source: Wortsman et al. 2022, arXiv 2109.01903; task by task, anchor "last": CoMA, Marouf et al. 2024, arXiv
+    2312.08977.
 
     Differences from the paper or its code: the paper averages once, a zero-shot model with its fine-tuning; here every
     task is a fine-tuning. Running statistics of normalisation layers are averaged like weights. The optimiser keeps its
@@ -55,9 +57,9 @@ def wise_ft(
       >>> import optax
       >>> from cl_zoo import compose, supervised
       >>> from cl_zoo.models import mlp
-      >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), wise_ft(alpha=0.5))
+      >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), wise_ft(old_weight=0.5))
     """
-    check_range(name, "alpha", alpha, 0, 1)
+    check_range(name, "old_weight", old_weight, 0, 1)
     check_choice(name, "anchor", anchor, ("last", "first"))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> WiseFtState:
@@ -72,9 +74,22 @@ def wise_ft(
         def choose(condition: Array, a: PyTree, b: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
-        merged = choose(has_anchor, interpolate(new, old, 1 - alpha), new)
+        merged = choose(has_anchor, interpolate(new, old, old_weight), new)
         kept = merged if anchor == "last" else choose(has_anchor, old, merged)
         part = WiseFtState(kept[0], kept[1], part.finished + 1)
         return state._replace(params=merged[0], model_state=merged[1]), part
 
     return Component(name, frozenset({"boundaries"}), init=init, end_task=end_task)
+
+
+ENTRY = Entry(
+    name="wise_ft",
+    family="weight averaging",
+    summary="the weights from before each task, averaged with the new ones at its end",
+    factory=wise_ft,
+    arguments={"old_weight": 0.5},
+    numbers=("old_weight",),
+    papers=("wortsman2022robust",),
+    null=Null({"old_weight": 0.0}, "old weight 0"),
+    results="wise-ft",
+)

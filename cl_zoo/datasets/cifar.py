@@ -33,7 +33,7 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None, source: str | None = N
       `LabelledImages` of `uint8[50000, 32, 32, 3]` and `uint8[10000, 32, 32, 3]`, labels 0 to 9.
 
     Raises:
-      ValueError, FileNotFoundError: one line that says which file, what is wrong, and what to do. The Python version of
+      ValueError, FileNotFoundError: one line that names the file, what is wrong, and what to do. The Python version of
         the set is refused, as it is pickled.
 
     Source: Krizhevsky 2009, Learning multiple layers of features from tiny images.
@@ -61,7 +61,7 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None, source: str | None = N
 
 
 def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a label and three planes, red, green and blue."""
+    """Records of a label and three planes, red, green and blue."""
     if not path.is_file():
         pickled = [path.with_suffix(""), path.parent / "cifar-10-batches-py"]
         if found := [str(other) for other in pickled if other.exists()]:
@@ -75,7 +75,7 @@ def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     if (size := path.stat().st_size) != _ROWS * _RECORD:
         raise ValueError(
-            f"{path}: {size} bytes, but a file of {_ROWS} rows of CIFAR-10's binary version has {_ROWS * _RECORD};"
+            f"{path}: {size} bytes, but a file of {_ROWS} images of CIFAR-10's binary version has {_ROWS * _RECORD};"
             f" {_AGAIN}"
         )
     rows = np.fromfile(path, np.uint8).reshape(_ROWS, _RECORD)
@@ -90,14 +90,14 @@ def load_cifar10_c(data_dir: str | os.PathLike[str], corruption: str, severity: 
     Args:
       data_dir: the folder of `labels.npy`, `gaussian_noise.npy`, ...
       corruption: one of `CORRUPTIONS`, or of the extra set: "speckle_noise", "gaussian_blur", "spatter", "saturate".
-      severity: 1 to 5; their rows follow each other in a file, 10 000 each.
+      severity: 1 to 5; their images follow each other in a file, 10 000 each.
 
     Returns:
-      Images `uint8[10000, 32, 32, 3]`, mapped from the file, of which only what is used gets read; labels
+      Images `uint8[10000, 32, 32, 3]`, memory-mapped, so that only what is used is read; labels
       `[10000]`, 0 to 9.
 
     Raises:
-      ValueError, FileNotFoundError: one line that says which file, what is wrong, and what to do.
+      ValueError, FileNotFoundError: one line that names the file, what is wrong, and what to do.
 
     Source: Hendrycks and Dietterich 2019, arXiv 1903.12261; the files: doi 10.5281/zenodo.2535967.
 

@@ -53,7 +53,7 @@ NOISES = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "uni
 _SEVERITIES: dict[str, tuple] = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation
     "shot_noise": (500, 250, 100, 75, 50),  # photons of a white pixel
-    "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),  # share of values replaced
+    "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),  # fraction of values replaced
     "speckle_noise": (0.06, 0.10, 0.12, 0.16, 0.20),  # standard deviation relative to the value
     "uniform_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation, ours
     "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),  # radius, softness
@@ -71,7 +71,7 @@ _SEVERITIES: dict[str, tuple] = {
     "fog": ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75)),  # weight, the cloud's smoothness
     "brightness": (0.05, 0.10, 0.15, 0.20, 0.30),  # added to the HSV value
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor
-    # strength and sigma of the displacements, shift of three points; shares of the image's side
+    # strength and sigma of the displacements, shift of three points; fractions of the image's side
     "elastic_transform": (
         (0.0, 0.0, 0.08),
         (0.05, 0.2, 0.07),
@@ -79,7 +79,7 @@ _SEVERITIES: dict[str, tuple] = {
         (0.1, 0.04, 0.05),
         (0.1, 0.03, 0.03),
     ),
-    "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),  # share of the resolution kept
+    "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),  # fraction of the resolution kept
     "jpeg_compression": (80, 65, 58, 50, 40),  # quality
 }
 
@@ -96,7 +96,8 @@ def corrupt(images: Array, name: str, severity: int, key: Key) -> Array:
       images: `uint8[N, height, width]` (grey), or `[N, height, width, C]` with C 1 (grey) or 3 (red, green, blue).
       name: one of `CORRUPTIONS` or `NOISES`.
       severity: 1 to 5.
-      key: of the draws, each image has its own; or one key per image, `[N]`, so that sets given in parts draw the same.
+      key: of the draws, which differ between images; or one key per image, `[N]`, so that sets given in parts draw the
+        same.
         Defocus and zoom blur, brightness, contrast, pixelate and JPEG draw nothing.
 
     Returns:
@@ -113,7 +114,7 @@ def corrupt(images: Array, name: str, severity: int, key: Key) -> Array:
       - Frost: drawn, as crystals with bright edges and feathers over a cloud. The original crops photographs of ice.
       - Glass blur: each pixel takes the value of a neighbour up and left of it, or keeps its own. The code means to
         swap the two, but on colour images its swap copies; so it does here, on grey ones too.
-      - Results are rounded. The original cuts decimals off, which darkens by half a grey level, and rounds inside glass
+      - Results are rounded. The original truncates, which darkens by half a grey level, and rounds inside glass
         blur, motion blur and snow too.
       - Other sizes than 32 x 32: shifts of `elastic_transform` and the resolution of `pixelate` grow with the image;
         other lengths stay in pixels. Images that are not square are zoomed along each axis.
@@ -143,7 +144,7 @@ def corrupt(images: Array, name: str, severity: int, key: Key) -> Array:
     return jnp.round(255 * jnp.clip(changed, 0, 1)).astype(jnp.uint8).reshape(images.shape)
 
 
-# Each is `(image f32[H, W, C] in [0, 1], constants, key) -> image`; what falls outside of [0, 1] is cut off later.
+# Each is `(image f32[H, W, C] in [0, 1], constants, key) -> image`; what falls outside [0, 1] is clipped later.
 
 
 def _gaussian_noise(image: Array, deviation: float, key: Key) -> Array:
@@ -277,11 +278,11 @@ def _elastic_transform(image: Array, constants: tuple[float, float, float], key:
     if strength == 0:
         return image
     blur = [gaussian_matrix(size, sigma, 3, "symmetric") for size in (height, width)]
-    by_row, by_column = (
+    by_example, by_column = (
         strength * filtered(jax.random.uniform(k, (height, width, 1), minval=-1.0), *blur)[..., 0]
         for k in (row_key, column_key)
     )
-    return bilinear(image, row + by_row, column + by_column, "reflect")
+    return bilinear(image, row + by_example, column + by_column, "reflect")
 
 
 def _pixelate(image: Array, share: float, key: Key) -> Array:

@@ -1,4 +1,4 @@
-"""Images of many classes, some of which are kept for testing: Omniglot and mini-ImageNet from local files."""
+"""Images of many classes, some of them for testing only: Omniglot and mini-ImageNet from local files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FewShotImages", "load_mini_imagenet", "load_omniglot"]
 
 
 class FewShotImages(NamedTuple):
-    """Labelled images of which the classes are split, not the rows.
+    """Labelled images whose classes are split, not their examples.
 
     Attributes:
       images: `uint8[N, height, width]` or with channels last.
@@ -57,7 +57,7 @@ def load_omniglot(
       `FewShotImages` of `uint8[N, size, size]`.
 
     Raises:
-      ValueError, FileNotFoundError: one line that says which file or field, what is wrong, and what to do.
+      ValueError, FileNotFoundError: one line that names the file or field, what is wrong, and what to do.
 
     Source: Lake, Salakhutdinov and Tenenbaum 2015, doi 10.1126/science.aab3050; 1200 drawn characters: Santoro et al.
     2016, arXiv 1605.06065.
@@ -96,7 +96,7 @@ def load_omniglot(
 
 
 def _drawn(images: FewShotImages, drawn: tuple[int, int], seed: int, owner: str) -> FewShotImages:
-    """The classes split anew, at random."""
+    """The classes split again, at random."""
     n_classes = len(images.train_classes) + len(images.test_classes)
     if len(drawn) != 2:
         raise ValueError(f"{owner}: drawn is {drawn}, but it must be two numbers, of training and validation classes")
@@ -115,13 +115,13 @@ def load_mini_imagenet(data_dir: str | os.PathLike[str], *, size: int = 84) -> F
     Args:
       data_dir: a folder of `train/CLASS/*.jpg`, `val/...` and `test/...` (or .png, .jpeg); or of `train.csv`, `val.csv`
         and `test.csv`, each with the columns filename and label, and all files in `images/`.
-      size: pixels of a side, at least 1; images of another size are brought to it (Lanczos), whatever their shape.
+      size: pixels of a side, at least 1; images of another size are resized to it (Lanczos), whatever their shape.
 
     Returns:
       `FewShotImages` of `uint8[N, size, size, 3]`.
 
     Raises:
-      ValueError, FileNotFoundError: one line that says which file or field, what is wrong, and what to do.
+      ValueError, FileNotFoundError: one line that names the file or field, what is wrong, and what to do.
 
     Source: Vinyals et al. 2016, arXiv 1606.04080; the split files in use: Ravi and Larochelle 2017.
 

@@ -99,7 +99,7 @@ def motion_blur(image: Array, radius: int, sigma: float, degrees: Array) -> Arra
 
 
 def bilinear(image: Array, row: Array, column: Array, mode: str) -> Array:
-    """Each channel read between pixels, beyond the border as `map_coordinates` does by that mode."""
+    """Each channel interpolated between pixels, beyond the border as `map_coordinates` does in that mode."""
     return jax.vmap(
         lambda channel: jax.scipy.ndimage.map_coordinates(channel, [row, column], order=1, mode=mode),
         in_axes=2,
@@ -146,7 +146,7 @@ _DCT = np.cos(np.pi * (2 * np.arange(8) + 1) * _FREQUENCY / 16) * np.where(_FREQ
 def jpeg(image: Array, quality: int) -> Array:
     """What is left of an image after JPEG at this quality: `[0, 255]`, whole numbers, in and out.
 
-    Colour as luma and chroma, chroma at half the resolution (4:2:0) and read back between its pixels; 8 x 8 cosine
+    Colour as luma and chroma, chroma at half the resolution (4:2:0) and interpolated back; 8 x 8 cosine
     transforms rounded to multiples of the quantisation table. The entropy coding loses nothing, so it is left out.
     """
     height, width, channels = image.shape

@@ -44,7 +44,7 @@ def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | No
       `LabelledImages`, labels 0 to 9.
 
     Raises:
-      ValueError, FileNotFoundError: one line that says which file, what is wrong, and what to do.
+      ValueError, FileNotFoundError: one line that names the file, what is wrong, and what to do.
 
     Source: LeCun, Cortes and Burges, MNIST, CC BY-SA 3.0.
 
@@ -125,7 +125,7 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
             if expected == 0:
                 raise ValueError(f"{path}: its header announces an array of shape {shape}, with nothing in it; {again}")
             chunks, length = [], 0
-            while length <= expected and (chunk := file.read(1 << 20)):  # a header that lies allocates nothing
+            while length <= expected and (chunk := file.read(1 << 20)):  # a false header allocates nothing
                 chunks.append(chunk)
                 length += len(chunk)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -137,7 +137,7 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
 
 
 def tfds_splits(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The rows of "train" and of "test" of a set that TensorFlow Datasets has prepared, each row a dict of arrays.
+    """The examples of "train" and "test" of a set that TensorFlow Datasets has prepared, each a dict of arrays.
 
     Raises:
       ValueError: TensorFlow Datasets is not installed.

@@ -33,7 +33,7 @@ def python_library(limit: int | None = 1_000_000) -> dict[str, bytes]:
       limit: bytes of each domain, at which it is cut; None reads the whole library, which takes tens of seconds.
 
     Returns:
-      "code": sources without docstrings and comments; "docstrings": English text, an empty line between two. Equal on
+      "code": sources without docstrings and comments; "docstrings": English text, with empty lines between. Equal on
       one machine and version of Python, not across them.
 
     Raises:
@@ -160,7 +160,7 @@ def read_text_domains(directory: str | os.PathLike[str]) -> dict[str, bytes]:
       domain, which follow each other without anything between them.
 
     Raises:
-      ValueError, FileNotFoundError: one line that says which path, what is wrong, and what to do.
+      ValueError, FileNotFoundError: one line that names the path, what is wrong, and what to do.
 
     Example:
       >>> read_text_domains("texts").keys()  # doctest: +SKIP

@@ -1,7 +1,7 @@
 """Permutation alignment: the hidden units of one network put in the order of another's.
 
-Hidden units have no order of their own: a network computes the same after any permutation of them. `Model.units` says
-which axes of which parameters must be permuted together. All here runs inside a compiled program.
+Hidden units have no order of their own: a network computes the same after any permutation of them. `Model.units` states
+which axes of which parameters must be permuted together. Everything here runs inside a compiled program.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Units = tuple[tuple[tuple[tuple[str, ...], int, str], ...], ...]
 """The wiring of hidden units, see `Model`."""
 
 Permutations = tuple[Array, ...]
-"""One `i32[n]` per group of units: unit i of what comes out is unit permutation[i] of what goes in."""
+"""One `i32[n]` per group of units: unit i of the result is unit permutation[i] of the input."""
 
 
 def permute(params: PyTree, units: Units, permutations: Permutations) -> PyTree:
@@ -47,7 +47,7 @@ def permute(params: PyTree, units: Units, permutations: Permutations) -> PyTree:
       A tree like `params`.
 
     Raises:
-      ValueError: units name a parameter that is not there, or an axis that is no whole number of blocks of its group.
+      ValueError: units name a parameter that does not exist, or an axis that is not a whole number of blocks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,8 +66,8 @@ def permute(params: PyTree, units: Units, permutations: Permutations) -> PyTree:
 def permute_statistics(model_state: PyTree, units: Units, permutations: Permutations) -> PyTree:
     """The running statistics of the layers that make the units, in their new order.
 
-    They are the vectors as long as their group that lie in `model_state` under the path of such a layer (which may
-    have the name of a collection before it).
+    They are the vectors in `model_state` that lie under the path of such a layer (which may have the name of a
+    collection before it) and are as long as its group.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(model_state)
     made = [
@@ -89,8 +89,8 @@ def permute_statistics(model_state: PyTree, units: Units, permutations: Permutat
 def assign(score: Array) -> Array:
     """The permutation p that maximises sum_i score[i, p_i], `i32[n]`, by the Hungarian algorithm.
 
-    Of equal scores (units that never speak) the unit of the same number is taken: the diagonal counts for a millionth
-    of the largest score more. Scores that are not finite count as 0, so that the search always ends.
+    Of equal scores (units that are never active) the unit of the same number is taken: a millionth of the largest
+    score is added to the diagonal. Scores that are not finite count as 0, so that the search always ends.
 
     Args:
       score: `[n, n]`.
@@ -108,7 +108,7 @@ def assign(score: Array) -> Array:
 
 
 class _Moments(NamedTuple):
-    """Of two sets of n units over weighted rows: total weight, means, sums of centred squares and products."""
+    """Of two sets of n units over weighted examples: total weight, means, sums of centred squares and products."""
 
     total: Array
     first_mean: Array
@@ -174,20 +174,20 @@ def readers(units: Units, taps: PyTree) -> tuple[tuple[str, ...], ...]:
 def unit_correlations(
     model: Model, first: tuple[PyTree, PyTree], second: tuple[PyTree, PyTree], batches: Batch
 ) -> tuple[Array, ...]:
-    """Pearson correlations of the hidden units of two networks over rows of data, `[n, n]` for each group of units.
+    """Pearson correlations of the hidden units of two networks over examples, `[n, n]` for each group of units.
 
         r_ij = cov(a_i, b_j) / sqrt(var(a_i) var(b_j))
 
     with a, b the activations as the next layer reads them. The positions of a feature map, or the blocks of a
-    flattened one, count as so many rows; where several layers read a group, their correlations are averaged.
+    flattened one, count as examples; where several layers read a group, their correlations are averaged.
 
     Args:
       model: with `units`, and taps of the layers that read them.
-      first, second: `(params, model_state)` of each network; both answer, they do not train.
-      batches: `Batch[M, B, ...]`; rows count as their weight.
+      first, second: `(params, model_state)` of each network; both in evaluation mode.
+      batches: `Batch[M, B, ...]`; examples count by their weight.
 
     Returns:
-      One matrix per group, row i unit i of `first`, column j unit j of `second`; 0 for units that are constant.
+      One matrix per group, row i for unit i of `first`, column j for unit j of `second`; 0 for constant units.
 
     Raises:
       ValueError: a group whose readers have no taps.
@@ -221,12 +221,12 @@ def unit_correlations(
 def match_activations(
     model: Model, new: tuple[PyTree, PyTree], old: tuple[PyTree, PyTree], batches: Batch
 ) -> Permutations:
-    """The order of the old network's units in which they correlate best with the new one's, over rows of data.
+    """The order of the old network's units in which they correlate best with the new one's, over examples.
 
-        p = argmax_p sum_i r_{i p_i}     for each group of units apart
+        p = argmax_p sum_i r_{i p_i}     for each group of units separately
 
-    Groups can be matched apart, from activations of the old network as it is: how its units correlate with others does
-    not depend on the order of the units before them.
+    Groups can be matched separately, from activations of the old network as it is: how its units correlate with others
+    does not depend on the order of the units before them.
 
     Args:
       model, batches: see `unit_correlations`.
@@ -250,13 +250,13 @@ def match_weights(
 
         p = argmin_p || new - P(old) ||^2
 
-    by coordinate descent: one group after another, all others held, is a linear assignment problem with
+    by coordinate descent: one group after another, all others fixed, is a linear assignment problem with
     score[i, j] = the inner product of all weights into and out of unit i of the new and unit j of the old network.
 
     Args:
       units: see `Model`.
       new, old: parameters.
-      sweeps: over all groups at most; it ends when one changes nothing.
+      sweeps: at most so many over all groups; it ends when one changes nothing.
       key: draws the order of the groups in each sweep; None takes them as they come.
 
     Returns:

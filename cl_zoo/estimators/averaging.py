@@ -10,8 +10,8 @@ from cl_zoo.types import Array, Batch, Key, Model, PyTree
 __all__ = ["floating", "interpolate", "recompute_statistics"]
 
 
-def interpolate(new: PyTree, old: PyTree, alpha: Array | float) -> PyTree:
-    """(1 - alpha) new + alpha old for all numbers that are not whole; counters and the like are those of `new`.
+def interpolate(new: PyTree, old: PyTree, old_weight: Array | float) -> PyTree:
+    """(1 - old_weight) new + old_weight old for all floating-point numbers; integers (counters) are those of `new`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -23,8 +23,8 @@ def interpolate(new: PyTree, old: PyTree, alpha: Array | float) -> PyTree:
     def mean(a: Array, b: Array) -> Array:
         if not floating(a):
             return a
-        wide = jnp.promote_types(a.dtype, jnp.float32)  # 0.99 is no number of bfloat16
-        return ((1 - alpha) * a.astype(wide) + alpha * b.astype(wide)).astype(a.dtype)
+        wide = jnp.promote_types(a.dtype, jnp.float32)  # bfloat16 cannot represent 0.99
+        return ((1 - old_weight) * a.astype(wide) + old_weight * b.astype(wide)).astype(a.dtype)
 
     return jax.tree.map(mean, new, old)
 
@@ -35,25 +35,25 @@ def floating(leaf: Array) -> bool:
 
 
 def recompute_statistics(model: Model, params: PyTree, model_state: PyTree, batches: Batch, key: Key) -> PyTree:
-    """The running statistics of normalisation layers, made anew: the mean over batches of the statistics of each.
+    """The running statistics of normalisation layers, recomputed: the mean over batches of the statistics of each.
 
-    A layer in training moves them by s <- m s + (1 - m) s_batch, with a momentum m that only the layer knows (as batch
-    normalisation commonly does). One pass from s = 0 therefore leaves (1 - m) s_batch of each batch, and a pass from
-    s = c over the same batch m c more, which gives m. So
+    A layer in training updates them by s <- m s + (1 - m) s_batch, with a momentum m that only the layer knows (as
+    batch normalisation commonly does). One pass from s = 0 therefore leaves (1 - m) s_batch of each batch, and a pass
+    from s = c over the same batch m c more, which gives m. So
 
         s = [mean over batches of pass(0)] / (1 - m),   m = (pass(c) - pass(0)) / c
 
-    is the cumulative mean for any momentum, without a trace of what the statistics were. Numbers that training does not
-    move (frozen weights) stay, and counters too.
+    is the cumulative mean for any momentum, whatever the statistics were before. Numbers that training does not change
+    (frozen weights) stay, and so do counters.
 
     Args:
       model: whose layers use, in training, the statistics of the batch and not the running ones.
       params, model_state: of the network.
-      batches: `Batch[M, B, ...]`; each counts as its sum of weights.
+      batches: `Batch[M, B, ...]`; each counts by its sum of weights.
       key: for layers that draw, such as dropout.
 
     Returns:
-      A tree like `model_state`; that itself if no row has weight.
+      A tree like `model_state`; unchanged if no example has weight.
 
     Source: the reset of Jordan et al. 2022 (REPAIR), arXiv 2211.08403.
     """
@@ -89,7 +89,7 @@ def recompute_statistics(model: Model, params: PyTree, model_state: PyTree, batc
 
     def step(total: list[Array], batch: Batch) -> tuple[list[Array], None]:
         share = jnp.sum(batch.weight) / jnp.maximum(jnp.sum(sums), 1e-12)
-        # A batch of padding alone may give statistics that are no numbers.
+        # A batch of padding alone may give statistics that are not numbers.
         added = [jnp.where(share > 0, share * after, 0) for after in trained(zero, batch)]
         return [(t + a).astype(t.dtype) for t, a in zip(total, added, strict=True)], None
 

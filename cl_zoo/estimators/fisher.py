@@ -25,23 +25,23 @@ def fisher_diagonal(
 ) -> PyTree:
     """F = mean over x of  sum_c q(c|x) (d log p(c|x) / d params)^2, the square of each example's own gradient.
 
-    `labels` says what q is: "expected" the model's p(c|x), summed over all classes (the Fisher itself); "sampled" one
-    label drawn from p(c|x) (its one-sample estimate); "observed" the given label (the empirical Fisher, near 0 where
-    the model is sure and right).
+    `labels` chooses q: "expected" the model's p(c|x), summed over all classes (the Fisher itself); "sampled" one label
+    drawn from p(c|x) (its one-sample estimate); "observed" the given label (the empirical Fisher, near 0 where the
+    model is confident and right).
 
-    With r_c = onehot(c) - p, the gradient of log p(c|x) to the logits, it is the second moment of the gradients of
-    sqrt(q_c) r_c . logits: `gradient_moment`, exact and at the price of a step or two for dense layers.
+    With r_c = onehot(c) - p, the gradient of log p(c|x) with respect to the logits, it is the second moment of the
+    gradients of sqrt(q_c) r_c . logits: `gradient_moment`, exact and at the cost of a step or two for dense layers.
 
     Args:
-      forward: `(params, batch, perturb) -> (logits [B, C], taps)`, rows independent of each other, masked logits
-        very low. It must be the network as it answers: dropout off, normalisation statistics fixed.
-      params: where to take it.
-      batches: `Batch[M, B, ...]`; rows count as their weight.
+      forward: `(params, batch, perturb) -> (logits [B, C], taps)`, examples independent of each other, masked logits
+        very low. It must be the network in evaluation mode: dropout off, normalisation statistics fixed.
+      params: where to evaluate it.
+      batches: `Batch[M, B, ...]`; examples count by their weight.
       labels: "expected", "sampled" or "observed".
       key: needed for "sampled".
       batch_square: square the gradient of each batch's mean instead, and average over batches. This is a mistake that
         several libraries make (smaller by about 1/B, opposite gradients cancel), kept to reproduce their numbers.
-      micro_batch: rows whose gradients the slow path holds at once.
+      micro_batch: examples whose gradients the slow path computes at once.
 
     Returns:
       A tree like `params`, not negative.

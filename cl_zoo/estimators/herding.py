@@ -1,4 +1,4 @@
-"""Herding: a few rows of each class whose mean is that of all."""
+"""Herding: a few examples of each class whose mean is close to that of all."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ __all__ = ["herding_ranks", "unit_rows"]
 
 
 def unit_rows(features: Array) -> Array:
-    """Rows `[..., F]` divided by their Euclidean norm; a row of zeros stays."""
+    """Vectors `[..., F]` divided by their Euclidean norm; a vector of zeros stays."""
     squared = jnp.sum(features**2, axis=-1, keepdims=True)
     return features / jnp.sqrt(jnp.where(squared > 0, squared, 1))
 
 
 def herding_ranks(features: Array, labels: Array, weight: Array, n_classes: int, steps: Array | int) -> Array:
-    """The order in which herding picks rows, for all classes at once.
+    """The order in which herding picks examples, for all classes at once.
 
     With unit features phi and the unit class mean mu, the k-th pick of a class is
 
-        argmin_i || mu - (s + phi_i) / k ||,   s the sum of the picks before;   the first row of several equal ones
+        argmin_i || mu - (s + phi_i) / k ||,   s the sum of the picks before;   the first of several equal ones
 
-    among its rows that were not picked before.
+    among its examples that were not picked before.
 
     Args:
-      features: `[N, F]`, of any length; they are normalised here.
+      features: `[N, F]`, of any norm; they are normalised here.
       labels: `i32[N]`, in `[0, n_classes)`.
-      weight: `f32[N]`; rows of weight 0 are neither picked nor in the mean.
+      weight: `f32[N]`; examples of weight 0 are neither picked nor in the mean.
       n_classes: `C`.
       steps: picks per class; may be traced.
 
     Returns:
-      `i32[N]`: 0 for the first pick of a class, 1 for the second, ...; N for rows that were not picked.
+      `i32[N]`: 0 for the first pick of a class, 1 for the second, ...; N for examples that were not picked.
 
     Source: Rebuffi et al. 2017, arXiv 1611.07725, algorithm 4; Welling 2009, "Herding dynamical weights to learn".
 
@@ -46,14 +46,14 @@ def herding_ranks(features: Array, labels: Array, weight: Array, n_classes: int,
     n = features.shape[0]
     unit = unit_rows(features)
     member = (labels[:, None] == jnp.arange(n_classes)) & (weight > 0)[:, None]
-    # Accelerators round what they multiply to ten bits unless told not to: too coarse to tell rows apart.
+    # By default accelerators round the factors of a product to ten bits: too coarse to distinguish examples.
     with jax.default_matmul_precision("highest"):
-        mean = unit_rows(member.astype(unit.dtype).T @ unit)  # of unit length, so that sums will do
+        mean = unit_rows(member.astype(unit.dtype).T @ unit)  # normalised, so sums serve as means
     length = jnp.sum(unit**2, axis=1)
 
     def pick(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         ranks, total = carry
-        # k^2 times the squared distance, without what is the same for all rows of a class.
+        # k^2 times the squared distance, without what is the same for all examples of a class.
         with jax.default_matmul_precision("highest"):
             distance = 2 * unit @ (total - (k + 1) * mean).T + length[:, None]
         free = member & (ranks == n)[:, None]

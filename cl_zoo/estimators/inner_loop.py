@@ -31,15 +31,15 @@ def inner_loop(
       params: theta.
       optimiser: any optax optimiser; it starts afresh, and is differentiated through.
       steps: at least 0.
-      only: what moves: names of paths into `params` ("output", "hidden_0/kernel"), with all that lies under them.
-        Nothing: all moves. No gradient is computed for the rest.
+      only: what is updated: names of paths into `params` ("output", "hidden_0/kernel"), with all that lies under
+        them; if empty, everything. No gradient is computed for the rest.
       order: 2 keeps the dependence of the inner gradients on theta; 1 takes them as constants.
-      rematerialise: compute each step again in the backward pass, so that memory holds phi of every step, but not the
+      rematerialise: recompute each step in the backward pass, so that memory holds phi of every step, but not the
         activations.
-      each: `(phi_{i+1}, i) -> pytree`, looked at after every step.
+      each: `(phi_{i+1}, i) -> pytree`, called after every step.
 
     Returns:
-      phi after all steps; what `each` gave, with a leading axis `[steps]`, or None.
+      phi after all steps; what `each` returned, with a leading axis `[steps]`, or None.
 
     Raises:
       ValueError: a name in `only` that is not in `params`.
@@ -70,7 +70,7 @@ def inner_loop(
 
 
 def movable(params: PyTree, only: Sequence[str] = ()) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
-    """The leaves of `params` that `only` names, all without names; and what puts such leaves in their places.
+    """The leaves of `params` that `only` names (all if it is empty), and a function that puts them back in place.
 
     Raises:
       ValueError: a name that is not in `params`.
@@ -100,10 +100,10 @@ def _under(leaf: str, name: str) -> bool:
 
 
 def per_parameter_rates(rates: PyTree, only: Sequence[str] = ()) -> optax.GradientTransformation:
-    """Plain gradient descent with a rate for each number: p <- p - rates * g. For `inner_loop` with the same `only`.
+    """Plain gradient descent, p <- p - rates * g, a rate for each number. For `inner_loop` with the same `only`.
 
     Args:
-      rates: a tree like the parameters; the optimiser may be differentiated by them.
+      rates: a tree like the parameters; the optimiser may be differentiated with respect to them.
       only: see `inner_loop`.
     """
     found = jax.tree_util.tree_flatten_with_path(rates)[0]

@@ -1,4 +1,4 @@
-"""Moments of per-example gradients: what the Fisher and memory-aware synapses are made of."""
+"""Moments of per-example gradients: the basis of the Fisher information and of memory-aware synapses."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def gradient_moment(
 
         mean moment(x)^T (sum_k moment(g_k)):
 
-    exact, one matrix product a batch, for all k together. That path is taken for every two-dimensional kernel whose
+    exact, one matrix product per batch, for all k together. That path is taken for every two-dimensional kernel whose
     taps the model records for inputs `[B, in]`; every other parameter (convolutions, layers shared over positions,
-    models without taps) takes per-example gradients in micro-batches. Both may serve one network.
+    models without taps) takes per-example gradients in micro-batches. One network may use both.
 
     Args:
-      forward: `(params, batch, perturb) -> (outputs [B, C], taps)`, rows independent of each other. It must be the
-        network as it answers: dropout off, normalisation statistics fixed.
-      params: where to take it.
-      batches: `Batch[M, B, ...]`; rows count as their weight.
-      cotangents: `(outputs, batch, key) -> [K, B, C]`, the r_k of each row.
-      moment: element by element.
-      key: handed to `cotangents`, folded with the batch's number.
-      micro_batch: rows whose gradients the slow path holds at once.
+      forward: `(params, batch, perturb) -> (outputs [B, C], taps)`, examples independent of each other. It must be
+        the network in evaluation mode: dropout off, normalisation statistics fixed.
+      params: where to evaluate it.
+      batches: `Batch[M, B, ...]`; examples count by their weight.
+      cotangents: `(outputs, batch, key) -> [K, B, C]`, the r_k of each example.
+      moment: applied element by element.
+      key: passed to `cotangents`, folded with the batch's number.
+      micro_batch: examples whose gradients the slow path computes at once.
 
     Returns:
       A tree like `params`.
@@ -71,7 +71,7 @@ def gradient_moment(
         return jax.tree.unflatten(treedef, full)
 
     def dense_moments(batch: Batch, key: Key | None) -> dict[str, tuple[Array, Array]]:
-        """The fast path: per layer, the sums over rows of moments of the gradients of its kernel and bias."""
+        """The fast path: per layer, the sums over examples of moments of the gradients of its kernel and bias."""
         zeros = {name: jnp.zeros(taps[name][1].shape, taps[name][1].dtype) for name in dense}
         outputs, pull, seen = jax.vjp(lambda perturb: forward(params, batch, perturb), zeros, has_aux=True)
 
@@ -85,7 +85,7 @@ def gradient_moment(
         return {name: (moment(seen[name][0]).T @ total[name], jnp.sum(total[name], axis=0)) for name in dense}
 
     def slow_moments(batch: Batch, key: Key | None) -> list[Array]:
-        """The slow path: per-example gradients, `micro_batch` rows at a time."""
+        """The slow path: per-example gradients, `micro_batch` examples at a time."""
         part = [values[i] for i in slow]
 
         def example(row: Batch, r: Array) -> list[Array]:
@@ -135,13 +135,13 @@ def gradient_moment(
 def row_gradient_square(
     loss: Callable[[PyTree, Batch], Array], params: PyTree, batches: Batch, micro_batch: int = 16
 ) -> PyTree:
-    """mean over rows of (d loss(row) / d params)^2, of any loss of a batch of one row.
+    """mean over examples of (d loss(example) / d params)^2, for any loss of a batch of one example.
 
     Args:
       loss: `(params, Batch[1, ...]) -> f32[]`.
-      params: where to take it.
-      batches: `Batch[M, B, ...]`; rows count as their weight.
-      micro_batch: rows whose gradients are held at once.
+      params: where to evaluate it.
+      batches: `Batch[M, B, ...]`; examples count by their weight.
+      micro_batch: examples whose gradients are computed at once.
 
     Returns:
       A tree like `params`.
@@ -171,7 +171,7 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def _dense_taps(params: PyTree, taps: dict[str, tuple[Any, Any]], rows: int) -> dict[str, PyTree]:
-    """Layers for which x^2 and g^2 suffice: `kernel` `[in, out]` (and `bias`) over inputs `[B, in]`, one row each."""
+    """Layers for which x^2 and g^2 suffice: `kernel` `[in, out]` (and `bias`) over inputs `[B, in]`."""
     found = {}
     for name, (inputs, outputs) in taps.items():
         layer = params

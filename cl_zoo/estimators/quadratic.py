@@ -34,8 +34,8 @@ def zero_quadratic(params: PyTree) -> Quadratic:
 def add_quadratic(old: Quadratic, precision: PyTree, anchor: PyTree) -> Quadratic:
     """The sum of `old` and sum_i precision_i (p_i - anchor_i)^2, as one quadratic.
 
-    Means are moved, a <- a + F_new / (F_old + F_new) (a_new - a), as sums of F a would cancel in float32 once F is
-    large.
+    Means are updated, a <- a + F_new / (F_old + F_new) (a_new - a), since sums of F a would cancel in float32 once F
+    is large.
     """
 
     def share(f: Array, f_new: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Hidden units: how active they are, how much is read of them, and how they are made anew.
+"""Hidden units: how active they are, how strongly they are read, and how they are re-initialised.
 
 A group of units is one tuple of `Model.units`: `(path, axis, role)` of every parameter that makes the units ("out") or
 reads them ("in"). An axis k times as long as its group is k blocks of it, channels last.
@@ -31,7 +31,7 @@ Group = tuple[tuple[tuple[str, ...], int, str], ...]
 
 
 def check_units(owner: str, context: Context, state: TrainState, batch: Batch) -> None:
-    """Refuses a model whose units are not described, or whose activations no tap shows.
+    """Refuses a model whose units are not described, or whose activations no tap records.
 
     Raises:
       ValueError: no units; no taps of a layer that reads a group.
@@ -56,8 +56,8 @@ def _reader(owner: str, group: Group, taps: dict[str, Any]) -> str:
             return layer
     raise ValueError(
         f"{owner}: none of the layers that read a group of units ({', '.join(readers) or 'there are none'}) has taps"
-        f" here; there are taps of {', '.join(taps) or 'none'}. Its activations are the input of such a layer in the"
-        " pass that the losses share"
+        f" here; there are taps of {', '.join(taps) or 'none'}. A group's activations are the input of such a layer"
+        " in the forward pass that the losses share"
     )
 
 
@@ -82,7 +82,7 @@ def group_size(params: PyTree, group: Group) -> int:
 def unit_activations(
     owner: str, units: tuple[Group, ...], params: PyTree, taps: dict[str, tuple[Array, Array]]
 ) -> tuple[Array, ...]:
-    """What each unit put out, `[B, P, n]` for each group: P positions of a feature map, or 1.
+    """The activations of each unit, `[B, P, n]` for each group: P positions of a feature map, or 1.
 
     Args:
       owner: for the error.
@@ -101,12 +101,12 @@ def unit_activations(
 
 
 def row_mean(values: Array, weight: Array) -> Array:
-    """sum_b w_b mean_p v_bp / sum_b w_b: `[B, P, n]`, `[B]` -> `[n]`; 0 where no row counts."""
+    """sum_b w_b mean_p v_bp / sum_b w_b: `[B, P, n]`, `[B]` -> `[n]`; 0 where no example counts."""
     return weight @ jnp.mean(values, axis=1) / jnp.maximum(jnp.sum(weight), 1e-12)
 
 
 def weight_magnitude(params: PyTree, group: Group, role: str) -> tuple[Array, int]:
-    """sum |w| over the weights that make ("out") or read ("in") each unit, `[n]`, and how many a unit has.
+    """sum |w| over the weights that make ("out") or read ("in") each unit, `[n]`, and their number per unit.
 
     Biases, parameters of one axis, are left out.
 
@@ -167,7 +167,7 @@ def unit_masks(params: PyTree, units: tuple[Group, ...], chosen: tuple[Array, ..
 def reset_units(
     context: Context, params: PyTree, opt_state: PyTree, chosen: tuple[Array, ...], x: PyTree, key: Key
 ) -> tuple[PyTree, PyTree]:
-    """Makes the chosen units anew: no trace of what they learnt is left, and nothing reads them yet.
+    """Re-initialises the chosen units: nothing that they learned is left, and nothing reads them yet.
 
     Weights and biases that make a chosen unit are those of a fresh `context.model.init`; weights that read one are 0,
     also where they make another chosen one; the optimiser's moments of all these are as at the start. So the network
@@ -175,10 +175,10 @@ def reset_units(
 
     Args:
       context: the model and the optimiser.
-      params, opt_state: now.
+      params, opt_state: the current ones.
       chosen: `bool[n]` for each group of `context.model.units`.
       x: inputs for `model.init`.
-      key: of the fresh draw.
+      key: for `model.init`.
 
     Returns:
       Parameters and optimiser's state. Where none is chosen, nothing is drawn.
@@ -210,7 +210,7 @@ def reset_moments(
 ) -> PyTree:
     """The optimiser's numbers of the touched parameters become those of `optimiser.init(params)`.
 
-    Counts that all parameters share stay; so does what has not its parameter's shape (Adafactor's factors).
+    Counts that all parameters share stay; so does what does not have its parameter's shape (Adafactor's factors).
 
     Args:
       optimiser: any optax optimiser.

@@ -5,8 +5,11 @@ from .cost import Timing as Timing
 from .cost import state_bytes as state_bytes
 from .cost import timed as timed
 from .cost import update_flops as update_flops
-from .measures import evaluate as evaluate
-from .probes import dormant_share as dormant_share
+from .measures import Measure as Measure
+from .measures import accuracy as accuracy
+from .measures import adapted_accuracy as adapted_accuracy
+from .measures import at as at
+from .probes import dormant_fraction as dormant_fraction
 from .probes import effective_rank as effective_rank
 from .probes import mean_absolute_weight as mean_absolute_weight
 from .probes import online_score as online_score

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from cl_zoo._learner import Learner
 from cl_zoo.checks import check_choice, check_whole
 from cl_zoo.losses import weighted_mean
-from cl_zoo.types import Array, Batch, Learner, PyTree, Stream, TrainState
+from cl_zoo.types import Array, Batch, Stream, TrainState
 
 __all__ = ["evaluate_adapting"]
 
@@ -15,35 +16,33 @@ __all__ = ["evaluate_adapting"]
 def evaluate_adapting(
     learner: Learner,
     stream: Stream,
-    data: PyTree,
     state: TrainState,
     split: str = "test",
     *,
     reset: str = "batch",
-    rows: int = 1,
-    limit: int | None = None,
+    batch_size: int = 1,
+    examples: int | None = None,
     together: int = 1,
-    by_row: bool = False,
+    by_example: bool = False,
 ) -> tuple[Array, TrainState]:
-    """The mean score on every task of a stream, each test batch answered by `learner.adapt`. `evaluate` is without.
+    """The mean score on every task of a stream, each test batch predicted by `learner.adapt`, learning from it.
 
     Args:
       learner, stream, state: what to score.
-      data: `stream.data`, as an argument of the program that calls this.
       split: "validation" or "test".
-      reset: what a test batch starts from. "batch": always from `state`, its draws included, so that an answer depends
-        on nothing but its own batch. "task": from what the batch before left, each task from `state`. "never": from
-        what the batch before left, through all tasks in their order.
-      rows: of a test batch, in the stream's order.
-      limit: rows of each task; None takes all.
+      reset: what a test batch starts from. "batch": always from `state`, its draws included, so that a prediction
+        depends on nothing but its own batch. "task": from what the batch before left, each task from `state`. "never":
+        from what the batch before left, through all tasks in their order.
+      batch_size: examples per test batch, in the stream's order.
+      examples: examples of each task; None takes all.
       together: with reset="batch", test batches that are computed at once; more memory, less time.
-      by_row: give the score of every row, in the stream's order, and not their mean.
+      by_example: return the score of every example, in the stream's order, not their mean.
 
     Returns:
-      `f32[T]`, or by row `f32[T, N]`, 0 for padding; the state at the end with reset="never", else the given one.
+      `f32[T]`, or by example `f32[T, N]`, 0 for padding; the state at the end with reset="never", else the given one.
 
     Raises:
-      ValueError: another reset, rows, limit or together below 1, together without reset="batch".
+      ValueError: another reset, batch_size, examples or together below 1, together without reset="batch".
 
     Example:
       >>> import jax, optax
@@ -53,13 +52,13 @@ def evaluate_adapting(
       >>> from cl_zoo.streams import split_mnist
       >>> stream = split_mnist(scenario="domain", steps=1)
       >>> learner = compose(mlp((28, 28), 2, hidden=(8,), norm="batch"), optax.sgd(0.1), supervised(), tent())
-      >>> state = learner.init(jax.random.key(0), stream.next(stream.data, stream.init(jax.random.key(0)), None)[0])
-      >>> scores, state = evaluate_adapting(learner, stream, stream.data, state, reset="task", rows=50, limit=100)
+      >>> state = learner.init(jax.random.key(0), stream.next(stream.init(jax.random.key(0)))[0])
+      >>> scores, state = evaluate_adapting(learner, stream, state, reset="task", batch_size=50, examples=100)
       >>> scores.shape
       (5,)
     """
     check_choice("evaluate_adapting", "reset", reset, ("batch", "task", "never"))
-    for field, value in (("rows", rows), ("limit", limit), ("together", together)):
+    for field, value in (("batch_size", batch_size), ("examples", examples), ("together", together)):
         if value is not None:
             check_whole("evaluate_adapting", field, value, 1)
     if together > 1 and reset != "batch":
@@ -69,22 +68,22 @@ def evaluate_adapting(
         )
 
     def regrouped(leaf: Array) -> Array:
-        """`[E, B, ...]` to test batches `[n, rows, ...]`; what is missing of the last is zeros, also in its weight."""
-        leaf = leaf.reshape((-1, *leaf.shape[2:]))[:limit]
-        missing = -leaf.shape[0] % rows
+        """`[E, B, ...]` to test batches `[n, batch_size, ...]`; the last is filled with zeros, also in its weight."""
+        leaf = leaf.reshape((-1, *leaf.shape[2:]))[:examples]
+        missing = -leaf.shape[0] % batch_size
         leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
-        return leaf.reshape((-1, rows, *leaf.shape[1:]))
+        return leaf.reshape((-1, batch_size, *leaf.shape[1:]))
 
     def one(state: TrainState, batch: Batch) -> tuple[TrainState, Array]:
         state, outputs = learner.adapt(state, batch)
         return state, stream.score(outputs, batch)
 
     def summary(scores: Array, batches: Batch, n: int) -> Array:
-        return (scores * (batches.weight > 0)).ravel()[:n] if by_row else weighted_mean(scores, batches.weight)
+        return (scores * (batches.weight > 0)).ravel()[:n] if by_example else weighted_mean(scores, batches.weight)
 
     def on_task(start: TrainState, task: Array) -> tuple[TrainState, Array]:
-        given = stream.evaluation(data, task, split)
-        n, batches = given.weight.ravel()[:limit].size, jax.tree.map(regrouped, given)
+        given = stream.evaluation(task, split)
+        n, batches = given.weight.ravel()[:examples].size, jax.tree.map(regrouped, given)
         if reset == "batch":
             scores = jax.lax.map(
                 lambda batch: one(start, batch)[1], batches, batch_size=together if together > 1 else None

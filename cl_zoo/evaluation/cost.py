@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from cl_zoo._learner import Learner
 from cl_zoo.compilation import jit
-from cl_zoo.types import Batch, Learner, PyTree, TrainState
+from cl_zoo.types import Batch, PyTree, TrainState
 
 __all__ = ["Timing", "state_bytes", "timed", "update_flops"]
 
@@ -27,7 +28,7 @@ class Timing(NamedTuple):
 
 
 def timed(function: Callable[..., Any], *arguments: Any, repeats: int = 1) -> Timing:
-    """Compiles a jitted function, then calls it: the two are timed apart."""
+    """Compiles a jitted function, then calls it: the two are timed separately."""
     begun = time.perf_counter()
     compiled = function.lower(*arguments).compile()  # type: ignore[attr-defined]
     compile_seconds = time.perf_counter() - begun

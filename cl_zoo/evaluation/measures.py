@@ -1,64 +1,160 @@
-"""Scores of a learner on the tasks of a stream."""
+"""What is measured in a run, and when."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from cl_zoo._learner import Learner
+from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.evaluation.adaptation import evaluate_adapting
+from cl_zoo.identity import alike
 from cl_zoo.losses import mask_outputs, weighted_mean
-from cl_zoo.types import Array, Batch, Learner, PyTree, Stream, TrainState
+from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TrainState
 
-__all__ = ["evaluate"]
+__all__ = ["Measure", "accuracy", "adapted_accuracy", "at", "settled"]
+
+Function = Callable[[Learner, TrainState, Stream, Key], PyTree]
 
 
-def evaluate(
-    learner: Learner,
-    stream: Stream,
-    data: PyTree,
-    state: TrainState,
-    split: str = "test",
-    *,
-    within_task: bool = False,
-    batches: int | None = None,
-) -> Array:
-    """The mean score on every task of a stream, as the learner stands.
+class Measure(NamedTuple):
+    """A function of a learner, and when it is called. Measuring changes no draw of the learner.
+
+    Attributes:
+      function: `(learner, state, stream, key) -> pytree of arrays`.
+      when: "task", after `init` and after the end of each task; a number n, after n, 2 n, ... updates of each task,
+        before its end; "end", after the last task. Results have leading axes `[T + 1]`, `[T, steps // n]`, or none.
+      report: `(arrays) -> pytree of arrays`, applied to each result outside the program (scores computed by Python);
+        None leaves it as it is.
+      needs_examples: whether it reads `stream.evaluation`, which not every stream has.
+    """
+
+    function: Function
+    when: str | int = "task"
+    report: Callable[[PyTree], PyTree] | None = None
+    needs_examples: bool = False
+
+    def __call__(self, learner: Learner, state: TrainState, stream: Stream, key: Key | None = None) -> PyTree:
+        return self.function(learner, state, stream, jax.random.key(0) if key is None else key)
+
+
+def at(when: str | int, measure: Measure | Function) -> Measure:
+    """The measure, taken at other times.
 
     Args:
-      learner, stream, state: what to score; rows tell their task only where the stream says so ("task_ids").
-      data: `stream.data`, as an argument of the program that calls this.
-      split: "validation" or "test".
-      within_task: answers are restricted to the labels that occur in the task, which gives the task-incremental score
-        of a class-incremental run. Needs logits.
-      batches: of each task; None for all. Each batch is a fair part of the whole.
+      when: "task", a number of updates, or "end", see `Measure`.
+      measure: a `Measure`, or its function.
+
+    Raises:
+      ValueError: another word, a number below 1.
+
+    Example:
+      >>> at(100, accuracy(batches=1)).when
+      100
+    """
+    if isinstance(when, str):
+        check_choice("at", "when", when, ("task", "end"))
+    else:
+        check_whole("at", "when", when, 1)
+    whole = measure if isinstance(measure, Measure) else Measure(measure)
+    return whole._replace(function=alike(whole.function), when=when)
+
+
+def accuracy(split: str = "test", *, batches: int | None = None, within_task: bool = False) -> Measure:
+    """The score on every task, `f32[T]`: `stream.evaluate`. At "task" it is the matrix R, `f32[T + 1, T]`.
+
+    Args:
+      split: "test" or "validation".
+      batches: of each task's examples; None for all. Each batch is a fair part of the whole.
+      within_task: whether predictions are restricted to the labels that occur in the task, which gives the
+        task-incremental score of a class-incremental run. Needs logits.
 
     Returns:
-      `f32[T]`.
+      A `Measure`.
+
+    Raises:
+      ValueError: an unknown split, batches below 1.
 
     Example:
       >>> import jax, optax
-      >>> from cl_zoo import compose, supervised
-      >>> from cl_zoo.evaluation import evaluate
+      >>> from cl_zoo import compose, run_stream, supervised
       >>> from cl_zoo.models import mlp
       >>> from cl_zoo.streams import split_mnist
-      >>> stream = split_mnist(scenario="domain", steps=1)
+      >>> stream = split_mnist(scenario="domain", steps=20)
       >>> learner = compose(mlp((28, 28), 2), optax.sgd(0.1), supervised())
-      >>> cursor = stream.init(jax.random.key(0))
-      >>> state = learner.init(jax.random.key(0), stream.next(stream.data, cursor, None)[0])
-      >>> evaluate(learner, stream, stream.data, state).shape
-      (5,)
+      >>> curve = at(5, accuracy(batches=1))
+      >>> result = run_stream(learner, stream, jax.random.key(0), measure={"R": accuracy(), "curve": curve})
+      >>> result.measures["R"].shape, result.measures["curve"].shape
+      ((6, 5), (5, 4, 5))
+    """
+    check_choice("accuracy", "split", split, ("validation", "test"))
+    if batches is not None:
+        check_whole("accuracy", "batches", batches, 1)
+
+    def function(learner: Learner, state: TrainState, stream: Stream, key: Key) -> Array:
+        agent = learner.agent(state)
+
+        def on_examples(task: Array) -> Array:
+            examples = jax.tree.map(lambda leaf: leaf[:batches], stream.evaluation(task, split))
+
+            def score(batch: Batch) -> Array:
+                outputs = agent.predict(batch.x, batch.task)
+                if within_task:
+                    label = jax.nn.one_hot(examples.y, outputs.shape[-1]) * examples.weight[..., None]
+                    outputs = mask_outputs(outputs, jnp.any(label > 0, axis=(0, 1)))
+                return stream.score(outputs, batch)
+
+            return weighted_mean(jax.lax.map(score, examples), examples.weight)
+
+        def on_task(task: Array) -> Array:
+            if batches is not None or within_task:
+                return on_examples(task)
+            return stream.evaluate(agent, task, split, jax.random.fold_in(key, task))
+
+        return jax.lax.map(on_task, jnp.arange(stream.n_tasks, dtype=jnp.int32))
+
+    return Measure(alike(function), needs_examples=batches is not None or within_task)
+
+
+def adapted_accuracy(split: str = "test", **options: Any) -> Measure:
+    """The score on every task where each test batch is first learned from, `f32[T]`.
+
+    Args:
+      split: "test" or "validation".
+      **options: of `evaluate_adapting`.
+
+    Returns:
+      A `Measure`.
     """
 
-    def score_task(task: Array) -> Array:
-        rows = jax.tree.map(lambda leaf: leaf[:batches], stream.evaluation(data, task, split))
+    def function(learner: Learner, state: TrainState, stream: Stream, key: Key) -> Array:
+        return evaluate_adapting(learner, stream, state, split, **options)[0]
 
-        def step(carry: None, batch: Batch) -> tuple[None, Array]:
-            outputs = learner.predict(state, batch.x, batch.task)
-            if within_task:
-                label = jax.nn.one_hot(rows.y, outputs.shape[-1]) * rows.weight[..., None]
-                outputs = mask_outputs(outputs, jnp.any(label > 0, axis=(0, 1)))
-            return carry, stream.score(outputs, batch)
+    return Measure(alike(function), needs_examples=True)
 
-        _, scores = jax.lax.scan(step, None, rows)
-        return weighted_mean(scores, rows.weight)
 
-    return jax.lax.map(score_task, jnp.arange(stream.n_tasks, dtype=jnp.int32))
+def settled(measure: Mapping[str, Measure | Function] | None, stream: Stream) -> tuple[tuple[str, Measure], ...]:
+    """The measures of a run by name; R alone where none are given.
+
+    Raises:
+      ValueError: a number of updates above a task's; examples wanted of a stream that has none; what is not a function.
+    """
+    found = []
+    for name, given in ({"accuracy": accuracy()} if measure is None else measure).items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"measure: the name {name!r} must be of letters, digits, '_', '-' and '.'")
+        if not callable(given):
+            raise ValueError(
+                f"measure: {name!r} is {given!r}, but it must be a function or a Measure, as accuracy() is"
+            )
+        one = at(given.when, given) if isinstance(given, Measure) else at("task", given)
+        if isinstance(one.when, int) and one.when > stream.steps:
+            raise ValueError(f"measure: {name!r} is at {one.when} updates, but a task has only {stream.steps}")
+        if one.needs_examples and stream.evaluation_function is None:
+            raise ValueError(f"measure: {name!r} needs examples, but this stream is evaluated without any")
+        found.append((name, one))
+    return tuple(found)

@@ -1,6 +1,6 @@
 """Numbers from the accuracy matrix R `[..., T + 1, T]`: row 0 before any training, row t + 1 after task t.
 
-Some take a curve of scores within tasks instead, or besides. Each takes leading axes (seeds, settings) as they come.
+Some take a curve of scores within tasks instead, or too. All keep leading axes (seeds, settings).
 Libraries disagree on several of these; the formulas here are in terms of a_{t,i} = R[t + 1, i], the score on task i
 after training on task t, both from 0.
 """
@@ -71,7 +71,7 @@ def forgetting(matrix: ArrayLike) -> np.ndarray:
 
 
 def forward_transfer(matrix: ArrayLike) -> np.ndarray:
-    """FWT = 1/(T-1) sum_{i>0} (a_{i-1,i} - R[0,i]): before task i is trained, over the untrained net; nan for one."""
+    """FWT = 1/(T-1) sum_{i>0} (a_{i-1,i} - R[0,i]): before task i is trained, less untrained; nan for one task."""
     after, before = _after(matrix), np.asarray(matrix, np.float64)[..., 0, :]
     return _mean(np.diagonal(after, offset=1, axis1=-2, axis2=-1) - before[..., 1:])
 
@@ -111,7 +111,7 @@ def anytime_accuracy(curve: ArrayLike, seen: ArrayLike | None = None) -> np.ndar
 
     Args:
       curve: `[..., T, points, T]`, scores at points spread evenly over the stream.
-      seen: bool, of a shape that broadcasts to the curve's; None counts each task from its own turn on.
+      seen: bool, of a shape that broadcasts to the curve's; None counts each task from its own training on.
     """
     curve = np.asarray(curve, np.float64)
     if curve.ndim < 3 or curve.shape[-3] != curve.shape[-1]:
@@ -127,7 +127,7 @@ def anytime_accuracy(curve: ArrayLike, seen: ArrayLike | None = None) -> np.ndar
 
 def average_anytime_accuracy(curve: ArrayLike, seen: ArrayLike | None = None) -> np.ndarray:
     """A_AUC = 1/N sum_n A(n): the area under the curve of anytime accuracy over the whole stream, whose length is 1
-    (Koh et al. 2022); arguments as there."""
+    (Koh et al. 2022); arguments as in `anytime_accuracy`."""
     return anytime_accuracy(curve, seen).mean(-1)
 
 
@@ -149,7 +149,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def summary(matrix: ArrayLike) -> dict[str, np.ndarray]:
-    """All numbers of one matrix, by name."""
+    """All metrics of one matrix, by name."""
     functions = (
         average_accuracy,
         average_incremental_accuracy,

@@ -21,7 +21,7 @@ __all__ = [
 
 
 def accuracy_heat_map(axes: Any, matrix: ArrayLike, title: str = "") -> Any:
-    """The accuracy matrix R in percent, the mean over any leading axes: rows are moments, columns are tasks."""
+    """The accuracy matrix R in percent, the mean over any leading axes: rows are times, columns are tasks."""
     runs = 100 * np.asarray(matrix)
     percent = runs.reshape((-1, *runs.shape[-2:])).mean(0)
     n_tasks = percent.shape[1]
@@ -47,7 +47,7 @@ def seen_task_accuracy(axes: Any, matrices: Mapping[str, ArrayLike], title: str 
         values = values.reshape((-1, values.shape[-1]))
         _band(axes, np.arange(1, values.shape[-1] + 1), values, name)
     axes.set_xlabel("tasks seen")
-    axes.set_ylabel("accuracy on them (%)")
+    axes.set_ylabel("accuracy on tasks seen (%)")
     axes.set_ylim(0, 102)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title)

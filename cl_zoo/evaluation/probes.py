@@ -1,4 +1,4 @@
-"""What a network looks like inside: silent units, rank of its features, size of its weights, score as it learns.
+"""Diagnostics of a network: dormant units, rank of its features, size of its weights, score as it learns.
 
 All are functions of arrays, to be used inside a compiled program or outside.
 """
@@ -16,7 +16,7 @@ from cl_zoo.losses import mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = [
-    "dormant_share",
+    "dormant_fraction",
     "effective_rank",
     "mean_absolute_weight",
     "online_score",
@@ -25,16 +25,16 @@ __all__ = [
 ]
 
 
-def dormant_share(activations: Array, weight: Array | None = None, *, threshold: Array | float = 0.0) -> Array:
-    """The share of a layer's n units whose activity is at most `threshold` times the layer's mean activity.
+def dormant_fraction(activations: Array, weight: Array | None = None, *, threshold: Array | float = 0.0) -> Array:
+    """The fraction of a layer's n units whose activity is at most `threshold` times the layer's mean activity.
 
-        a_i = mean_b |h_bi|;   share = #{i: a_i <= threshold * mean_j a_j} / n
+        a_i = mean_b |h_bi|;   fraction = #{i: a_i <= threshold * mean_j a_j} / n
 
-    Threshold 0 counts dead units, those that are 0 on all rows.
+    Threshold 0 counts dead units, those that are 0 on all examples.
 
     Args:
       activations: `[B, ..., n]`, with positions between for feature maps.
-      weight: `f32[B]`; rows of weight 0 are absent. None: all count.
+      weight: `f32[B]`; examples of weight 0 are absent. None: all count.
       threshold: at least 0.
 
     Returns:
@@ -45,7 +45,7 @@ def dormant_share(activations: Array, weight: Array | None = None, *, threshold:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> float(dormant_share(jnp.array([[0.0, 1.0, 3.0, 0.0], [0.0, 2.0, 3.0, 0.1]]), threshold=0.1))
+      >>> float(dormant_fraction(jnp.array([[0.0, 1.0, 3.0, 0.0], [0.0, 2.0, 3.0, 0.1]]), threshold=0.1))
       0.5
     """
     h = jnp.abs(activations).reshape((activations.shape[0], -1, activations.shape[-1])).mean(1)
@@ -58,7 +58,7 @@ def effective_rank(features: Array, weight: Array | None = None) -> Array:
 
     Args:
       features: `[B, F]`; not centred.
-      weight: `f32[B]`; rows of weight 0 are absent. None: all count.
+      weight: `f32[B]`; examples of weight 0 are absent. None: all count.
 
     Returns:
       `f32[]`; 0 for a matrix of zeros.
@@ -110,18 +110,18 @@ def weight_norm(params: PyTree) -> Array:
 
 
 def online_score(
-    score: Callable[[Any, Batch], Array], *, rows: int | None = None, name: str = "online_score"
+    score: Callable[[Any, Batch], Array], *, batch_size: int | None = None, name: str = "online_score"
 ) -> Component:
-    """Tests each batch, then it is learnt (prequential): the score of the network as it was before the step.
+    """Tests each batch before it is learned from (prequential): the score of the network before the step.
 
         score = sum_b w_b score(outputs_b, y_b) / sum_b w_b,   loss = 0
 
-    It reads the pass that the losses share, so it costs nothing, and sees what that sees (dropout, batch statistics).
+    It reads the pass that the losses share, so it costs nothing, and has that pass's dropout and batch statistics.
 
     Args:
       score: `(outputs, batch) -> f32[B]`, `stream.score` say; outputs masked as the loss masks them.
-      rows: how many of the first rows count, where another component adds rows of its own (replay): the stream's batch
-        size. None: all.
+      batch_size: how many of the first examples count, where another component adds its own (replay): that of the
+        stream. None: all.
       name: of the component; the metric is `name/score`.
 
     Returns:
@@ -151,7 +151,7 @@ def online_score(
         active = context.active(state.task, batch.task)
         if active is not None:
             outputs = mask_outputs(outputs, active)
-        outputs, batch = jax.tree.map(lambda leaf: leaf[:rows], (outputs, batch))
+        outputs, batch = jax.tree.map(lambda leaf: leaf[:batch_size], (outputs, batch))
         values = score(outputs, batch)
         return jnp.zeros((), values.dtype), {"score": weighted_mean(values, batch.weight)}
 

@@ -21,14 +21,14 @@ class Decoder(NamedTuple):
     """A network in the two forms of its layers, with one set of parameters.
 
     Attributes:
-      model: all tokens of a row at once, `[B, T]` -> logits `[B, T, V]`: what learners take.
+      model: all tokens of a sequence at once, `[B, T]` -> logits `[B, T, V]`: what learners take.
       start: `(params, batch_size, length, padding=None) -> cache` of an empty sequence, for at most `length` tokens;
-        the first `padding` `i32[B]` tokens of each row will be as if they were not there.
+        the first `padding` `i32[B]` tokens of each sequence are ignored.
       step: `(params, cache, tokens [B]) -> (logits [B, V], cache)`: one more token.
       extend: `(params, cache, tokens [B, T]) -> (logits [B, V] of the last, cache)`: T more tokens at once, where every
         mixer can; else one after another.
       hidden: `(params, tokens [B, T]) -> [B, T, D]`, the residual stream after all blocks.
-      logits: `(params, [..., D]) -> [..., V]`: what `model` makes of it; at some places alone, where V is large.
+      logits: `(params, [..., D]) -> [..., V]`: the output head alone, for some positions only where V is large.
 
     `start`, `step` and `extend` also take parameters whose blocks are `unstacked`; a cache of stacked ones has to be
     unstacked like them.
@@ -43,7 +43,7 @@ class Decoder(NamedTuple):
 
 
 def check_decoder(owner: str, decoder: Any) -> None:
-    """Refuses what is no `Decoder`."""
+    """Refuses what is not a `Decoder`."""
     if not isinstance(decoder, Decoder):
         raise ValueError(
             f"{owner}: decoder is {type(decoder).__name__}, but it must be a Decoder, as decoder(...) makes and"
@@ -51,35 +51,9 @@ def check_decoder(owner: str, decoder: Any) -> None:
         )
 
 
-def check_weights(owner: str, weights: PyTree, wanted: PyTree) -> None:
-    """Refuses weights whose names or shapes are not the wanted ones, or that are no floating point numbers."""
-
-    def named(tree: PyTree) -> dict[str, Any]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-    given, own = named(weights), named(wanted)
-    for name, leaf in own.items():
-        if name not in given:
-            raise ValueError(f"{owner}: the weights have no {name!r}, but the net does; they have {_few(given)}")
-        if np.shape(given[name]) != leaf.shape:
-            raise ValueError(
-                f"{owner}: the weights' {name!r} has the shape {np.shape(given[name])}, but it must be {leaf.shape}"
-            )
-        if not jnp.issubdtype(given[name].dtype, jnp.floating):
-            raise ValueError(f"{owner}: the weights' {name!r} is {given[name].dtype}, but it must be floating point")
-    if unknown := [name for name in given if name not in own]:
-        raise ValueError(f"{owner}: the weights have {_few(unknown)}, for which the net has no place")
-
-
-def _few(names: Any) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")
-
-
 def unstacked(params: PyTree) -> PyTree:
-    """A decoder's parameters, or its cache, with every block as a tree of its own in place of stacked blocks: nothing
-    has to be cut out of the stack for every token that is decoded."""
+    """A decoder's parameters, or its cache, with every block as a tree of its own instead of stacked blocks: nothing
+    has to be sliced out of the stack for every decoded token."""
 
     def rows(blocks: PyTree) -> list[PyTree]:
         n = jax.tree.leaves(blocks)[0].shape[0]
@@ -112,18 +86,18 @@ def decoder(
 
     Args:
       vocabulary: V.
-      mixers: the sequence layer of each block in turn, all of one width D; after the last comes the first again.
+      mixers: the sequence layer of each block in turn, all of one width D; repeated in this order.
       layers: blocks, a multiple of the number of mixers.
       hidden: width of the SwiGLU networks.
       tied: whether the embedding also gives the logits.
-      rematerialise: compute each round of blocks again in the backward pass, so that memory holds their inputs alone.
+      rematerialise: compute each round of blocks again in the backward pass, so that memory holds only their inputs.
       epsilon: of the RMSNorms.
-      dtype: of activations and of matrix products outside of what fast weights do; parameters, norms, logits and fast
+      dtype: of activations and of matrix products outside fast weights; parameters, norms, logits and fast
         weights stay in float32.
 
     Returns:
-      A `Decoder`, which can begin from weights, with parameters "embedding" `[V, D]`, "blocks", "norm", and "head" if
-      untied. There is one entry of "blocks" for each of P mixers, whose leaves have a leading axis layers / P.
+      A `Decoder` with parameters "embedding" `[V, D]`, "blocks", "norm", and "head" if untied. There is one
+      entry of "blocks" for each of P mixers, whose leaves have a leading axis layers / P.
 
     Raises:
       ValueError: sizes below 1, mixers of different widths, layers that are no multiple of their number; at the first
@@ -168,13 +142,7 @@ def decoder(
             "ffn_norm": {"scale": jnp.ones(width)},
         }
 
-    def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
-        if weights is not None:
-            check_weights("decoder", weights, jax.eval_shape(first_weights, key))
-            return weights, {}
-        return first_weights(key), {}
-
-    def first_weights(key: Key) -> PyTree:
+    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         keys = jax.random.split(key, len(mixers) + 2)
         params = {
             "embedding": 0.02 * jax.random.normal(keys[0], (vocabulary, width)),
@@ -186,7 +154,7 @@ def decoder(
         }
         if not tied:
             params["head"] = linear(keys[1], width, vocabulary)
-        return params
+        return params, {}
 
     def ffn(params: PyTree, h: Array) -> Array:
         gate, up, down = (params[name].astype(h.dtype) for name in ("gate", "up", "down"))
@@ -213,7 +181,7 @@ def decoder(
         if not jnp.issubdtype(kind, jnp.integer):
             raise ValueError(f"decoder: tokens are {kind}, but they must be whole numbers")
         table = params["embedding"]
-        table = jnp.asarray(table) if isinstance(table, np.ndarray) else table  # NumPy cannot be asked by a tracer
+        table = jnp.asarray(table) if isinstance(table, np.ndarray) else table  # NumPy cannot be indexed by a tracer
         return table[tokens].astype(jnp.promote_types(dtype, table.dtype) if table.dtype == jnp.float64 else dtype)
 
     def states(params: PyTree, tokens: Array) -> Array:

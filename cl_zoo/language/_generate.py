@@ -20,9 +20,9 @@ __all__ = ["Generated", "generate", "keep_likely"]
 
 class Generated(NamedTuple):
     """Attributes:
-    tokens: `i32[B, N]`, 0 after a row's end, which is a token too: decode `tokens[mask > 0]`.
-    log_probabilities: `f32[B, N]`, of each token under the net itself: temperature 1, nothing cut off.
-    mask: `f32[B, N]`, 1 for tokens of the row, the stop token among them; 0 after its end.
+    tokens: `i32[B, N]`, 0 after a sequence's end; 0 is a token too, so decode `tokens[mask > 0]`.
+    log_probabilities: `f32[B, N]`, of each token under the model itself: temperature 1, no truncation.
+    mask: `f32[B, N]`, 1 for tokens of the sequence, including the stop token; 0 after its end.
     """
 
     tokens: Array
@@ -31,12 +31,13 @@ class Generated(NamedTuple):
 
 
 def keep_likely(logits: Array, *, top_k: int | None = None, top_p: Array | float | None = None) -> Array:
-    """Logits `[..., V]` with those of unlikely tokens so low that they are never drawn.
+    """Logits `[..., V]` with those of improbable tokens so low that they are never drawn.
 
     Args:
       logits: any.
-      top_k: tokens that are kept, the likeliest; equals of the last one stay too.
-      top_p: the fewest likeliest tokens that make up this much probability are kept, at least one; after `top_k`.
+      top_k: how many of the most probable tokens are kept; ties with the last one stay too.
+      top_p: nucleus sampling: the smallest set of most probable tokens with this much probability is kept, at least
+        one; after `top_k`.
 
     Source: Fan et al. 2018, arXiv 1805.04833; Holtzman et al. 2019, arXiv 1904.09751.
     """
@@ -69,20 +70,21 @@ def generate(
     """Each prompt's continuation, token by token: y_t drawn from softmax(logits(prompt, y_<t) / temperature).
 
     The program is compiled once for each shape of prompts and set of options; prompts of different lengths go into one
-    shape by padding on the left (`left_padded`). It ends when all rows have.
+    shape by padding on the left (`left_padded`). It ends when all sequences have.
 
     Args:
-      decoder: the net.
+      decoder: the network.
       params: its parameters. Stacked blocks are copied into `unstacked` ones, once a call.
       prompts: `i32[B, P]`.
       key: of the draws; greedy decoding ignores it.
       length: N, tokens at most.
-      padding: `i32[B]`, tokens at the beginning of each prompt that are none, fewer than P; None is 0. Only nets of
-        softmax attention alone can take some.
+      padding: `i32[B]`, padding tokens at the beginning of each prompt, fewer than P; None is 0. Only networks
+        whose layers are all softmax attention take it.
       temperature: 0 is greedy.
-      top_k: tokens that may be drawn, the likeliest; None for all.
-      top_p: the fewest likeliest tokens that make up this much probability may be drawn; after top_k; None for all.
-      stop: tokens that end a row.
+      top_k: how many of the most probable tokens may be drawn; None for all.
+      top_p: nucleus sampling from the smallest set of most probable tokens with this much probability; after top_k;
+        None for all.
+      stop: tokens that end a sequence.
 
     Returns:
       A `Generated`.
@@ -103,7 +105,7 @@ def generate(
     check_whole("generate", "length", length, 1)
     for field, value in (("temperature", temperature), ("top_p", top_p)):
         if not isinstance(value, int | float | None):
-            raise ValueError(f"generate: {field} is {value!r}, but it must be a Python number: it sets the program")
+            raise ValueError(f"generate: {field} is {value!r}, but it must be a Python number, not an array")
     check_range("generate", "temperature", temperature, 0)
     if top_k is not None:
         check_whole("generate", "top_k", top_k, 1)
@@ -113,8 +115,8 @@ def generate(
     check_stop("generate", stop)
     if not isinstance(params, dict) or "embedding" not in params:
         raise ValueError(
-            "generate: params are not those of a decoder, as there is no 'embedding'; merge_adapters makes such of"
-            " adapters"
+            "generate: params are not those of a decoder, as there is no 'embedding'; for adapters, take those of"
+            " merge_adapters"
         )
     prompts = jnp.asarray(prompts) if isinstance(prompts, (list, tuple)) else prompts
     if prompts.ndim != 2 or not prompts.shape[1]:
@@ -135,7 +137,7 @@ def generate(
 
 
 def check_stop(owner: str, stop: Sequence[int]) -> None:
-    """Refuses what is no sequence of tokens."""
+    """Refuses what is not a sequence of tokens."""
     tokens = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [None]
     if not all(isinstance(token, (int, np.integer)) for token in tokens):
         raise ValueError(f"{owner}: stop is {stop!r}, but it must be a sequence of tokens, as tokenizer.stop")

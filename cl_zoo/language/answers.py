@@ -1,4 +1,4 @@
-"""Decoders that answer questions, with or without a demonstration before their eyes."""
+"""Decoders that answer questions, with or without a demonstration in context."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Demonstrated", "answer_logits", "answering"]
 
 
 class Demonstrated(NamedTuple):
-    """`Batch.x` where each row is a question and, for a teacher, the same question after a demonstration.
+    """`Batch.x` where each example is a question and, for a teacher, the same question after a demonstration.
     `Batch.y` then holds the answer's tokens `i32[B, N]`, -1 after its end.
 
     Attributes:
       prompt: `i32[B, P]`, the question; shorter ones have zeros on the left.
-      padding: `i32[B]`, how many; None where all have P tokens.
+      padding: `i32[B]`, how many zeros; None where all have P tokens.
       shown, shown_padding: the demonstration and the question, `i32[B, Q]`, and its zeros.
       answer: `i32[B, N]`, the answer, 0 after its end.
     """
@@ -31,7 +31,7 @@ class Demonstrated(NamedTuple):
 
 
 def check_demonstrated(owner: str, x: PyTree, shown: bool) -> None:
-    """Refuses what is no `Demonstrated`, or, where it will be shown, has no demonstration."""
+    """Refuses what is not `Demonstrated`, or, where it will be shown, has no demonstration."""
     if not isinstance(x, Demonstrated):
         raise ValueError(f"{owner}: x is {type(x).__name__}, but it must be Demonstrated, as in `skills`")
     if shown and x.shown is None:
@@ -41,10 +41,10 @@ def check_demonstrated(owner: str, x: PyTree, shown: bool) -> None:
 def answer_logits(decoder: Decoder, params: PyTree, prompt: Array, padding: Array | None, answer: Array) -> Array:
     """Logits of every token of an answer, from the prompt and the tokens before it.
 
-    Rows are turned to the left by their padding, so that it comes after all that matters.
+    Sequences are rolled to the left by their padding, so that it comes after all that matters.
 
     Args:
-      decoder, params: the net.
+      decoder, params: the network.
       prompt: `i32[B, P]`.
       padding: `i32[B]` or None.
       answer: `i32[B, N]`.
@@ -69,11 +69,11 @@ def answering(decoder: Decoder, *, shown: bool = False) -> Model:
         outputs_t = logits(y_t | prompt, y_<t)
 
     Args:
-      decoder: the net.
+      decoder: the network.
       shown: whether the demonstration is read before the question: learning in context, without any update.
 
     Returns:
-      A `Model` from `Demonstrated` to `[B, N, V]`, with the decoder's parameters; it can begin from weights.
+      A `Model` from `Demonstrated` to `[B, N, V]`, with the decoder's parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,7 +90,7 @@ def answering(decoder: Decoder, *, shown: bool = False) -> Model:
 
     def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
         check_demonstrated("answering", x, shown)
-        return decoder.model.init(key, x.prompt, *(() if weights is None else (weights,)))
+        return decoder.model.bind(weights).init(key, x.prompt)
 
     def apply(
         params: PyTree, model_state: PyTree, x: PyTree, **options: Any
@@ -99,4 +99,4 @@ def answering(decoder: Decoder, *, shown: bool = False) -> Model:
         prompt = (x.shown, x.shown_padding) if shown else (x.prompt, x.padding)
         return answer_logits(decoder, params, *prompt, x.answer), model_state, {}
 
-    return Model(init, apply)
+    return Model(init, apply, decoder=decoder, takes_weights=True)

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from cl_zoo.language._decoder import Decoder, decoder
+from cl_zoo.layers._rotary import RotaryScaling
 from cl_zoo.layers.attention import softmax_attention
-from cl_zoo.layers.rotary import RotaryScaling
 
 __all__ = ["DecoderConfig", "config_of", "settings_of"]
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-LARGEST = 1 << 24  # of any one size in a config: a lying one must not lead to loops without end
+LARGEST = 1 << 24  # of any one size in a config: a false one must not cause endless loops
 
 
 class DecoderConfig(NamedTuple):
@@ -27,7 +27,7 @@ class DecoderConfig(NamedTuple):
       theta, scaling: of the rotary positions.
       epsilon: of all RMSNorms.
       biases: projections of attention that have one.
-      context: tokens of a row that it was trained for.
+      context: length of the sequences that it was trained for, in tokens.
     """
 
     family: str
@@ -46,7 +46,7 @@ class DecoderConfig(NamedTuple):
     context: int
 
     def decoder(self, *, rematerialise: bool = False, dtype: Any = jnp.float32) -> Decoder:
-        """The net; see `cl_zoo.decoder` for the arguments."""
+        """The network; see `cl_zoo.decoder` for the arguments."""
         mixer = softmax_attention(
             self.width,
             self.heads,

@@ -1,4 +1,4 @@
-"""Decoders in GGUF files: the settings, the weights (quantised ones made float again) and the tokenizer."""
+"""Decoders in GGUF files: the settings, the weights (dequantised) and the tokenizer."""
 
 from __future__ import annotations
 
@@ -80,18 +80,18 @@ def read_gguf(path: str | Path) -> GgufFile:
     """Opens a file; tensors are read when they are asked for.
 
     Raises:
-      ValueError: no GGUF file, one that is cut off or lies about its lengths, or an architecture that is not known.
+      ValueError: not a GGUF file, one that is cut off or states false lengths, or an unknown architecture.
     """
     gguf = optional("gguf")
     path = Path(path)
     size = path.stat().st_size
     try:
-        with np.errstate(over="ignore"):  # of offsets that a lying header adds up
+        with np.errstate(over="ignore"):  # of offsets that a false header adds up
             reader = gguf.GGUFReader(str(path))
             fields = {name: field.contents() for name, field in reader.fields.items()}
             tensors = {each.name: each for each in reader.tensors}
     except Exception as error:  # whatever a broken header leads to
-        raise ValueError(f"{path} is no whole GGUF file: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a complete GGUF file: {type(error).__name__}: {error}") from error
     for name, each in tensors.items():
         if int(each.data_offset) + int(each.n_bytes) > size:
             raise ValueError(f"{path} is cut off: {name} ends beyond its {size} bytes")
@@ -107,7 +107,7 @@ def read_gguf(path: str | Path) -> GgufFile:
         return value
 
     if "rope_freqs.weight" in tensors:
-        raise ValueError(f"{path}: rope_freqs.weight (frequencies for long rows) is not supported in GGUF files")
+        raise ValueError(f"{path}: rope_freqs.weight (frequencies for long sequences) is not supported in GGUF files")
     heads = told("attention.head_count")
     table = tensors.get("token_embd.weight")
     settings = {
@@ -140,7 +140,7 @@ def read_gguf(path: str | Path) -> GgufFile:
             raise ValueError(f"{path}: {found.name} cannot be read as {found.tensor_type.name}: {error}") from error
         projection = name.rsplit(".", 2)[-2]
         if family == "llama" and projection in ("q_proj", "k_proj"):
-            # Neighbours are turned together in these files, halves of a head are here.
+            # These files pair neighbours in rotary positions; here the halves of a head are paired.
             n = heads if projection == "q_proj" else settings["num_key_value_heads"]
             values = np.swapaxes(values.reshape((n, -1, 2, *values.shape[1:])), 1, 2).reshape(values.shape)
         return values

@@ -5,6 +5,7 @@ Only JSON, safetensors and GGUF are read. Nothing in a checkpoint is ever execut
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cl_zoo.checks import check_weights
 from cl_zoo.files import write_json
-from cl_zoo.language._decoder import Decoder, check_weights
+from cl_zoo.language._decoder import Decoder
 from cl_zoo.language.config import DecoderConfig, config_of, settings_of
 from cl_zoo.language.gguf_files import Tensors, read_gguf
 from cl_zoo.language.tokenization import TextTokenizer, load_tokenizer, optional, read_json
@@ -26,7 +28,7 @@ __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 class Pretrained(NamedTuple):
     """Attributes:
     config: its shape.
-    decoder: the net; it has no first weights of its own, so that those below cannot be forgotten.
+    decoder: the network; it does not initialise weights, so that those below cannot be forgotten.
     params: its weights, NumPy arrays.
     tokenizer: None where the checkpoint has none.
     """
@@ -85,8 +87,8 @@ def load_pretrained(
         tokenizer.json if there is one; or a file whose name ends in .gguf.
       rematerialise: see `cl_zoo.decoder`.
       dtype: of activations.
-      weights_dtype: None is `dtype`. Weights that will be trained should be float32: bfloat16 cannot tell most steps
-        from nothing.
+      weights_dtype: None is `dtype`. Weights that will be trained should be float32: bfloat16 rounds most steps
+        to nothing.
 
     Returns:
       A `Pretrained`. Weights are NumPy arrays, so that the caller decides where they go.
@@ -127,12 +129,13 @@ def load_pretrained(
     def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
         if weights is None:
             raise ValueError(
-                "load_pretrained: this decoder begins from the published weights, so give them: weights=loaded.params;"
-                " for a new one of its shape take loaded.config.decoder()"
+                "load_pretrained: this decoder begins from the published weights, so bind them:"
+                " learner.bind(loaded.params); for a new one of its shape take loaded.config.decoder()"
             )
-        return net.model.init(key, x, weights)
+        return net.model.bind(weights).init(key, x)
 
-    return Pretrained(config, net._replace(model=net.model._replace(init=init)), params, tokenizer)
+    model = dataclasses.replace(net.model, init_function=init, takes_weights=True)
+    return Pretrained(config, net._replace(model=model), params, tokenizer)
 
 
 def _shapes(net: Decoder) -> PyTree:
@@ -147,10 +150,10 @@ def _assemble(
     tensors: Tensors,
     dtype: Any,
 ) -> PyTree:
-    """The parameters that the net wants, from the tensors there are."""
+    """The parameters that the network needs, from the tensors there are."""
     if config.layers > len(tensors.names):
         raise ValueError(
-            f"{path}: config.json tells of {config.layers} blocks, but there are only {len(tensors.names)} tensors"
+            f"{path}: config.json has {config.layers} blocks, but there are only {len(tensors.names)} tensors"
         )
     wanted = _shapes(net)
     leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)
@@ -165,7 +168,7 @@ def _assemble(
         raise ValueError(f"{path}: {len(missing)} tensors are missing, the first of them {missing[0]}")
     if extra := sorted(name for name in tensors.names - expected if not name.endswith(ignored)):
         raise ValueError(f"{path}: {len(extra)} tensors have no place in this decoder, the first of them {extra[0]}")
-    # All shapes before any memory: a lying config must not take it all.
+    # All shapes before any memory: a false config must not exhaust it.
     for place, own, shape in places:
         stored = shape[::-1] if place.turned else shape
         for name in own:
@@ -210,7 +213,7 @@ def _open_safetensors(folder: Path) -> Tensors:
                     raise ValueError(f"{folder}: {name} is in more than one shard")
                 where[name] = opened
         except library.SafetensorError as error:
-            raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
     def tensor(name: str) -> np.ndarray:
         found = np.asarray(where[name].get_tensor(name))
@@ -250,7 +253,7 @@ def save_pretrained(
     write_json(folder / "config.json", settings_of(config))
     partial = folder / "model.safetensors.partial"
     library.save_file(tensors, str(partial), metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", partial)  # the library lets its owner alone read it
+    shutil.copymode(folder / "config.json", partial)  # the library makes it readable by its owner only
     partial.replace(folder / "model.safetensors")
     if tokenizer is not None:
         partial = folder / "tokenizer.json.partial"

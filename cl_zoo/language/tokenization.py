@@ -18,7 +18,7 @@ def optional(module: str) -> Any:
     """A module of the extra "language".
 
     Raises:
-      ImportError: it is not installed; says how to.
+      ImportError: it is not installed; names the command that installs it.
     """
     import importlib
 
@@ -33,7 +33,7 @@ class TextTokenizer(NamedTuple):
     backend: a `tokenizers.Tokenizer`.
     stop: tokens that end an answer.
     template: Jinja source that turns messages into a prompt; None where the model has none.
-    words: what the template may name besides the messages: "bos_token" and "eos_token".
+    words: what the template may use besides the messages: "bos_token" and "eos_token".
     """
 
     backend: Any
@@ -84,10 +84,10 @@ class TextTokenizer(NamedTuple):
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
     """The tokenizer of a Hugging Face folder: tokenizer.json, and what tokenizer_config.json, chat_template.jinja and
-    generation_config.json tell about it.
+    generation_config.json say about it.
 
     Raises:
-      ValueError: no tokenizer.json, or files that are not what they should be.
+      ValueError: no tokenizer.json, or files that cannot be read.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -98,7 +98,7 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
     except ImportError:
         raise
     except Exception as error:  # the library raises plain Exceptions
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
     settings = read_json(folder / "tokenizer_config.json")
     words = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, but it must be an object")
     return found
@@ -159,13 +159,13 @@ def from_bpe(
     Args:
       tokens: by number.
       merges: pairs "a b", the first joined first.
-      special: tokens that text is cut at, and that `decode` leaves out.
-      added: others that text is cut at.
-      words: how text is cut into words: "gpt-2", "smollm", "qwen2" or "llama-bpe".
+      special: tokens that text is split at, and that `decode` leaves out.
+      added: others that text is split at.
+      words: how text is split into words: "gpt-2", "smollm", "qwen2" or "llama-bpe".
       stop, template, names: see `TextTokenizer`.
 
     Raises:
-      ValueError: an unknown way of cutting; tables that do not fit together.
+      ValueError: an unknown way of splitting; tables that do not fit together.
     """
     library = optional("tokenizers")
     cut = library.pre_tokenizers
@@ -177,10 +177,10 @@ def from_bpe(
         "llama-bpe": lambda: cut.Sequence([cut.Split(library.Regex(_LLAMA_WORDS), "isolated"), whole]),
     }
     if words not in ways:
-        raise ValueError(f"the tokenizer cuts words as {words!r}, but only {', '.join(ways)} are known")
+        raise ValueError(f"the tokenizer splits words as {words!r}, but only {', '.join(ways)} are known")
     try:
         pairs = [tuple(pair.split(" ")) for pair in merges]
-        # Llama 3 takes a word that is a token whole, whatever the merges would make of it.
+        # Llama 3 keeps a word that is a token whole, whatever the merges would make of it.
         whole_words = words == "llama-bpe"
         model = library.models.BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=whole_words)
     except Exception as error:  # the library raises plain Exceptions
@@ -196,29 +196,29 @@ def from_bpe(
 
 
 def left_padded(rows: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of tokens in one array, which `generate` continues: zeros before each.
+    """Sequences of tokens in one array, for `generate` to continue: zeros before each.
 
     Args:
-      rows: none of them empty.
-      length: P; None takes the least power of two, from 16, that holds the longest row: few shapes, few compilations.
+      rows: the sequences, none of them empty.
+      length: P; None takes the least power of two, from 16, that holds the longest: few shapes, few compilations.
 
     Returns:
       `(i32[B, P], i32[B])`: the tokens, and how many zeros come before them.
 
     Raises:
-      ValueError: no rows, an empty row, or one longer than `length`.
+      ValueError: no sequences, an empty one, or one longer than `length`.
     """
     for row in rows:
         if isinstance(row, str) or (not np.issubdtype(np.asarray(row).dtype, np.integer) and len(row)):
-            raise ValueError(f"left_padded: a row is {row!r:.60}, but it must be whole numbers: encode texts first")
+            raise ValueError(f"left_padded: a sequence is {row!r:.60}, but it must be whole numbers: encode texts")
     lengths = [len(row) for row in rows]
     if not lengths or min(lengths) < 1:
-        raise ValueError("left_padded: there must be at least one row, and a token in each")
+        raise ValueError("left_padded: there must be at least one sequence, and a token in each")
     if length is None:
         length = max(16, 1 << (max(lengths) - 1).bit_length())
     check_whole("left_padded", "length", length, 1)
     if max(lengths) > length:
-        raise ValueError(f"left_padded: a row has {max(lengths)} tokens, but length is {length}")
+        raise ValueError(f"left_padded: a sequence has {max(lengths)} tokens, but length is {length}")
     tokens = np.zeros((len(rows), length), np.int32)
     for to, row in zip(tokens, rows):
         to[length - len(row) :] = row

@@ -3,11 +3,11 @@ from ._delta_rule import gated_delta_rule as gated_delta_rule
 from ._lact import lact as lact
 from ._linear_attention import gated_linear_attention as gated_linear_attention
 from ._linear_attention import linear_attention as linear_attention
+from ._rotary import RotaryScaling as RotaryScaling
+from ._rotary import rotary as rotary
 from ._titans import titans as titans
 from .attention import softmax_attention as softmax_attention
 from .attention import window_attention as window_attention
 from .mixer import Mixer as Mixer
-from .rotary import RotaryScaling as RotaryScaling
-from .rotary import rotary as rotary
 from .ttt import ttt_linear as ttt_linear
 from .ttt import ttt_mlp as ttt_mlp

@@ -1,4 +1,4 @@
-"""The delta rule: a matrix that corrects what it says of a key, one token after another, plain or with decay."""
+"""The delta rule: a matrix that corrects its value for a key, token by token, plain or with decay."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_whole
+from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen, zero_matrix
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, to_chunks
 from cl_zoo.layers.norms import normalise
 from cl_zoo.types import Array, Key, PyTree
 
-__all__ = ["delta_rule", "delta_rule_chunked", "delta_rule_step", "gated_delta_rule", "unit_triangular_inverse"]
+__all__ = [
+    "ENTRY",
+    "delta_rule",
+    "delta_rule_chunked",
+    "delta_rule_step",
+    "gated_delta_rule",
+    "unit_triangular_inverse",
+]
 
 
 def delta_rule_chunked(
@@ -29,7 +37,7 @@ def delta_rule_chunked(
     Args:
       q, k: `[..., T, d]`; keys of norm at most 1 where beta goes up to 1.
       v: `[..., T, e]`.
-      beta: `[..., T]`, the rate, in [0, 1] (up to 2 is stable).
+      beta: `[..., T]`, the learning rate, in [0, 1] (up to 2 is stable).
       log_decay: log a, `[..., T]`, at most 0; None is no decay.
       chunk: C, tokens of a chunk.
 
@@ -68,10 +76,10 @@ def delta_rule_chunked(
 
 
 def unit_triangular_inverse(below: Array) -> Array:
-    """(I + below)^-1 of strictly lower-triangular `[..., C, C]`, by products of matrices alone.
+    """(I + below)^-1 of strictly lower-triangular `[..., C, C]`, by matrix products alone.
 
     Blocks on the diagonal double in size: the inverse of [[A, 0], [B, D]] is [[A^-1, 0], [-D^-1 B A^-1, D^-1]]. It is
-    as exact as substitution, which the sum of powers of `below` is not where keys are alike.
+    as exact as substitution, which the sum of powers of `below` is not where keys are similar.
 
     Example:
       >>> unit_triangular_inverse(jnp.array([[0.0, 0.0], [3.0, 0.0]]))
@@ -120,14 +128,14 @@ def _unit(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
 def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32) -> Mixer:
     """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;   z_t = q_t S_t,   beta_t = sigmoid(x_t w + b).
 
-    One step of gradient descent for every token, on 1/2 ||k_t S - v_t||^2 with rate beta_t: it writes what is missing,
-    so that a key's new value takes the place of the old one. It is online test-time training of a linear model without
+    One step of gradient descent for every token, on 1/2 ||k_t S - v_t||^2 with rate beta_t: a key's new value replaces
+    the old one. It is online test-time training of a linear model without
     norm. Queries and keys are scaled to length 1.
 
     Args:
       width, heads: D, and H that divides it.
       convolution: width of short convolutions of q, k and v; 0 for none.
-      chunk: tokens that are handled at once in the parallel form; it changes the speed alone.
+      chunk: tokens computed at once in the parallel form; it changes only the speed.
 
     Returns:
       A `Mixer` whose cache is `f32[B, H, d, d]`.
@@ -230,3 +238,23 @@ def gated_delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int
         recur=recur,
         convolution=convolution,
     )
+
+
+ENTRY = (
+    LayerEntry(
+        name="delta_rule",
+        summary="a matrix that each token corrects by its own prediction error",
+        factory=delta_rule,
+        arguments={"chunk": 4},
+        papers=("schlag2021linear", "yang2024parallelizing"),
+        state="constant",
+    ),
+    LayerEntry(
+        name="gated_delta_rule",
+        summary="a matrix that each token corrects by its own prediction error and decays by a gate",
+        factory=gated_delta_rule,
+        arguments={"chunk": 4},
+        papers=("yang2025gated",),
+        state="constant",
+    ),
+)

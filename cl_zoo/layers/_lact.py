@@ -1,4 +1,4 @@
-"""Large-chunk test-time training: a gated fast network, written once a chunk, beside attention to a window."""
+"""Large-chunk test-time training: a gated fast network, updated once per chunk, beside window attention."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_whole
+from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
+from cl_zoo.layers._rotary import rotary
 from cl_zoo.layers.attention import KeyValues, attend_window, empty_key_values, window_step
 from cl_zoo.layers.mixer import Mixer, from_chunks, head_mixer, head_width, linear, to_chunks
 from cl_zoo.layers.norms import normalise, rms_norm
-from cl_zoo.layers.rotary import rotary
 from cl_zoo.types import Array, Key, PyTree
 
-__all__ = ["LactCache", "SwiGlu", "lact", "lact_chunked", "newton_schulz"]
+__all__ = ["ENTRY", "LactCache", "SwiGlu", "lact", "lact_chunked", "newton_schulz"]
 
 
 class SwiGlu(NamedTuple):
@@ -37,7 +38,7 @@ class SwiGlu(NamedTuple):
 
 class LactCache(NamedTuple):
     """Attributes:
-    weights: the fast network of the chunk at hand.
+    weights: the fast network of the current chunk.
     gradient: of the chunk's tokens so far.
     momentum: of the chunks before; None without.
     momentum_decay: `[B, H]`, of the chunk's tokens so far, added up.
@@ -52,7 +53,7 @@ class LactCache(NamedTuple):
 
 
 def newton_schulz(matrix: Array, steps: int = 5) -> Array:
-    """Five steps towards the nearest orthogonal matrix, of `[..., n, m]`: singular values end between 0.7 and 1.2.
+    """Steps towards the nearest orthogonal matrix, of `[..., n, m]`: five bring singular values to 0.7 to 1.2.
 
         X <- a X + (b A + c A^2) X,   A = X X^T,   (a, b, c) = (3.4445, -4.7750, 2.0315),   X_0 = matrix / ||matrix||_F
 
@@ -113,11 +114,11 @@ def lact_chunked(
     chunk: int,
     muon: bool = False,
 ) -> Array:
-    """z_t = f(q_t; W of the chunk's start);   after a chunk:  W <- rows of (W - G) at their first norms,
+    """z_t = f(q_t; W of the chunk's start);   after a chunk:  W <- units of (W - G) at their initial norms,
 
         G = sum_t rate_t grad (-f(k_t) . v_t)  (+ mean_t momentum_t times the last G) (then orthogonalised, if muon)
 
-    A token never reads what its own chunk wrote, so it needs attention to a window beside it.
+    A token never reads what its own chunk wrote, so window attention is needed beside it.
 
     Args:
       q, k, v: `[..., T, d]`.
@@ -163,18 +164,18 @@ def lact(
     convolution: int = 0,
     theta: float = 10_000.0,
 ) -> Mixer:
-    """Attention to a window, and a fast SwiGLU network that is written once a chunk with all its tokens:
+    """Window attention, and a fast SwiGLU network that is updated once per chunk with all its tokens:
 
         y_t = window attention(q, k, v)_t + s RMSNorm(f(q_t; W));   f(x) = (silu(x W_0) * (x W_2)) W_1
-        after a chunk:  W <- units of W - sum_t rate_t grad (-f(k_t) . v_t), scaled to the norms they began with
+        after a chunk:  W <- units of W - sum_t rate_t grad (-f(k_t) . v_t), scaled to their initial norms
 
-    Each token has three rates, softplus(x_t w + a), one for each matrix. Large chunks make large products of matrices.
-    Within a chunk, the window sees what f does not yet know.
+    Each token has three rates, softplus(x_t w + a), one for each matrix. Large chunks make large matrix products.
+    Within a chunk, the window sees what f has not learned yet.
 
     Args:
       width, heads: D, and H that divides it.
-      chunk: C, tokens that are written at once, at least 1.
-      window: tokens that attention sees; None is `chunk`. Shorter, it leaves a gap.
+      chunk: C, tokens per update, at least 1.
+      window: tokens that attention sees; None is `chunk`. A shorter one leaves a gap.
       expansion: hidden units of f, in widths of a head, at least 1.
       base_rate: the rate before anything is learned, above 0.
       momentum: add the mean of the chunk's sigmoid(x_t w' + a') times the last chunk's step.
@@ -191,7 +192,7 @@ def lact(
     Source: Zhang et al. 2025, arXiv 2505.23884.
 
     Differences from the paper or its code: the paper's chunks have 2048 tokens and more; queries and keys of both parts
-    are the same projections, without scales and shifts of their own; s, one number a head, begins at 1.
+    are the same projections, without scales and shifts of their own; s, d numbers a head, begins at 1.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -286,3 +287,13 @@ def lact(
     return head_mixer(
         "lact", width, heads, init=init, parallel=parallel, start=start, recur=recur, convolution=convolution, norm=None
     )
+
+
+ENTRY = LayerEntry(
+    name="lact",
+    summary="a gated network of weights of fixed norm, updated once per large chunk, beside window attention",
+    factory=lact,
+    arguments={"chunk": 4, "window": 3},
+    papers=("zhang2025test",),
+    state="constant",
+)

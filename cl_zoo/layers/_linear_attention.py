@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_whole
+from cl_zoo.entries import LayerEntry
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, to_chunks
 from cl_zoo.types import Array, Key, PyTree
 
 __all__ = [
+    "ENTRY",
     "gated_linear_attention",
     "linear_attention",
     "linear_attention_chunked",
@@ -26,7 +28,7 @@ _GATED_CHUNK = 16  # so that exponents within a chunk stay below 80, and float32
 def linear_attention_chunked(q: Array, k: Array, v: Array, log_decay: Array | None = None, *, chunk: int = 64) -> Array:
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T;   z_t = q_t S_t,   in chunks.
 
-    Within a chunk it is attention without softmax, between chunks the matrix S is handed on.
+    Within a chunk it is attention without softmax, between chunks the matrix S is passed on.
 
     Args:
       q, k: `[..., T, d]`.
@@ -90,12 +92,12 @@ def linear_attention(width: int, heads: int, *, convolution: int = 0, chunk: int
     """S_t = S_{t-1} + k_t v_t^T;   z_t = q_t S_t / sqrt(d).
 
     What test-time training becomes with a linear model, one batch step of rate 1/2 from 0, and no norm: a memory that
-    adds, and never corrects.
+    adds and never corrects.
 
     Args:
       width, heads: D, and H that divides it.
       convolution: width of short convolutions of q, k and v; 0 for none.
-      chunk: tokens that are handled at once in the parallel form; it changes the speed alone.
+      chunk: tokens computed at once in the parallel form; it changes only the speed.
 
     Returns:
       A `Mixer` whose cache is `f32[B, H, d, d]`.
@@ -199,3 +201,23 @@ def gated_linear_attention(
         recur=recur,
         convolution=convolution,
     )
+
+
+ENTRY = (
+    LayerEntry(
+        name="linear_attention",
+        summary="a matrix, to which the outer product of each key and value is added",
+        factory=linear_attention,
+        arguments={"chunk": 4},
+        papers=("katharopoulos2020transformers",),
+        state="constant",
+    ),
+    LayerEntry(
+        name="gated_linear_attention",
+        summary="a sum of outer products of keys and values, each row of which decays by a gate of the token",
+        factory=gated_linear_attention,
+        arguments={"rank": 3},
+        papers=("yang2024gated",),
+        state="constant",
+    ),
+)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_whole
+from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers.fast_weights import (
     FastLayer,
@@ -25,7 +26,7 @@ from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, hea
 from cl_zoo.layers.norms import normalise
 from cl_zoo.types import Array, Key, PyTree
 
-__all__ = ["TitansCache", "titans", "titans_chunked", "titans_start", "titans_step"]
+__all__ = ["ENTRY", "TitansCache", "titans", "titans_chunked", "titans_start", "titans_step"]
 
 
 class TitansCache(NamedTuple):
@@ -166,15 +167,15 @@ def titans(
       chunk: C, at least 1.
       expansion: hidden units of two layers, in widths of a head.
       base_rate: the highest theta, at least 0 (0: the memory is never written); may be traced. A chunk's gradients add
-        up, and momentum adds to them: with one layer, like tokens are stable while 2 C base_rate / (1 - eta) is below
-        2. With two the loss is steeper, and nothing bounds it: at a learning rate of 4e-3, a language model of four
-        such layers diverged with 0.02 and with 0.005.
+        up, and momentum adds to them: with one layer, similar tokens are stable while 2 C base_rate / (1 - eta) is
+        below 2. With two the loss is steeper, and nothing bounds it: at a learning rate of 4e-3, a language model of
+        four such layers diverged with 0.02 and with 0.005.
       momentum, decay: False leaves out eta, and alpha.
       convolution: width of short convolutions of q, k and v; 0 for none.
 
     Returns:
-      A `Mixer`; the cache's state is a `TitansCache`, the memory in float32. It is the memory alone: how it stands
-      beside attention (as context, gate or layer) is the model's choice.
+      A `Mixer`; the cache's state is a `TitansCache`, the memory in float32. It is the memory alone: how it is combined
+      with attention (as context, gate or layer) is the model's choice.
 
     Raises:
       ValueError: sizes below 1, another depth, heads that do not divide the width.
@@ -244,3 +245,27 @@ def titans(
     return head_mixer(
         "titans", width, heads, init=init, parallel=parallel, start=start, recur=recur, convolution=convolution
     )
+
+
+ENTRY = (
+    LayerEntry(
+        name="titans",
+        summary="a network with one hidden layer, trained by gradient descent with momentum and decay of each token",
+        factory=titans,
+        arguments={"chunk": 4},
+        numbers=("base_rate",),
+        papers=("behrouz2025titans",),
+        state="constant",
+        frozen={"base_rate": 0.0, "decay": False},
+    ),
+    LayerEntry(
+        name="titans_linear",
+        summary="a matrix, trained by gradient descent with momentum and decay of each token",
+        factory=titans,
+        arguments={"depth": 1, "chunk": 4},
+        numbers=("base_rate",),
+        papers=("behrouz2025titans",),
+        state="constant",
+        frozen={"base_rate": 0.0, "decay": False},
+    ),
+)

@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_whole
+from cl_zoo.entries import LayerEntry
+from cl_zoo.layers._rotary import RotaryScaling, rotary
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, to_chunks
 from cl_zoo.layers.norms import EPSILON, rms_norm
-from cl_zoo.layers.rotary import RotaryScaling, rotary
 from cl_zoo.types import Array, Key, PyTree
 
-__all__ = ["KeyValues", "attend", "attend_window", "softmax_attention", "window_attention"]
+__all__ = ["ENTRY", "KeyValues", "attend", "attend_window", "softmax_attention", "window_attention"]
 
 
 class KeyValues(NamedTuple):
     """Attributes:
-    k, v: `[B, G, L, d]`, keys (already turned) and values of G key-value heads; a ring of L tokens for windows.
-    padding: `i32[B]`, places at the beginning of each row that are never seen; None is none.
+    k, v: `[B, G, L, d]`, keys (already rotated) and values of G key-value heads; a ring of L tokens for windows.
+    padding: `i32[B]`, places at the beginning of each sequence that are never seen; None is none.
     """
 
     k: Array
@@ -93,7 +94,7 @@ def empty_key_values(
 
 
 def window_step(cache: KeyValues, position: Array, q: Array, k: Array, v: Array) -> tuple[Array, KeyValues]:
-    """One more token (q, k already turned) in a ring of as many places as the window has."""
+    """One more token (q, k already rotated) in a ring of as many places as the window has."""
     size = cache.k.shape[2]
     k, v = (store.at[:, :, position % size].set(new) for store, new in ((cache.k, k), (cache.v, v)))
     cache = KeyValues(k, v)
@@ -113,16 +114,16 @@ def softmax_attention(
     scaling: RotaryScaling | None = None,
     epsilon: float = EPSILON,
 ) -> Mixer:
-    """z_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s, queries and keys turned by their positions.
+    """z_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s, queries and keys rotated by their positions.
 
-    Time is quadratic in T, and the cache grows with it; every token before is remembered exactly.
+    Time is quadratic in T, and the cache grows with it; it remembers every earlier token exactly.
 
     Args:
       width, heads: D, and H that divides it.
       kv_heads: heads of keys and values, dividing H; None is H.
       head_size: d; None is D / H, and otherwise H need not divide D.
-      biases: which of the projections "query", "key", "value", "output" have one.
-      qk_norm: an RMSNorm of every query and key, before they are turned.
+      biases: which of the projections "query", "key", "value", "output" have a bias.
+      qk_norm: an RMSNorm of every query and key, before they are rotated.
       convolution: width of short convolutions of q, k and v; 0 for none.
       theta: base of the rotary positions.
       scaling: of the rotary wavelengths.
@@ -136,8 +137,8 @@ def softmax_attention(
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; qk_norm: Yang et al. 2025 (Qwen3), arXiv 2505.09388.
 
-    Differences from the paper or its code: rotary positions, no biases unless asked for, no dropout, as decoders have
-    it now.
+    Differences from the paper or its code: rotary positions, no biases unless asked for, no dropout, as in
+    current decoders.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -261,3 +262,23 @@ def window_attention(
 
 def _nothing(key: Key) -> dict[str, Any]:
     return {}
+
+
+ENTRY = (
+    LayerEntry(
+        name="softmax_attention",
+        summary="all keys and values, appended token by token",
+        factory=softmax_attention,
+        arguments={"kv_heads": 1},
+        papers=("vaswani2017attention",),
+        state="grows",
+    ),
+    LayerEntry(
+        name="window_attention",
+        summary="the keys and values of the last tokens, in a ring buffer",
+        factory=window_attention,
+        arguments={"window": 5},
+        papers=("beltagy2020longformer",),
+        state="constant",
+    ),
+)

@@ -2,8 +2,8 @@
 
 A fast network is a list of dense layers, `FastLayer`s, with an activation between two of them. The tokens of a chunk
 take their gradients at the weights W from the chunk's start; for a dense layer with input x and gradient g of the loss
-to its output, one token's gradient is the outer product of the two. So token t, which reads weights that all tokens i
-up to it have moved,
+with respect to its output, one token's gradient is the outer product of the two. So token t,
+which reads weights that all tokens i up to it have moved,
 
     W_t = keep_t W + carry_t S - sum_i read_ti x_i g_i^T
 
@@ -56,7 +56,7 @@ class Movement(NamedTuple):
 
 
 def dense(layer: FastLayer, *tokens: Array) -> list[Array]:
-    """One layer's outputs for each of some sets of tokens `[..., C, n]`, by one product of matrices."""
+    """One layer's outputs for each of some sets of tokens `[..., C, n]`, by one matrix product."""
     z = jnp.concatenate(tokens, axis=-2) @ layer.kernel
     z = z if layer.bias is None else z + layer.bias[..., None, :]
     return jnp.split(z, len(tokens), axis=-2)
@@ -81,12 +81,12 @@ def gradients(
     activation: Activation,
     first: Array | None = None,
 ) -> tuple[list[Array], list[Array]]:
-    """Every layer's input, and the gradient of each token's loss to every layer's output, all at one set of weights.
+    """Every layer's input, and the gradient of each token's loss at every layer's output, all at one set of weights.
 
     Args:
       layers: of the fast network.
       x: `[..., C, n]`.
-      loss_gradient: the network's output -> gradient of each token's loss to it.
+      loss_gradient: the network's output -> gradient of each token's loss at it.
       activation: between layers.
       first: the first layer's outputs for x, where they are known.
     """
@@ -108,8 +108,8 @@ def read(
     activation: Activation,
     first: Array,
 ) -> Array:
-    """The answers to queries `[..., C, n]`, each by the weights of its own place in the chunk; `first` is what the
-    first layer gives for them at the chunk's start."""
+    """The outputs for queries `[..., C, n]`, each by the weights of its own place in the chunk; `first` is the first
+    layer's output for them at the chunk's start."""
     y = q
     for i, (layer, x, g) in enumerate(zip(layers, inputs, found, strict=True)):
         y = activation(y) if i else y
@@ -160,7 +160,7 @@ def move(
 def token_gradient(
     layers: Sequence[FastLayer], k: Array, loss_gradient: Callable[[Array], Array], activation: Activation
 ) -> list[FastLayer]:
-    """The gradient of one token's loss, `k` `[..., n]`, to all weights, written out (primal form)."""
+    """The gradient of one token's loss, `k` `[..., n]`, for all weights, written out (primal form)."""
     inputs, found = gradients(layers, k[..., None, :], loss_gradient, activation)
     return [
         FastLayer(jnp.swapaxes(x, -1, -2) * g, None if layer.bias is None else g[..., 0, :])

@@ -1,7 +1,7 @@
 """The contract of sequence layers, and what they share: projections into heads, short convolutions, norms, chunks.
 
-Legend for shapes: `B` rows, `T` tokens, `D` width of the model, `H` heads, `d` width of a head, `C` tokens of a chunk,
-`N` chunks. The mathematics of a layer (its core) works on `[..., T, d]`, heads before time.
+Legend for shapes: `B` sequences, `T` tokens, `D` width of the model, `H` heads, `d` width of a head, `C` tokens of a
+chunk, `N` chunks. The mathematics of a layer (its core) works on `[..., T, d]`, heads before time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Mixer(NamedTuple):
       apply: `(params, x [B, T, D]) -> [B, T, D]`, the parallel form, for training; any T.
       start: `(params, batch_size, length, dtype, padding=None) -> cache` of an empty sequence, for at most `length`
         tokens of activations in `dtype`. Only softmax attention's cache grows with `length`. `padding` `i32[B]` tokens
-        at the beginning of each row are to be as if they were not there: layers without `extend` refuse it.
+        at the beginning of each sequence are ignored: layers without `extend` refuse it.
       step: `(params, cache, x [B, D]) -> ([B, D], cache)`, the recurrent form: one more token. The cache keeps its
         tree, shapes and dtypes, so a `scan` of `step` is a whole sequence.
       extend: `(params, cache, x [B, T, D]) -> ([B, T, D], cache)`: T more tokens at once, equal to T steps; None where
@@ -142,9 +142,9 @@ def head_mixer(
       extend: `(params, state, position, q, k, v [B, H, T, d], x [B, T, D]) -> ([B, H, T, d], state)`, if there is one.
       kv_heads: heads of keys and values, each serving heads / kv_heads queries; None is `heads`.
       head_size: d; None is width / heads.
-      biases: which of "query", "key", "value", "output" have one.
+      biases: which of "query", "key", "value", "output" have a bias.
       convolution: w, the width of short convolutions of q, k and v; 0 for none.
-      norm: of what the core gives: "rms", each head by itself; "layer", all heads together; None.
+      norm: of the core's output: "rms", each head by itself; "layer", all heads together; None.
       gate: an activation, or None for no gate.
 
     Raises:
@@ -220,7 +220,7 @@ def head_mixer(
         params: PyTree, batch_size: int, length: int, dtype: Any = jnp.float32, padding: Array | None = None
     ) -> HeadCache:
         if padding is not None and (extend is None or convolution):
-            raise ValueError(f"{name}: it has a state that padding before a row would change; give rows of one length")
+            raise ValueError(f"{name}: padding before a sequence would change its state; give sequences of one length")
         recent = {}
         if convolution:
             recent = {n: jnp.zeros((batch_size, convolution - 1, size), dtype) for n, size in sizes.items()}

@@ -77,7 +77,7 @@ def cnn(
     """Convolutions, then two dense layers, with taps and units of every layer.
 
     Args:
-      input_shape: of one row, `(height, width)` or `(height, width, channels)`.
+      input_shape: of one example, `(height, width)` or `(height, width, channels)`.
       outputs: `C`.
       channels: of each convolution; every one halves height and width.
       hidden: width of the dense layer before the last.
@@ -89,8 +89,8 @@ def cnn(
     Returns:
       A `Model`; parameters `{"conv_0": {"kernel": [3, 3, in, out], "bias": [out]}, ..., "hidden": ..., "output": ...}`,
       and with a norm `"norm_0": {"scale": [out], "bias": [out]}` for each convolution and `hidden`, which have no
-      bias of their own before "batch". With several groups
-      it names no units: those of different groups cannot change places.
+      bias of their own before "batch". With several groups it names no units: those of different groups cannot be
+      permuted.
 
     Raises:
       ValueError: sizes below 1, images too small for so many halvings, an unknown norm, channels (or `hidden`) that

@@ -40,7 +40,7 @@ class Mlp(nnx.Module):
                 )
             elif initialiser == "truncated_normal":
                 options["kernel_init"] = nnx.initializers.truncated_normal(0.01)
-            # A bias before batch normalisation does nothing: its gradient is rounding, which Adam would make steps of.
+            # A bias before batch normalisation does nothing: its gradient is rounding, which Adam would scale up.
             options["use_bias"] = name == "output" or norm != "batch"
             setattr(self, name, nnx.Linear(n_in, n_out, rngs=rngs, **options))
         self.names = tuple(names)
@@ -75,11 +75,11 @@ def mlp(
     """logits = W_n relu(... relu(W_0 x + b_0)) + b_n, with taps of every layer and units of every hidden layer.
 
     Args:
-      input_shape: of one row; flattened.
+      input_shape: of one example; flattened.
       outputs: `C`.
       hidden: widths.
       initialiser: "lecun_normal" with biases 0; "fan_in_uniform", PyTorch's default, for kernels and biases; or
-        "truncated_normal" of standard deviation 0.01 with biases 0, as MAML's sinusoids have it.
+        "truncated_normal" of standard deviation 0.01 with biases 0, as for MAML's sinusoids.
       norm: of each hidden pre-activation, before the ReLU: "batch", with running statistics in `model_state`; "layer";
         or None.
       preprocess: of x; by default uint8 images become floats in [0, 1] and floats stay.

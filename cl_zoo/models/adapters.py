@@ -40,7 +40,7 @@ class _Tap:
 def _check_shape(x: PyTree, input_shape: tuple[int, ...] | None) -> None:
     if input_shape is not None and jax.tree.leaves(x)[0].shape[1:] != tuple(input_shape):
         raise ValueError(
-            f"the model takes inputs of shape {tuple(input_shape)}, but a row of the batch has shape"
+            f"the model takes inputs of shape {tuple(input_shape)}, but an example of the batch has shape"
             f" {jax.tree.leaves(x)[0].shape[1:]}"
         )
 
@@ -57,13 +57,13 @@ def from_nnx(
     `nnx.Param` variables become `params`, all others but keys (normalisation statistics, ...) `model_state`; both are
     nested dicts. A module whose `__call__` takes `tap` calls its dense and convolution layers as
     `tap("path/to/layer", self.layer, x)`, and so gives taps; any other module simply has none. One that takes `task`
-    or `weight` is given them. Dropout draws from the key of the call. Inside of a program on a CPU, convolutions are
-    made fast (`fast_convolutions`): what `__call__` keeps elsewhere than in variables and outputs is lost there.
+    or `weight` is given them. Dropout draws from the key of the call. Inside a program on a CPU, convolutions are
+    made fast (`fast_convolutions`): what `__call__` stores outside variables and outputs is lost there.
 
     Args:
       make: `(rngs) -> module`.
       preprocess: of x, inside the program, so that streams and buffers keep uint8.
-      input_shape: of one row, for a clear error; None skips the check.
+      input_shape: of one example, for a clear error; None skips the check.
       units: see `Model`.
 
     Returns:
@@ -136,8 +136,8 @@ def from_linen(
 ) -> Model:
     """A `Model` from a Flax Linen module, by the conventions of `from_nnx`.
 
-    The collection "params" becomes `params`, all others `model_state`. A module whose `__call__` takes `train` is told
-    whether it trains; dropout draws from the key of the call.
+    The collection "params" becomes `params`, all others `model_state`. A module whose `__call__` takes `train` is given
+    it; dropout draws from the key of the call.
 
     Args:
       module: a `flax.linen.Module`.

@@ -1,8 +1,8 @@
-"""A convolution whose derivatives are as fast inside of loops as outside, also on CPUs.
+"""A convolution whose derivatives are as fast inside loops as outside, also on CPUs.
 
-XLA's compiler for CPUs has a fast routine for convolutions `[B, *S, I]`, `[*K, I, O]` -> `[B, *S', O]`. Those in any
-other form are brought into that one in the outermost computation alone; in the body of a loop or a `cond` they become
-naive nests of loops, 10 to 30 times slower. Gradients of `lax.conv_general_dilated` are of other forms.
+XLA's compiler for CPUs has a fast routine for convolutions `[B, *S, I]`, `[*K, I, O]` -> `[B, *S', O]`. Other forms
+are converted to it only in the outermost computation; in the body of a loop or a `cond` they become naive nests of
+loops, 10 to 30 times slower. Gradients of `lax.conv_general_dilated` are of other forms.
 
 Here a convolution is one of the three maps that belong to y = conv(x, k), each linear in both of its operands:
 
@@ -68,14 +68,14 @@ class _Geometry(NamedTuple):
 
     @property
     def input_padding(self) -> Pairs:
-        """Of y, with zeros between its places, where `input` is its convolution with the turned kernel."""
+        """Of y, with zeros between its places, where `input` is its convolution with the flipped kernel."""
         x, k, y = self.dilated
         before = k - 1 - np.array(self.padding)[:, 0]
         return tuple(zip(before.tolist(), (x + k - 1 - y - before).tolist()))
 
 
 def typed(v: Any) -> bool:
-    """Whether the type of an array says how it lies on devices (explicit axes of a mesh, `shard_map`)."""
+    """Whether the type of an array states how it lies on devices (explicit axes of a mesh, `shard_map`)."""
     return bool(set(jax.typeof(v).sharding.mesh.axis_types) - {AxisType.Auto})
 
 
@@ -102,9 +102,9 @@ def conv_general_dilated(
 
     On a CPU, derivatives of every order keep the form that its fast routine takes; with several kernels (`vmap` over
     kernels, groups of many channels) one convolution follows another, and groups of few are one with zeros (a number
-    that is not finite is then seen by all groups); each channel for itself (depthwise) is a sum of shifted products;
-    kernels of one place are products of matrices; and float16 and bfloat16 are added up in float32. On other devices
-    all is as in `lax`, and also here for complex and whole numbers, batch groups and explicit shardings.
+    that is not finite then reaches all groups); single channels (depthwise) are a sum of shifted products; kernels of
+    one place are matrix products; and float16 and bfloat16 are added up in float32. On other devices all is as in
+    `lax`, and also here for complex and whole numbers, batch groups and explicit shardings.
 
     Give it to Flax's `Conv` as `conv_general_dilated=`, or leave that to `from_nnx` and `from_linen`.
 
@@ -216,7 +216,7 @@ def _transpose(which: int, c: Array, a: Any, b: Any, *, gives: str, geometry: _G
     after = tuple(operands(True, *pair) for pair in levels)
     first, second = operands(c, a, b)
     found = _bind(to, first, second, geometry, after)
-    # An operand that took no part in a level was the same all along it.
+    # An operand that took no part in a level was constant along it.
     return jnp.sum(found, [i for i, pair in enumerate(levels) if not pair[which]], dtype=found.dtype)
 
 
@@ -284,7 +284,7 @@ def _dense(gives: str, a: Array, b: Array, g: _Geometry, chunk: int | None) -> A
     if gives == "output":
         return convolve(a, b, g.strides, g.padding, g.x_dilation, g.k_dilation)
     if gives == "input":
-        # A transposition right before a convolution would be made part of its form again.
+        # A transposition right before a convolution would be merged into its form again.
         turned = lax.optimization_barrier(jnp.swapaxes(jnp.flip(b, range(len(g.strides))), -1, -2))
         return convolve(a, turned, g.x_dilation, g.input_padding, g.strides, g.k_dilation)
     x, k, y = g.dilated
@@ -292,7 +292,7 @@ def _dense(gives: str, a: Array, b: Array, g: _Geometry, chunk: int | None) -> A
     padding = tuple(zip(low.tolist(), (y - x + k - 1 - low).tolist()))
 
     def some(x: Array, y: Array) -> Array:
-        """Examples take the channels' place, channels that of examples, and y is the kernel."""
+        """Examples and channels change places, and y is the kernel."""
         x, y = lax.optimization_barrier((jnp.swapaxes(x, 0, -1), jnp.moveaxis(y, 0, -2)))
         found = convolve(x, y, g.k_dilation, padding, g.x_dilation, g.strides)
         return jnp.moveaxis(lax.optimization_barrier(found), 0, -2)

@@ -1,4 +1,4 @@
-"""Normalisation layers of the bundled networks, and how rows of weight 0 stay out of them."""
+"""Normalisation layers of the bundled networks, and how examples of weight 0 stay out of them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def check_norm(owner: str, norm: str | None, allowed: tuple[str | None, ...], gr
 
 
 def normalising(norm: str, features: int, groups: int, rngs: nnx.Rngs) -> nnx.Module:
-    """y = scale (x - mean) / sqrt(var + 1e-5) + bias, mean and var over rows ("batch"; positions too), over the
-    features of a row ("layer"), or over positions and each of `groups` groups of channels of a row ("group").
+    """y = scale (x - mean) / sqrt(var + 1e-5) + bias, mean and var over examples ("batch"; positions too), over
+    the features of an example ("layer"), or over its positions and each of `groups` groups of channels ("group").
 
-    Running statistics of "batch" move by a tenth with every batch.
+    Running statistics of "batch" have decay 0.9.
     """
     if norm == "batch":
         return nnx.BatchNorm(features, momentum=0.9, epsilon=EPSILON, use_fast_variance=False, rngs=rngs)
@@ -77,12 +77,12 @@ def _over_groups(groups: int) -> Callable[[Array], Array]:
 
 def _over_batch(weight: Array | None, x: Array) -> Callable[[Array], Array]:
     """`[B, 1, C]` -> the means over the examples that count, `[1, 1, C]`."""
-    # Where no example counts all do: statistics of nothing would be no numbers.
+    # Where no example counts, all do: statistics of nothing would be NaN.
     counts = jnp.ones(x.shape[:1], bool) if weight is None else (weight > 0) | ~jnp.any(weight > 0)
     fraction = counts / jnp.sum(counts, dtype=x.dtype)
 
     def over(means: Array) -> Array:
-        # What an example of weight 0 holds may be no number: 0 times it would be none either.
+        # An example of weight 0 may hold NaN, and 0 times NaN is NaN.
         return jnp.tensordot(fraction, jnp.where(counts[:, None, None], means, 0), 1)[None]
 
     return over

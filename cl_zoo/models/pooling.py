@@ -49,7 +49,7 @@ def _first_largest(blocks: Array) -> tuple[Array, Array]:
     )
     place = jnp.zeros(y.shape, jnp.int32)
     for number, here in enumerate(rest, 1):
-        # A number that is not one is larger than all others, as in `lax.max`.
+        # NaN is larger than all numbers, as in `lax.max`.
         more = (here > y) | (jnp.isnan(here) & ~jnp.isnan(y))
         y, place = jnp.where(more, here, y), jnp.where(more, number, place)
     return y, place

@@ -22,7 +22,7 @@ KINDS = ("group", "batch")
 
 
 def _convolution(n_in: int, n_out: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    """3x3 without bias, a pixel of zeros all around, drawn from N(0, 2 / (9 n_out))."""
+    """3x3 without bias, with a padding of one pixel, drawn from N(0, 2 / (9 n_out))."""
     draw = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nnx.Conv(n_in, n_out, (3, 3), stride, padding=1, use_bias=False, kernel_init=draw, rngs=rngs)
 
@@ -116,7 +116,7 @@ def resnet26(
     The second and the third group halve height and width; their shortcuts are average pooling, and channels of zeros.
 
     Args:
-      input_shape: of one row, `(height, width)` or `(height, width, channels)`, both lengths multiples of 4.
+      input_shape: of one example, `(height, width)` or `(height, width, channels)`, both lengths multiples of 4.
       outputs: `C`.
       norm: "group", or "batch" with running statistics in `model_state`.
       width: factor of the channels.
@@ -152,7 +152,7 @@ def resnet26(
         check_whole("resnet26", "input_shape", length, 1)
     height, wide, *channels = input_shape
     if height % 4 or wide % 4:
-        raise ValueError(f"resnet26: input_shape is {tuple(input_shape)}, but both lengths are halved twice")
+        raise ValueError(f"resnet26: input_shape is {tuple(input_shape)}, but both lengths must be multiples of 4")
     shape = (height, wide, channels[0] if channels else 1)
     return from_nnx(
         lambda rngs: ResNet(shape, blocks, width, outputs, norm, groups, rngs),
@@ -162,13 +162,13 @@ def resnet26(
 
 
 def resnet_tail(outputs: int, *, norm: str = "group", width: int = 1, groups: int = 8, depth: int = 26) -> Model:
-    """The part of `resnet26` from its last group on, for what `taps["group_3"]` of such a net reads.
+    """The part of `resnet26` from its last group on, for the input that `taps["group_3"]` of such a network holds.
 
     Args:
       outputs, norm, width, groups, depth: see `resnet26`.
 
     Returns:
-      A `Model` for rows `[height / 2, width / 2, 32 width]`.
+      A `Model` for inputs `[height / 2, width / 2, 32 width]`.
 
     Raises:
       ValueError: see `resnet26`.

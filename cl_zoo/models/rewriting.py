@@ -1,4 +1,4 @@
-"""Functions that convolve, of any library, made to convolve fast inside of loops (`convolution.py` says how)."""
+"""Convolutions of any library made fast inside loops (`convolution.py` explains how)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ WINDOW = 16
 
 
 def has_plain_convolutions(jaxpr: Any) -> bool:
-    """Whether a traced function, or one inside of it, convolves by `lax.conv_general_dilated`. Those that define their
-    own derivatives (`custom_jvp`, `custom_vjp`) are not looked into."""
+    """Whether a traced function, or one inside it, convolves by `lax.conv_general_dilated`. Those that define their
+    own derivatives (`custom_jvp`, `custom_vjp`) are not searched."""
     return any(
         eqn.primitive.name == _PLAIN
         or (
@@ -40,13 +40,13 @@ def fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, with `conv_general_dilated` of `models.convolution` wherever it uses that of `lax`, and maxima
     over windows that do not overlap by `models.pooling`.
 
-    It reads what the function does from its trace, so that layers of any library serve as they are. Left as they are:
+    It works on the function's trace, so layers of any library can be used as they are. Left as they are:
     functions without convolutions, derivatives that the function defines itself, devices other than CPUs, arrays whose
-    types say how they lie on devices, and calls outside of a program (`grad` and `vmap` alone make none).
+    types state how they lie on devices, and calls outside a program (`grad` and `vmap` alone make none).
     `from_nnx` and `from_linen` do this already.
 
     Args:
-      function: pure, of and to pytrees. What it keeps elsewhere (a list that it fills) is lost.
+      function: pure, of and to pytrees. What it stores elsewhere (a list that it fills) is lost.
 
     Example:
       >>> from cl_zoo.types import Model
@@ -54,7 +54,7 @@ def fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
       ...     return jax.lax.conv(x, params, (1, 1), "SAME").mean((2, 3)), model_state, {}
       >>> model = Model(lambda key, x: (jnp.ones((5, 3, 3, 3)), {}), fast_convolutions(apply))
     """
-    without: set[Hashable] = set()  # kinds of calls that are known to convolve nowhere
+    without: set[Hashable] = set()  # kinds of calls that are known to have no convolutions
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

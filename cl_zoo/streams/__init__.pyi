@@ -3,6 +3,9 @@ from ._blurry import blurry as blurry
 from ._blurry import drifting as drifting
 from ._corrupted_images import conditions as conditions
 from ._corrupted_images import corrupted_images as corrupted_images
+from ._few_shot import few_shot as few_shot
+from ._few_shot import trajectories as trajectories
+from ._sinusoids import sinusoids as sinusoids
 from ._skills import Example as Example
 from ._skills import SymbolWorld as SymbolWorld
 from ._skills import skills as skills
@@ -10,9 +13,6 @@ from .arrays import Cursor as Cursor
 from .arrays import array_stream as array_stream
 from .arrays import scenario_tasks as scenario_tasks
 from .episodes import episode_stream as episode_stream
-from .episodes import few_shot as few_shot
-from .episodes import sinusoids as sinusoids
-from .episodes import trajectories as trajectories
 from .images import permuted_mnist as permuted_mnist
 from .images import rotated_mnist as rotated_mnist
 from .images import split_mnist as split_mnist

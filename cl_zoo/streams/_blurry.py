@@ -1,4 +1,4 @@
-"""Streams whose tasks have no borders: how the rows of all tasks are mixed along the way."""
+"""Streams without task boundaries: how the examples of all tasks are mixed over time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["DriftCursor", "Mixing", "blurry", "drifting"]
 
 
 class Mixing(NamedTuple):
-    """Which rows come when, in a stream without borders. A part is one class of one task: part `t k + j` is the j-th of
-    task t's k classes.
+    """Which examples come when, in a stream without task boundaries. A part is one class of one task: part `t k + j` is
+    the j-th of task t's k classes.
 
     Attributes:
-      numbers: `(n_tasks, classes_per_task) -> arrays`, which go into the stream's data, and so into what a resumed run
-        is compared by.
-      most_steps: `(rows by class, n_tasks, classes_per_task, batch_size) -> steps` per task that the rows suffice for,
-        whatever classes a task gets; None where rows may come again.
+      numbers: `(n_tasks, classes_per_task) -> arrays`, which go into the stream's data, and so into the comparison of a
+        resumed run.
+      most_steps: `(examples by class, n_tasks, classes_per_task, batch_size) -> steps` per task that the examples
+        suffice for, whatever classes a task gets; None where examples may come again.
       init: `(key, n_parts) -> cursor`, with a field `step`.
       draw: `(numbers, sizes i32[T, k], cursor, steps, batch_size) -> (part i32[B], row i32[B], cursor)`.
     """
@@ -36,35 +36,35 @@ class Mixing(NamedTuple):
     draw: Callable[[PyTree, Array, PyTree, int, int], tuple[Array, Array, PyTree]]
 
 
-def blurry(share: float = 0.1, *, disjoint: float = 0.0) -> Mixing:
-    """Soft borders: a share of each class's rows comes while other tasks have their turn.
+def blurry(fraction: float = 0.1, *, disjoint: float = 0.0) -> Mixing:
+    """Soft boundaries: a fraction of each class's examples comes in the periods of other tasks.
 
-    The stream has T periods, one for each task. Of the n rows of a class of task t
+    The stream has T periods, one for each task. Of the n examples of a class of task t
 
-        floor(share n / (T - 1))   come in each of the other periods,
+        floor(fraction n / (T - 1))   come in each of the other periods,
         the rest                   in period t,
 
-    in random order within a period. Classes of the disjoint share keep all their rows in their own period. With T
-    periods of one size, the share is also that of other tasks' rows among all rows of a period (where disjoint is 0).
-    Every row comes once at most; what a period has beyond the steps of the shortest is left out.
+    in random order within a period. Disjoint classes keep all their examples in their own period. With T periods of
+    equal size and disjoint 0, `fraction` is also the fraction of a period's examples that come from other tasks. Every
+    example comes at most once; what a period has beyond the steps of the shortest is left out.
 
     Args:
-      share: M, from 0, ordinary tasks, to 1, where a task's own classes do not come in its period at all; a multiple
-        of 0.001. All periods are alike at (T - 1) / T.
-      disjoint: N, the share of each task's classes that never leave their period; N times the classes of a task must
+      fraction: M, from 0 (ordinary tasks) to 1 (a task's own classes do not come in its period at all); a multiple of
+        0.001. All periods are alike at (T - 1) / T.
+      disjoint: N, the fraction of each task's classes that never leave their period; N times the classes of a task must
         be a whole number.
 
     Returns:
       A `Mixing`, for `split_mnist(..., mixing=...)` and its like.
 
     Raises:
-      ValueError: a number outside its range, or not a multiple as said.
+      ValueError: a number outside its range, or not such a multiple.
 
     Source: blurry-M: Bang et al. 2021, arXiv 2103.17230; with disjoint classes, i-Blurry-N-M: Koh et al. 2022,
     arXiv 2110.10031.
 
-    Differences from the paper or its code: here each class's rows are dealt to the other periods in equal numbers; in
-    codes of i-Blurry the shares of all classes are thrown together, and dealt to all periods at random.
+    Differences from the paper or its code: here each class's examples are dealt to the other periods in equal numbers;
+    codes of i-Blurry pool those of all classes, and deal them to all periods at random.
 
     Example:
       >>> import jax
@@ -73,17 +73,17 @@ def blurry(share: float = 0.1, *, disjoint: float = 0.0) -> Mixing:
       >>> sorted(stream.provides)
       ['open_outputs']
     """
-    check_range("blurry", "share", share, 0, 1)
+    check_range("blurry", "fraction", fraction, 0, 1)
     check_range("blurry", "disjoint", disjoint, 0, 1)
-    thousandths = round(1000 * share)
-    if abs(1000 * share - thousandths) > 1e-6:
-        raise ValueError(f"blurry: share is {share}, but it must be a multiple of 0.001")
+    thousandths = round(1000 * fraction)
+    if abs(1000 * fraction - thousandths) > 1e-6:
+        raise ValueError(f"blurry: fraction is {fraction}, but it must be a multiple of 0.001")
 
     def numbers(n_tasks: int, per_task: int) -> PyTree:
         n_disjoint = disjoint * per_task
         if abs(n_disjoint - round(n_disjoint)) > 1e-6:
             raise ValueError(
-                f"blurry: disjoint is {disjoint}, but of the {per_task} classes of a task it must be a whole number"
+                f"blurry: disjoint is {disjoint}, but times the {per_task} classes of a task it must be a whole number"
             )
         return {"thousandths": jnp.int32(thousandths), "n_disjoint": jnp.int32(round(n_disjoint))}
 
@@ -101,7 +101,7 @@ def blurry(share: float = 0.1, *, disjoint: float = 0.0) -> Mixing:
         away = jnp.where(blurred, n * numbers["thousandths"] // (1000 * max(n_tasks - 1, 1)), 0)
         stay = n - (n_tasks - 1) * away
 
-        period = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream goes on with its last period
+        period = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream stays in its last period
         here = jnp.where(home == period, stay, away)
         came_before = jnp.where(period <= home, period * away, (period - 1) * away + stay)
         position = cursor.step % steps * batch_size + jnp.arange(batch_size)
@@ -117,12 +117,12 @@ def blurry(share: float = 0.1, *, disjoint: float = 0.0) -> Mixing:
 
 
 class DriftCursor(NamedTuple):
-    """The place in a stream that drifts.
+    """The place in a drifting stream.
 
     Attributes:
       key: of the stream's draws.
       step: `i32[]`, batches handed out so far.
-      shown: `i32[parts]`, rows of each part handed out so far.
+      shown: `i32[parts]`, examples of each part handed out so far.
     """
 
     key: Key
@@ -131,15 +131,15 @@ class DriftCursor(NamedTuple):
 
 
 def drifting(schedule: str = "gaussian", *, width: float = 0.5, over: str = "class") -> Mixing:
-    """No borders at all: each class, or each task, comes and goes gradually.
+    """No task boundaries at all: each class, or each task, comes and goes gradually.
 
-    At x, the share of the stream that is past times the number U of classes (or tasks), each row of a batch is of
-    class u (or task u) with probability proportional to w_u(x) times the rows that u has:
+    At x, the elapsed fraction of the stream times the number U of classes (or tasks), each example of a batch is of
+    class u (or task u) with probability proportional to w_u(x) times the number of examples of u:
 
         schedule "gaussian":   w_u(x) = exp(- (x - u - 1/2)^2 / (2 width^2))
         schedule "linear":     w_u(x) = max(0, 1 - |x - u - 1/2| / width);   with width 1, one passes into the next
 
-    A part's rows come in random order, each once before any comes again, in a new order.
+    The examples of a class of a task come in random order, each once before any comes again, in a new order.
 
     Args:
       schedule: "gaussian" or "linear".
@@ -162,7 +162,7 @@ def drifting(schedule: str = "gaussian", *, width: float = 0.5, over: str = "cla
       >>> import jax
       >>> from cl_zoo.streams import permuted_mnist
       >>> stream = permuted_mnist(3, mixing=drifting("linear", width=1.0, over="task"), steps=10)
-      >>> stream.next(stream.data, stream.init(jax.random.key(0)), None)[0].task is None
+      >>> stream.next(stream.init(jax.random.key(0)))[0].task is None
       True
     """
     check_choice("drifting", "schedule", schedule, ("gaussian", "linear"))
@@ -199,12 +199,12 @@ def drifting(schedule: str = "gaussian", *, width: float = 0.5, over: str = "cla
 
 
 def log_weights(numbers: dict[str, Any], past: Array) -> Array:
-    """log w_u of every part, where `past` of the stream, from 0 to 1, has gone by."""
+    """log w_u of every part, after the fraction `past` of the stream."""
     distance = jnp.abs(past - numbers["peaks"]) / numbers["width"]
-    # Finite, so that there is something to draw where the classes that should come have no rows.
+    # Finite, so that there is something to draw where the classes that should come have no examples.
     return jnp.where(numbers["linear"], jnp.log(jnp.maximum(1 - distance, 1e-30)), -(distance**2) / 2)
 
 
 def _row(key: Key, number: Array, n: Array, part: Array) -> Array:
-    """The number-th row to come of each part: a random order for each pass over its n rows."""
+    """The index of a part's `number`-th example: a random order for each pass over its n examples."""
     return jax.vmap(lambda i, p: shuffled_index(key, i % n[p], n[p], 1 + p, i // n[p]))(number, part)

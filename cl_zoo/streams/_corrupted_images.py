@@ -29,8 +29,8 @@ class CorruptedData(NamedTuple):
     """The images under every condition, and which condition each task is.
 
     Attributes:
-      images: `uint8[K, rows, height, width]` or with channels last, K different conditions.
-      labels: `i32[rows]`.
+      images: `uint8[K, examples, height, width]` or with channels last, K different conditions.
+      labels: `i32[examples]`.
       condition: `i32[T]`, the condition of each task.
     """
 
@@ -88,7 +88,7 @@ def corrupted_images(
     severities: Sequence[int] = (1, 2, 3, 4, 5),
     schedule: str = "grid",
     clean_first: bool = False,
-    rows: int = 1000,
+    examples: int = 1000,
     key: Key | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     batch_size: int = 100,
@@ -101,28 +101,28 @@ def corrupted_images(
 ) -> Stream:
     """Every task is one condition, a corruption at a severity, of the same test images; all classes come in all tasks.
 
-        task t hands out f_(c_t, s_t)(image_i), label_i, each row i once an epoch, in random order
+        task t hands out f_(c_t, s_t)(image_i), label_i, each image i once an epoch, in random order
 
-    At test time the stream is the test set: `next` hands out the very rows that `evaluation(..., "test")` gives. So a
-    learner that reads the labels of the batches is trained on the test set; one that is to be tested while it adapts
-    reads only their images. Images are corrupted once, when the stream is made, and lie on the device: `K rows` images
-    for K different conditions, at CIFAR-10's size 3 MB for each condition of 1000 rows.
+    The stream is the test set: `next` hands out the same images as `evaluation(..., "test")`. So a learner that reads
+    the labels of the batches is trained on the test set; one that is tested while it adapts must read only the images.
+    Images are corrupted once, when the stream is made, and lie on the device: `K examples` images for K different
+    conditions, at CIFAR-10's size 3 MB for each condition of 1000 images.
 
     Args:
-      images: of these the test images are corrupted; None takes the embedded digits.
+      images: a data set, of which the test images are corrupted; None takes the embedded digits.
       corruptions: of `CORRUPTIONS` or `NOISES`, all different.
       severities: 1 to 5, all different.
       schedule: "grid", every corruption at every severity, one corruption after the other; or "gradual", for every
         corruption its severities rising to the strongest and falling back, 1, 2, ..., 5, ..., 2, 1.
       clean_first: begin with the images as they are.
-      rows: how many test images, drawn without repetition by `key`: the same ones for all conditions.
-      key: draws the rows, and the noise of each condition; None is key 0. A condition that comes twice has the same
+      examples: how many test images, drawn without replacement by `key`; the same for all conditions.
+      key: draws the images, and the noise of each condition; None is key 0. A condition that comes twice has the same
         images both times.
       data_dir: None corrupts `images`; or the folder of CIFAR-10-C's own files, whose images are taken instead, also of
         its extra corruptions, see `load_cifar10_c`. Then `images` serves for `clean_first` alone, and is CIFAR-10.
-      batch_size: rows of a batch, a divisor of the rows of a task.
+      batch_size: examples per batch, a divisor of the examples of a task.
       epochs: passes over each task.
-      validation: share of `rows` that the stream leaves out, to choose strengths on, in [0, 0.999].
+      validation: fraction of `examples` that the stream leaves out, to choose strengths on, in [0, 0.999].
       sample_size, sample_batch, evaluation_batch: see `array_stream`.
       progress: whether to show a bar while images are made; None where there are more than ten conditions.
 
@@ -139,7 +139,7 @@ def corrupted_images(
     as `reorder` does.
 
     Example:
-      >>> stream = corrupted_images(corruptions=["contrast"], severities=[1, 5], rows=200)
+      >>> stream = corrupted_images(corruptions=["contrast"], severities=[1, 5], examples=200)
       >>> stream.n_tasks, stream.steps, stream.data.images.shape
       (2, 2, (2, 200, 28, 28))
     """
@@ -160,17 +160,17 @@ def corrupted_images(
             raise ValueError(f"{owner}: images have other test labels than {data_dir}, so they are not CIFAR-10's")
     check_whole(owner, "epochs", epochs, 1)
     check_whole(owner, "batch_size", batch_size, 1)
-    check_whole(owner, "rows", rows, 1, len(labels))
+    check_whole(owner, "examples", examples, 1, len(labels))
     check_range(owner, "validation", validation, 0, 0.999)
-    held_out = round(validation * rows)
-    kept = rows - held_out
+    held_out = round(validation * examples)
+    kept = examples - held_out
     if kept % batch_size:
         raise ValueError(
-            f"{owner}: batch_size is {batch_size}, but a task has {kept} rows, of which each is to come once an epoch;"
+            f"{owner}: batch_size is {batch_size}, but a task has {kept} examples, each of which comes once an epoch;"
             f" it must divide {kept}"
         )
     row_key, noise_key = jax.random.split(key)
-    chosen = np.asarray(jax.random.permutation(row_key, len(labels))[:rows])
+    chosen = np.asarray(jax.random.permutation(row_key, len(labels))[:examples])
 
     def under(name: str, severity: int) -> Array:
         if severity > 0 and data_dir is not None:
@@ -179,7 +179,7 @@ def corrupted_images(
         if severity == 0:
             return plain
         mine = jax.random.fold_in(noise_key, zlib.crc32(f"{name}/{severity}".encode()))
-        return _corrupted(plain, name, severity, jax.random.split(mine, rows))
+        return _corrupted(plain, name, severity, jax.random.split(mine, examples))
 
     hidden = len(different) <= 10 if progress is None else not progress
     made = [under(*pair) for pair in tqdm(different, "corruptions", disable=hidden, unit="condition")]

@@ -1,4 +1,4 @@
-"""Skills that come one after the other, each shown by demonstrations."""
+"""Skills that come one after another, each given by demonstrations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Example(NamedTuple):
     """Attributes:
     prompt: tokens of a question.
     shown: tokens of a demonstration and the question.
-    answer: tokens of the answer, the one that ends it among them.
+    answer: tokens of the answer, including the one that ends it.
     """
 
     prompt: Sequence[int]
@@ -37,7 +37,7 @@ class Example(NamedTuple):
 
 class SkillData(NamedTuple):
     """Attributes:
-    x, y: the rows of all skills, one after another.
+    x, y: the examples of all skills, one after another.
     start, size: `i32[3, T]`, where those of each split and task begin, and how many there are.
     """
 
@@ -58,23 +58,23 @@ def skills(
     answer_length: int | None = None,
     **options: Any,
 ) -> Stream:
-    """One task for each skill; a row is a question, a demonstration of it, and its answer.
+    """One task for each skill; an example is a question, a demonstration of it, and its answer.
 
         x = Demonstrated(prompt, padding, shown, shown_padding, answer),     y_t = answer_t, -1 after its end
 
-    Paddings are None where all rows have one length.
+    Paddings are None where all examples have one length.
 
     Args:
       tasks: examples of each skill by split, "train", "test" and, if wanted, "validation".
       vocabulary: V, outputs at each token of an answer.
       steps: batches per task.
-      batch_size: rows.
+      batch_size: examples per batch.
       prompt_length, shown_length, answer_length: P, Q and N; None is that of the longest.
-      **options: see `array_stream`; `evaluation_batch`, rows that are answered at once, is 32 here, since a row has N V
+      **options: see `array_stream`; `evaluation_batch`, examples predicted at once, is 32 here, since each has N V
         outputs.
 
     Returns:
-      A `Stream`. The score is 1 for a row whose answer greedy decoding gives, else 0. Learn it with
+      A `Stream`. The score is 1 for an example whose answer greedy decoding gives, else 0. Learn it with
       `supervised(next_token_loss)` or `sdft` and a model that `answering` makes.
 
     Raises:
@@ -85,13 +85,13 @@ def skills(
       >>> import jax
       >>> one = Example(prompt=[1, 2], shown=[3, 1, 2], answer=[4, 5])
       >>> stream = skills([{"train": [one] * 4, "test": [one]}], vocabulary=6, steps=2, batch_size=3)
-      >>> batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), None)
+      >>> batch, _ = stream.next(stream.init(jax.random.key(0)))
       >>> batch.x.shown.shape, batch.y[0].tolist()
       ((3, 3), [4, 5])
     """
     check_whole("skills", "vocabulary", vocabulary, 1)
     if isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks):
-        raise ValueError('skills: tasks must be a sequence of {"train": examples, "test": examples}, one of each skill')
+        raise ValueError('skills: tasks must be a sequence of {"train": examples, "test": examples}, one per skill')
     for i, task in enumerate(tasks):
         if unknown := set(task) - set(_SPLITS):
             raise ValueError(f"skills: task {i} has the split {min(unknown)!r}, but there are {', '.join(_SPLITS)}")
@@ -104,7 +104,7 @@ def skills(
         for field in Example._fields:
             tokens: Any = getattr(example, field, None)
             kind = np.asarray(tokens).dtype
-            if not np.issubdtype(kind, np.number):  # text and None are none either
+            if not np.issubdtype(kind, np.number):  # nor are text and None
                 raise ValueError(
                     f"skills: an example's {field} is {tokens!r:.60}, but it must be tokens: encode texts first, and"
                     " make Example(prompt=, shown=, answer=) of them"
@@ -145,7 +145,7 @@ def skills(
     def score(outputs: Array, batch: Batch) -> Array:
         return all_tokens_right(outputs, batch.y)
 
-    stream = array_stream(
+    return array_stream(
         data,
         scenario_tasks("domain", len(tasks), vocabulary),
         size=lambda data, split: data.size[_SPLITS.index(split)],
@@ -154,13 +154,13 @@ def skills(
         smallest=int(size[0].min()),
         steps=steps,
         batch_size=batch_size,
+        score=score,
         **(settings | options),
     )
-    return stream._replace(score=score)
 
 
 class SymbolWorld(NamedTuple):
-    """A small language in which a demonstration changes what is right: cues, each with a permutation of symbols.
+    """A small language in which a demonstration changes the right answer: cues, each with a permutation of symbols.
 
         question  = cue x_1 ... x_n =          answer = f_cue(x_1) ... f_cue(x_n) .
         shown     = ! a_1 f(a_1) ... a_m f(a_m) question,     the asked symbols among the a_j, in random order
@@ -174,7 +174,7 @@ class SymbolWorld(NamedTuple):
       pairs: m, of a demonstration, n to `symbols`.
       seed: of the permutations.
 
-    Its methods raise ValueError for numbers outside these.
+    Its methods raise ValueError for numbers outside these ranges.
     """
 
     symbols: int = 16
@@ -241,14 +241,14 @@ class SymbolWorld(NamedTuple):
         return found
 
     def language(self, *, steps: int, batch_size: int, **options: Any) -> Stream:
-        """What a model is to know before it learns skills, as a stream of one task without end.
+        """What a model is to know before it learns skills, as a stream of one endless task.
 
-        A row is, with chance 1/2, a question of any cue after a demonstration of a fresh permutation; else a question
-        alone, of a known cue, or with chance 1/4 of a new one, to be repeated.
+        An example is, with probability 1/2, a question of any cue after a demonstration of a fresh permutation; else a
+        question alone, of a known cue, or with probability 1/4 of a new one, to be repeated.
 
         Returns:
-          A `Stream` with x `i32[B, L]`, L = 2 m + 2 n + 3, zeros after shorter rows, y the next token where it is
-          one of the answer, else -1. The score is the share of tokens that are right.
+          A `Stream` with x `i32[B, L]`, L = 2 m + 2 n + 3, zeros after shorter examples, y the next token where it
+          is part of the answer, else -1. The score is the fraction of correct tokens.
         """
         first, n, m = 4 + self.known + self.new, self.length, self.pairs
         known = jnp.asarray(self.permutations[: self.known])
@@ -291,7 +291,7 @@ class SymbolWorld(NamedTuple):
         )
 
     def skills(self, *, steps: int, batch_size: int, examples: int = 512, tests: int = 256, seed: int = 0) -> Stream:
-        """The new cues' permutations, one after the other, as a stream of skills."""
+        """The new cues' permutations, one after another, as a stream of skills."""
         sizes = {"train": examples, "validation": tests, "test": tests}
         tasks = [
             {split: self.examples(self.known + cue, n, split, seed) for split, n in sizes.items()}
@@ -300,8 +300,8 @@ class SymbolWorld(NamedTuple):
         return skills(tasks, vocabulary=self.vocabulary, steps=steps, batch_size=batch_size, evaluation_batch=256)
 
     def known_skills(self, *, tests: int = 256) -> Stream:
-        """What may be forgotten, to be tested: each known cue's questions, and, last, questions that only their
-        demonstration answers."""
+        """Tasks to test forgetting on: each known cue's questions, and, last, questions that only their demonstration
+        answers."""
         held = [self.examples(cue, tests, "test") for cue in range(self.known)] + [self.fresh(tests, 0)]
         tasks = [{"train": rows, "validation": rows, "test": rows} for rows in held]
         return skills(tasks, vocabulary=self.vocabulary, steps=1, batch_size=1, evaluation_batch=256)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from cl_zoo.checks import check_choice, check_whole
 from cl_zoo.shuffle import shuffled_index
-from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo
+from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
 
 __all__ = ["Cursor", "array_stream", "locate", "scenario_tasks"]
 
@@ -36,14 +36,14 @@ def locate(counts: Array, position: Array) -> tuple[Array, Array]:
 
 
 def scenario_tasks(scenario: str, n_tasks: int, classes_per_task: int, outputs: str = "seen") -> TaskInfo:
-    """The outputs that compete in each task.
+    """The active outputs of each task.
 
     Args:
-      scenario: "task": each task has its own outputs, and rows tell their task. "domain": all tasks share one set.
-        "class": each task has its own outputs, and rows do not tell their task.
+      scenario: "task": each task has its own outputs, and examples carry their task. "domain": all tasks share one set.
+        "class": each task has its own outputs, and examples do not carry their task.
       n_tasks: `T`.
       classes_per_task: k.
-      outputs: in the class-incremental scenario, those of the tasks "seen" so far compete, or "all".
+      outputs: active in the class-incremental scenario: those of the tasks "seen" so far, or "all".
 
     Returns:
       `TaskInfo` with active `bool[T, C]`; C is k if "domain", else T k.
@@ -66,6 +66,11 @@ def scenario_tasks(scenario: str, n_tasks: int, classes_per_task: int, outputs: 
     return TaskInfo(jnp.asarray(index), jnp.asarray(active))
 
 
+def label_accuracy(outputs: Array, batch: Batch) -> Array:
+    """1 for each example whose largest output is that of its label, else 0: `[B, C]` -> `f32[B]`."""
+    return (jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32)
+
+
 def array_stream(
     data: PyTree,
     tasks: TaskInfo,
@@ -74,20 +79,21 @@ def array_stream(
     fetch: Callable[[PyTree, str, Array, Array], tuple[PyTree, Array]],
     largest: Mapping[str, int],
     smallest: int,
-    steps: int,
+    steps: int | Sequence[int],
     batch_size: int,
     task_ids: bool,
     reorder: Callable[[PyTree, Key], PyTree],
     joint: str | None = None,
     order: tuple[Callable[[Key], PyTree], Callable[[PyTree, PyTree], tuple[Array, Array, PyTree]]] | None = None,
-    glances: int = 1,
+    updates_per_batch: int = 1,
     sample_size: int | None = None,
     sample_batch: int = 500,
     evaluation_batch: int = 1000,
+    score: Callable[[PyTree, Batch], Array] = label_accuracy,
 ) -> Stream:
     """A stream over any labelled data of which one example can be fetched by task and index.
 
-    Every epoch of a task is a new random order of its examples, an incomplete last batch is left out. Which example
+    Every epoch of a task is a new random order of its examples, and an incomplete last batch is left out. Which example
     comes at which step is computed from the cursor; there is no table of orders.
 
     Args:
@@ -97,26 +103,28 @@ def array_stream(
       fetch: `(data, split, task, index) -> (x, y)`, one example; it is vmapped.
       largest: per split, the most examples a task may have.
       smallest: the fewest training examples a task may have.
-      steps: batches per task.
-      batch_size: rows.
-      task_ids: whether rows tell their task.
+      steps: batches per task, one number or one for each task.
+      batch_size: examples per batch.
+      task_ids: whether examples carry their task.
       reorder: see `Stream`.
       joint: None; "all": every batch draws from all tasks at once, the usual upper bound; "seen": from the tasks up to
-        the one at hand.
+        the current one.
       order: None, one task after another; or `init(key) -> cursor` and `(data, cursor) -> (task, index, cursor)`, the
-        rows of the next batch, `i32[B]` each, of a stream without borders. It provides no boundaries, and so none of
-        what is told at them. Its cursor has a field `step`, the different batches drawn so far.
-      glances: how often in a row each batch is handed out, as where a single pass over the rows allows several updates
-        on each batch; `steps` counts all of them.
+        examples of the next batch, `i32[B]` each, of a stream without task boundaries. It provides neither
+        boundaries nor samples at them. Its cursor has a field `step`, the different batches drawn so far.
+      updates_per_batch: how often in a row each batch is handed out, for a single pass over the examples with several
+        updates on each batch; `steps` counts all of them.
       sample_size: examples in a consolidation sample; None takes the whole task.
-      sample_batch, evaluation_batch: rows of the batches in which samples and evaluation sets come.
+      sample_batch, evaluation_batch: examples per batch of samples and of evaluation sets.
+      score: see `Stream`.
 
     Returns:
       A `Stream`.
 
     Raises:
-      ValueError: a size below 1, a batch larger than a task, steps that are no multiple of glances, joint="all" or an
-        order over tasks whose outputs are not open, or an order of rows that tell their task.
+      ValueError: a size below 1, a batch larger than a task, steps that are no multiple of updates_per_batch,
+        joint="all" or an order over tasks whose outputs are not all active, or an order of examples that carry their
+        task.
     """
     check_whole("stream", "batch_size", batch_size, 1)
     if batch_size > smallest:
@@ -124,27 +132,34 @@ def array_stream(
             f"stream: batch_size is {batch_size}, but a task may have only {smallest} training examples; it must be at"
             f" most {smallest}"
         )
-    sizes = {"sample_size": 1 if sample_size is None else sample_size, "sample_batch": sample_batch}
-    for field, value in {"steps": steps, "glances": glances, **sizes, "evaluation_batch": evaluation_batch}.items():
-        check_whole("stream", field, value, 1)
-    if steps % glances:
-        raise ValueError(
-            f"stream: steps is {steps}, but it counts every batch {glances} times, as glances is {glances}; it must be"
-            f" a multiple of {glances}"
-        )
-    check_choice("stream", "joint", joint, (None, "all", "seen"))
     n_tasks = tasks.index.shape[0]
+    counts = [steps] * n_tasks if isinstance(steps, (int, np.integer)) else list(steps)
+    if len(counts) != n_tasks:
+        raise ValueError(f"stream: steps has {len(counts)} numbers, but there are {n_tasks} tasks; give one for each")
+    sizes = {"sample_size": 1 if sample_size is None else sample_size, "sample_batch": sample_batch}
+    for field, value in {"updates_per_batch": updates_per_batch, **sizes, "evaluation_batch": evaluation_batch}.items():
+        check_whole("stream", field, value, 1)
+    for count in counts:
+        check_whole("stream", "steps", count, 1)
+        if count % updates_per_batch:
+            raise ValueError(
+                f"stream: steps is {count}, but it must be a multiple of {updates_per_batch}, the updates_per_batch: it"
+                " counts every update"
+            )
+    different = len(set(counts)) > 1
+    ends = np.cumsum(counts, dtype=np.int32)
+    check_choice("stream", "joint", joint, (None, "all", "seen"))
     all_open = bool(np.all(tasks.active))
     if joint == "all" and not (all_open or task_ids):
-        raise ValueError('stream: joint="all" needs outputs="all", as rows of later tasks come from the start')
+        raise ValueError('stream: joint="all" needs outputs="all", as examples of later tasks come from the start')
     if order is not None and (task_ids or not all_open or joint is not None):
         raise ValueError(
-            'stream: mixing makes borders between tasks vanish, so it needs scenario="domain", or scenario="class" with'
+            'stream: mixing removes task boundaries, so it needs scenario="domain", or scenario="class" with'
             ' outputs="all", and joint=None'
         )
 
     def rows(data: PyTree, split: str, task: Array, index: Array) -> tuple[PyTree, Array]:
-        """Rows of one task (task a scalar, what depends on it is computed once), or of several (task `[B]`)."""
+        """Examples of one task (task a scalar: what depends on it is computed once), or of several (task `[B]`)."""
         return jax.vmap(lambda t, i: fetch(data, split, t, i), in_axes=(None if task.ndim == 0 else 0, 0))(task, index)
 
     def batch(data: PyTree, split: str, task: Array, index: Array, weight: Array) -> Batch:
@@ -155,20 +170,25 @@ def array_stream(
     def init(key: Key) -> Cursor:
         return Cursor(key, jnp.zeros((), jnp.int32))
 
-    def next_of_order(data: PyTree, cursor: PyTree, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, PyTree]:
-        drawing = cursor if glances == 1 else cursor._replace(step=cursor.step // glances)
+    def next_of_order(data: PyTree, cursor: PyTree, agent: Agent) -> tuple[Batch, PyTree]:
+        drawing = cursor if updates_per_batch == 1 else cursor._replace(step=cursor.step // updates_per_batch)
         task, index, after = order[1](data, drawing)  # type: ignore[index]
-        if glances > 1:  # the order moves on with the last glance
-            done = (cursor.step + 1) % glances == 0
+        if updates_per_batch > 1:  # the order moves on with the last update on a batch
+            done = (cursor.step + 1) % updates_per_batch == 0
             after = jax.tree.map(lambda new, old: jnp.where(done, new, old), after, cursor)
             after = after._replace(step=cursor.step + 1)
         return batch(data, "train", task, index, jnp.ones(batch_size)), after
 
-    def next_batch(data: PyTree, cursor: Cursor, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, Cursor]:
-        task = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream goes on with its last task
-        step = cursor.step - task * steps
-        if glances > 1:
-            step = step // glances
+    def next_batch(data: PyTree, cursor: Cursor, agent: Agent) -> tuple[Batch, Cursor]:
+        # Beyond its end, a stream continues with its last task.
+        if different:
+            task = jnp.minimum(jnp.sum(cursor.step >= ends), n_tasks - 1).astype(jnp.int32)
+            step = cursor.step - (ends - np.array(counts, np.int32))[task]
+        else:
+            task = jnp.minimum(cursor.step // counts[0], n_tasks - 1)
+            step = cursor.step - task * counts[0]
+        if updates_per_batch > 1:
+            step = step // updates_per_batch
         sizes = size(data, "train")
         if joint is not None:
             sizes = jnp.where((jnp.arange(n_tasks) <= task) | (joint == "all"), sizes, 0)
@@ -195,7 +215,6 @@ def array_stream(
         return stacked(jnp.where(position < jnp.minimum(n, total), index, n), rows_each, data, "train", task)
 
     def evaluation(data: PyTree, task: Array, split: str) -> Batch:
-        check_choice("stream", "split", split, ("validation", "test"))
         if largest[split] == 0:
             raise ValueError(f"stream: there are no {split} examples; hold some out with validation=0.1, say")
         rows_each = min(evaluation_batch, largest[split])
@@ -204,12 +223,20 @@ def array_stream(
         index = jnp.arange(n_batches)[:, None] + n_batches * jnp.arange(rows_each)
         return stacked(index.ravel(), rows_each, data, split, task)
 
-    def score(outputs: Array, batch: Batch) -> Array:
-        return (jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32)
-
     provides = {"boundaries", "begin_sample", "end_sample"} if order is None else set()
     provides |= {"task_ids"} if task_ids else set()
     provides |= {"open_outputs"} if all_open else set()
-    start: Callable[[Key], PyTree] = init if order is None else order[0]
-    step: Callable[..., tuple[Batch, PyTree]] = next_batch if order is None else next_of_order
-    return Stream(n_tasks, steps, tasks, data, frozenset(provides), start, step, sample, evaluation, score, reorder)
+    return Stream(
+        n_tasks,
+        max(counts),
+        frozenset(provides),
+        init_function=init if order is None else order[0],
+        next_function=next_batch if order is None else next_of_order,
+        sample_function=sample,
+        reorder_function=reorder,
+        evaluation_function=evaluation,
+        score_function=score,
+        tasks=tasks,
+        data=data,
+        task_steps=jnp.asarray(counts, jnp.int32) if different else None,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class ImageData(NamedTuple):
     Attributes:
       images: `uint8[N, height, width]`, sorted by split and class.
       start, count: `i32[3, K]`, where each class of each split begins, and how many there are.
-      classes: `i32[T, k]`, the classes of each task; a row's label within its task is its class's place there.
+      classes: `i32[T, k]`, the classes of each task; an example's label within its task is its class's place there.
       permutations: `i32[T, pixels]`, or None.
       angles: `f32[T]` in degrees, anticlockwise, or None.
       mixing: numbers of the `Mixing`, or None.
@@ -108,7 +109,7 @@ def permuted_mnist(
     outputs: str = "seen",
     **options: Any,
 ) -> Stream:
-    """Every task has all classes, its pixels in a random order of its own, applied as rows are fetched.
+    """Every task has all classes, its pixels in a random order of its own, applied as images are fetched.
 
     Args:
       n_tasks: `T`, at least 1.
@@ -167,7 +168,7 @@ def rotated_mnist(
     outputs: str = "seen",
     **options: Any,
 ) -> Stream:
-    """Every task has all classes, its images turned by an angle of its own (bilinear), as rows are fetched.
+    """Every task has all classes, its images rotated by an angle of its own (bilinear), as they are fetched.
 
     Args:
       n_tasks: `T`, at least 1.
@@ -213,11 +214,11 @@ def rotated_mnist(
         pixels=lambda data, task, image: rotate(image, data.angles[task]),
         **options,
     )
-    return stream if given is None else stream._replace(data=stream.data._replace(angles=given))
+    return stream if given is None else dataclasses.replace(stream, data=stream.data._replace(angles=given))
 
 
 def rotate(image: Array, degrees: Array) -> Array:
-    """`uint8[height, width]` (channels may follow) turned anticlockwise about its centre, bilinear, black outside."""
+    """`uint8[height, width]` (channels may follow) rotated anticlockwise about its centre, bilinear, black outside."""
     if image.ndim == 3:
         return jax.vmap(lambda channel: rotate(channel, degrees), in_axes=2, out_axes=2)(image)
     height, width = image.shape
@@ -242,7 +243,7 @@ def image_stream(
     batch_size: int = 128,
     steps: int | None = None,
     epochs: int = 1,
-    glances: int = 1,
+    updates_per_batch: int = 1,
     validation: float = 0.0,
     joint: str | None = None,
     mixing: Mixing | None = None,
@@ -256,18 +257,18 @@ def image_stream(
       images: labelled images.
       classes: `i32[T, k]`.
       scenario, outputs: see `scenario_tasks`.
-      draw: `(data, key) -> data`, the tasks drawn anew.
+      draw: `(data, key) -> data`, the tasks drawn again.
       key: for a first draw; None keeps `classes`.
       pixels: `(data, task, image) -> image`.
-      batch_size: rows of a training batch.
+      batch_size: examples per training batch.
       steps: batches per task; None takes as many as `epochs` have, for tasks of average size.
       epochs: passes over each task where `steps` is None.
-      glances: how often in a row each batch is handed out. `steps` counts all of them, so it must be a multiple, and
-        the same epochs take glances times as many.
-      mixing: None, one task after another; or `blurry(...)` or `drifting(...)`, a stream without borders, for
-        scenario "domain", or "class" with outputs="all". A blurry one has as many steps as its rows suffice for, where
-        `steps` is None.
-      validation: share of each class's training images that is held out, in [0, 0.999].
+      updates_per_batch: how often in a row each batch is handed out. `steps` counts all of them, so it must be a
+        multiple, and the same epochs take so many times as many.
+      mixing: None, one task after another; or `blurry(...)` or `drifting(...)`, a stream without task boundaries,
+        for scenario "domain", or "class" with outputs="all". Where `steps` is None, a blurry one has as many as its
+        examples suffice for.
+      validation: fraction of each class's training images that is held out, in [0, 0.999].
       joint, sample_size, sample_batch, evaluation_batch: see `array_stream`.
 
     Returns:
@@ -278,7 +279,7 @@ def image_stream(
     """
     check_range("stream", "validation", validation, 0, 0.999)
     check_whole("stream", "epochs", epochs, 1)
-    check_whole("stream", "glances", glances, 1)
+    check_whole("stream", "updates_per_batch", updates_per_batch, 1)
     check_whole("stream", "batch_size", batch_size, 1)
     n_tasks, per_task = classes.shape
     n_classes = _n_classes(images)
@@ -291,15 +292,15 @@ def image_stream(
     by_size = np.sort(count, axis=1)
     average = int(count[0].sum()) * per_task // n_classes
     per_epoch = max(average // batch_size, 1)
-    n_steps = epochs * per_epoch * glances if steps is None else steps
+    n_steps = epochs * per_epoch * updates_per_batch if steps is None else steps
     if mixing is not None:
         data = data._replace(mixing=mixing.numbers(n_tasks, per_task))
     if mixing is not None and mixing.most_steps is not None:
-        most = mixing.most_steps(count[0], n_tasks, per_task, batch_size) * glances
+        most = mixing.most_steps(count[0], n_tasks, per_task, batch_size) * updates_per_batch
         if epochs > 1 or (steps is not None and steps > most):
             raise ValueError(
-                f"stream: epochs is {epochs} and steps is {steps}, but every row of a blurry stream comes once at most:"
-                f" epochs must be 1, and steps at most {most}"
+                f"stream: epochs is {epochs} and steps is {steps}, but every example of a blurry stream comes at most"
+                f" once: epochs must be 1, and steps at most {most}"
             )
         n_steps = most if steps is None else steps
 
@@ -315,7 +316,7 @@ def image_stream(
 
     def rows(data: ImageData, cursor: PyTree) -> tuple[Array, Array, PyTree]:
         sizes = data.count[0][data.classes]
-        part, row, cursor = mixing.draw(data.mixing, sizes, cursor, n_steps // glances, batch_size)  # type: ignore[union-attr]
+        part, row, cursor = mixing.draw(data.mixing, sizes, cursor, n_steps // updates_per_batch, batch_size)  # type: ignore[union-attr]
         first = jnp.cumsum(sizes, axis=1) - sizes
         return part // per_task, jnp.ravel(first)[part] + row, cursor
 
@@ -332,7 +333,7 @@ def image_stream(
         reorder=draw,
         joint=joint,
         order=None if mixing is None else (lambda key: mixing.init(key, n_tasks * per_task), rows),
-        glances=glances,
+        updates_per_batch=updates_per_batch,
         sample_size=sample_size,
         sample_batch=sample_batch,
         evaluation_batch=evaluation_batch,

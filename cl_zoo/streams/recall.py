@@ -1,4 +1,4 @@
-"""Streams that ask for what a row itself has said: associative recall, documents with a dictionary of their own."""
+"""Streams that query earlier tokens of the same sequence: associative recall, documents with their own dictionary."""
 
 from __future__ import annotations
 
@@ -36,44 +36,44 @@ def associative_recall(
     filler: str = "noise",
     **options: Any,
 ) -> Stream:
-    """Multi-query associative recall: a row tells n keys and their values, then asks for every key once.
+    """Multi-query associative recall: a sequence gives n keys and their values, then queries every key once.
 
         x = k_1 v_1 ... k_n v_n,  then L - 2 n tokens;     x_q = k_i,  y_q = v_i   at   q = 2 n + 2 g_i
 
-    Keys and values are drawn anew for each row, without replacement, from the two halves of the vocabulary. The gaps
+    Keys and values are drawn for each sequence, without replacement, from the two halves of the vocabulary. The gaps
     g_i are drawn one after the other, i = 1, ..., n, each among those that are left, with
 
         P(g) ~ (g + 1)^(alpha - 1),     g = 0, ..., (L - 2 n) // 2 - 1
 
-    so most queries come soon. Nothing in the weights can answer them: what is asked for is a memory within the row.
+    so most queries come soon. Weights cannot predict their values: that takes a memory within the sequence.
 
     Args:
       steps: batches of the one task.
       length: L, at least 4 n.
       pairs: n, at least 1.
       vocabulary: V, even: token 0 is filler, 1 to V/2 - 1 are keys, V/2 to V - 1 are values; at least 2 n + 2.
-      batch_size: rows.
+      batch_size: sequences per batch.
       alpha: at least 0; 1 makes the gaps uniform. May be traced.
-      filler: what stands where no pair and no query does: "noise", tokens drawn from the whole vocabulary; or "zeros".
-      **options: `sample_size`, `evaluation_size` and `evaluation_batch` (rows), see `episode_stream`.
+      filler: tokens in all other places: "noise", drawn from the whole vocabulary; or "zeros".
+      **options: `sample_size`, `evaluation_size` and `evaluation_batch` (sequences), see `episode_stream`.
 
     Returns:
-      A `Stream` with x `i32[B, L]`, y `i32[B, L]`, -1 but at the queries, and V outputs at each position. Rows are
-      computed from the cursor; those of a split are the same every time. The score is the share of a row's queries
-      that are answered. Learn it with `supervised(next_token_loss)`.
+      A `Stream` with x `i32[B, L]`, y `i32[B, L]`, -1 except at the queries, and V outputs at each position. Sequences
+      are computed from the cursor; those of an evaluation split are the same every time. The score is the accuracy on
+      a sequence's queries. Learn it with `supervised(next_token_loss)`.
 
     Raises:
       ValueError: an impossible value, named.
 
     Source: Arora et al. 2023, arXiv 2312.04927, whose vocabulary is 8192, with 4 to 64 pairs in 64 to 512 tokens.
 
-    Differences from the paper or its code: the stream does not end, their training set is a fixed one of 100 000 rows.
-    As in the code, a query's value is its target but does not follow in x, and noise may repeat a key of the row.
+    Differences from the paper or its code: the stream does not end, theirs is a fixed set of 100 000 sequences.
+    As in the code, a query's value is its target but does not follow in x, and noise may repeat a key of the sequence.
 
     Example:
       >>> import jax
       >>> stream = associative_recall(length=12, pairs=2, vocabulary=8, filler="zeros", batch_size=3)
-      >>> batch, cursor = stream.next(stream.data, stream.init(jax.random.key(0)), None)
+      >>> batch, cursor = stream.next(stream.init(jax.random.key(0)))
       >>> batch.x.shape, (batch.y >= 0).sum(axis=1).tolist()
       ((3, 12), [2, 2, 2])
     """
@@ -91,7 +91,7 @@ def associative_recall(
         of_gaps, of_noise = jax.random.split(key)
         keys = 1 + shuffled_index(key, jnp.arange(pairs), half - 1, 0)
         values = half + shuffled_index(key, jnp.arange(pairs), half, 1)
-        # The largest of log-chances with Gumbel noise, in order, are draws without replacement, in order.
+        # The largest log-probabilities plus Gumbel noise, in order, are draws without replacement, in order.
         chance = (data.alpha - 1) * jnp.log(jnp.arange(1, gaps + 1, dtype=jnp.float32))
         _, gap = jax.lax.top_k(chance + jax.random.gumbel(of_gaps, (gaps,)), pairs)
         query = told + 2 * gap
@@ -117,25 +117,25 @@ def fresh_dictionaries(
     batch_size: int = 32,
     **options: Any,
 ) -> Stream:
-    """Every row is a document in a language of its own: a random dictionary, and words drawn from it with their values.
+    """Every example is a document in its own language: a random dictionary, and words drawn from it with their values.
 
         x = k_1 v_1 k_2 v_2 ... k_{L/2} v_{L/2},     v_n = d(k_n),     k_n ~ U(words),     d(k) ~ U(values)
 
-    with d drawn once for each row. Only the values are scored. The first time a word comes its value cannot be known,
-    later it can: the loss falls along the row for a model that learns within it, see `best_dictionary_scores`.
+    with d drawn once for each document. Only the values are scored. A word's value cannot be known when it first comes,
+    later it can: the loss falls along the document for a model that learns in context, see `best_dictionary_scores`.
 
     Args:
       steps: batches of the one task.
       length: L, even, at least 2.
       words: K, at least 1; tokens 0 to K - 1.
       values: at least 1; tokens K to K + values - 1.
-      batch_size: rows, that is documents.
-      **options: `sample_size`, `evaluation_size` and `evaluation_batch` (rows), see `episode_stream`.
+      batch_size: documents per batch.
+      **options: `sample_size`, `evaluation_size` and `evaluation_batch` (sequences), see `episode_stream`.
 
     Returns:
       A `Stream` with x `i32[B, L]`, y `i32[B, L]`, the next token where that is a value, else -1, and K + values
-      outputs at each position. Rows are computed from the cursor; those of a split are the same every time. The score
-      is the share of a row's values that are answered. Learn it with `supervised(next_token_loss)`.
+      outputs at each position. Documents are computed from the cursor; those of an evaluation split are the same every
+      time. The score is the accuracy on a document's values. Learn it with `supervised(next_token_loss)`.
 
     Raises:
       ValueError: an impossible value, named.
@@ -146,7 +146,7 @@ def fresh_dictionaries(
     Example:
       >>> import jax
       >>> stream = fresh_dictionaries(length=8, words=3, values=2, batch_size=4)
-      >>> batch, cursor = stream.next(stream.data, stream.init(jax.random.key(0)), None)
+      >>> batch, cursor = stream.next(stream.init(jax.random.key(0)))
       >>> batch.x.shape, bool((batch.y[:, ::2] == batch.x[:, 1::2]).all()), stream.tasks.active.shape
       ((4, 8), True, (1, 5))
     """
@@ -165,17 +165,17 @@ def fresh_dictionaries(
 
 
 def best_dictionary_scores(length: int, words: int, values: int) -> tuple[np.ndarray, np.ndarray]:
-    """The least expected loss, and the most expected accuracy, at each value of a document of `fresh_dictionaries`.
+    """The lowest expected loss, and the highest expected accuracy, at each value of a document of `fresh_dictionaries`.
 
         P(new_n) = (1 - 1/K)^n,     loss_n = P(new_n) log(values),     accuracy_n = 1 - P(new_n) (1 - 1/values)
 
-    for n = 0, ..., L/2 - 1: a word that has come before is known for sure, of another all values are as likely.
+    for n = 0, ..., L/2 - 1: the value of a word that came before is known; of a new word all values are equally likely.
 
     Args:
       length, words, values: of the stream.
 
     Returns:
-      Loss in nats and accuracy, `f64[L/2]` each. Set them beside `token_losses(outputs, y)[:, ::2]`.
+      Loss in nats and accuracy, `f64[L/2]` each. Compare them with `token_losses(outputs, y)[:, ::2]`.
 
     Raises:
       ValueError: an impossible value, named.
@@ -194,11 +194,11 @@ def _check_documents(owner: str, length: int, words: int, values: int) -> None:
     for field, value, least in (("length", length, 2), ("words", words, 1), ("values", values, 1)):
         check_whole(owner, field, value, least)
     if length % 2:
-        raise ValueError(f"{owner}: length is {length}, but it must be even: words and their values take turns")
+        raise ValueError(f"{owner}: length is {length}, but it must be even: words and their values alternate")
 
 
 def _one_task(owner: str, data: PyTree, draw: Any, vocabulary: int, **options: Any) -> Stream:
-    """One task of rows that are drawn, scored by the share of tokens that are right."""
+    """One task of drawn sequences, scored by the fraction of correct tokens."""
 
     def score(outputs: Array, batch: Batch) -> Array:
         return token_accuracy(outputs, batch.y)

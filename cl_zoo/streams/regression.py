@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from cl_zoo.checks import check_choice, check_range, check_whole
 from cl_zoo.losses import squared_error
 from cl_zoo.streams.arrays import Cursor
-from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo
+from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
 
 __all__ = ["RegressionData", "slowly_changing_regression"]
 
@@ -50,31 +49,31 @@ def slowly_changing_regression(
         h_j = [ sum_i v_ij x_i >= beta (m + 1) - S_j ],   y = sum_j w_j h_j,   v, w in {-1, +1},   x_m = 1, h_H = 1
 
     with S_j the number of -1 among v_0j, ..., v_mj: a unit is on where at least beta (m + 1) of its inputs agree with
-    its weights. A small learner cannot fit the whole function, so it has to follow the task at hand for ever.
+    its weights. A small learner cannot fit the whole function, so it must keep adapting to the current task.
 
     Args:
       n_tasks: `T`, the periods between changes, at least 1.
       steps: batches per task.
-      flip: at each change, "one" slow bit chosen at random flips, or "all" are drawn anew.
+      flip: at each change, "one" slow bit chosen at random flips, or "all" are drawn again.
       bits: m, at least 1.
       slow_bits: f, from 0 to m.
       target_units: H, at least 1.
       beta: in [0, 1].
-      batch_size: rows.
+      batch_size: examples per batch.
       key: draws the target network and the slow bits; None is key 0.
-      evaluation_size: rows of a task's evaluation and of its consolidation sample. A task of at most so many different
-        inputs is evaluated on each of them once, exactly.
+      evaluation_size: examples of a task's evaluation and of its consolidation sample. A task of at most this many
+        different inputs is evaluated exactly, on each of them once.
 
     Returns:
       A `Stream` with x `f32[B, m]` of zeros and ones, y `f32[B]`, and one output. Batches are computed from the cursor.
-      The score is minus the squared error, so that higher is better, as all metrics have it. Learn it with
+      The score is minus the squared error, so that higher is better, as for all metrics. Learn it with
       `supervised(squared_error)`.
 
     Raises:
       ValueError: an impossible value, named.
 
-    Source: Dohare et al. 2024, doi 10.1038/s41586-024-07711-7, who use m = 20, f = 15, tasks of 10 000 single rows and
-    a learner with 5 hidden units; the target: Sutton and Whitehead 1993.
+    Source: Dohare et al. 2024, doi 10.1038/s41586-024-07711-7, who use m = 20, f = 15, tasks of 10 000 single examples
+    and a learner with 5 hidden units; the target: Sutton and Whitehead 1993.
 
     Differences from the paper or its code: "one" is the paper's text, "all" the default of its code, which counts the
     sign of the constant input's weight in S the other way round.
@@ -124,8 +123,8 @@ def slowly_changing_regression(
     def init(key: Key) -> Cursor:
         return Cursor(key, jnp.zeros((), jnp.int32))
 
-    def next_batch(data: RegressionData, cursor: Cursor, answer: Callable[[PyTree], PyTree]) -> tuple[Batch, Cursor]:
-        task = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream goes on with its last task
+    def next_batch(data: RegressionData, cursor: Cursor, agent: Agent) -> tuple[Batch, Cursor]:
+        task = jnp.minimum(cursor.step // steps, n_tasks - 1)  # beyond its end, a stream continues with its last task
         fast = random_bits(jax.random.fold_in(cursor.key, cursor.step), batch_size)
         return rows(data, task, fast), cursor._replace(step=cursor.step + 1)
 
@@ -136,7 +135,6 @@ def slowly_changing_regression(
         return one_batch(rows(data, task, random_bits(jax.random.fold_in(key, task), evaluation_size)))
 
     def evaluation(data: RegressionData, task: Array, split: str) -> Batch:
-        check_choice("stream", "split", split, ("validation", "test"))
         if patterns is None:
             fast = random_bits(jax.random.fold_in(jax.random.key(int(split == "test")), task), evaluation_size)
         else:
@@ -149,4 +147,16 @@ def slowly_changing_regression(
     tasks = TaskInfo(jnp.arange(n_tasks, dtype=jnp.int32), jnp.ones((n_tasks, 1), bool))
     data = jax.jit(draw)(None, jax.random.key(0) if key is None else key)
     provides = frozenset({"boundaries", "begin_sample", "end_sample", "open_outputs"})
-    return Stream(n_tasks, steps, tasks, data, provides, init, next_batch, sample, evaluation, score, draw)
+    return Stream(
+        n_tasks,
+        steps,
+        provides,
+        init_function=init,
+        next_function=next_batch,
+        sample_function=sample,
+        reorder_function=draw,
+        evaluation_function=evaluation,
+        score_function=score,
+        tasks=tasks,
+        data=data,
+    )

@@ -45,11 +45,11 @@ def text_domains(
     key: Key | None = None,
     **options: Any,
 ) -> Stream:
-    """One task for each domain of text; a row is a window of it, and each byte is to be foretold from those before.
+    """One task for each domain of text; an example is a window of it, each byte predicted from those before.
 
         x = b_o ... b_{o + L - 1},     y = b_{o + 1} ... b_{o + L}
 
-    For training, o is every place once in an epoch, in random order, so windows overlap. Validation and test windows
+    For training, o is every position once in an epoch, in random order, so windows overlap. Validation and test windows
     follow each other, and so score every byte but the first once; less than a window is left over. Windows never reach
     into another domain or split.
 
@@ -58,18 +58,19 @@ def text_domains(
         `read_text_domains` for local files.
       length: L, at least 1.
       steps: batches per task.
-      batch_size: rows.
-      held_out: share of each domain, its last bytes, that is for testing, above 0.
-      validation: share of each domain, before those, that is for validation; together less than 1.
+      batch_size: windows per batch.
+      held_out: fraction of each domain, its last bytes, for testing, above 0.
+      validation: fraction of each domain, before those, for validation; together less than 1.
       joint: None, "all" or "seen", see `array_stream`.
-      task_ids: whether rows tell their domain.
+      task_ids: whether examples carry their domain.
       key: draws the order of the domains; None keeps it.
-      **options: `glances`, `sample_size` (256), `sample_batch` (32) and `evaluation_batch` (32), see `array_stream`.
+      **options: `updates_per_batch`, `sample_size` (256), `sample_batch` (32) and `evaluation_batch` (32), see
+        `array_stream`.
 
     Returns:
-      A `Stream` with x and y `i32[B, L]` below 256, and 256 outputs at each position, all of them open. Batches are
-      computed from the cursor. The score is minus the bits per byte of a row, so that higher is better, as all metrics
-      have it. Learn it with `supervised(next_token_loss)`. `reorder` shuffles the domains over the tasks.
+      A `Stream` with x and y `i32[B, L]` below 256, and 256 outputs at each position, all of them active. Batches are
+      computed from the cursor. The score is minus the bits per byte of a window, so that higher is better, as for all
+      metrics. Learn it with `supervised(next_token_loss)`. `reorder` shuffles the domains over the tasks.
 
     Raises:
       ValueError: an impossible value, named; or a domain that is too small.
@@ -79,7 +80,7 @@ def text_domains(
     Example:
       >>> import jax
       >>> stream = text_domains({"digits": b"0123456789" * 20, "letters": b"abcdefgh" * 20}, length=5, batch_size=2)
-      >>> batch, cursor = stream.next(stream.data, stream.init(jax.random.key(0)), None)
+      >>> batch, cursor = stream.next(stream.init(jax.random.key(0)))
       >>> [(bytes(x.tolist()), bytes(y.tolist())) for x, y in zip(batch.x, batch.y)]
       [(b'34567', b'45678'), (b'67890', b'78901')]
     """
@@ -106,7 +107,7 @@ def text_domains(
         return size - length if split == "train" else jnp.maximum(size - 1, 0) // length
 
     def fetch(data: TextData, split: str, task: Array, index: Array) -> tuple[Array, Array]:
-        index = jnp.minimum(index, rows(data, split)[task] - 1)  # also rows of weight 0 stay where they belong
+        index = jnp.minimum(index, rows(data, split)[task] - 1)  # examples of weight 0 stay inside their split, too
         offset = index if split == "train" else index * length
         window = jax.lax.dynamic_slice(data.text, (data.start[_SPLITS.index(split), task] + offset,), (length + 1,))
         window = window.astype(jnp.int32)
@@ -119,7 +120,7 @@ def text_domains(
     def score(outputs: Array, batch: Batch) -> Array:
         return -next_token_loss(outputs, batch.y) / math.log(2)
 
-    stream = array_stream(
+    return array_stream(
         data if key is None else shuffle(data, key),
         scenario_tasks("domain", len(texts), 256),
         size=rows,
@@ -135,9 +136,9 @@ def text_domains(
         joint=joint,
         task_ids=task_ids,
         reorder=shuffle,
+        score=score,
         **{"sample_size": 256, "sample_batch": 32, "evaluation_batch": 32, **options},
     )
-    return stream._replace(score=score)
 
 
 def _sizes(

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,33 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from cl_zoo._learner import Learner
 from cl_zoo.checks import check_whole
 from cl_zoo.compilation import jit
-from cl_zoo.evaluation.measures import evaluate
-from cl_zoo.frozen import join_state, learner_with, split_state, with_weights, without_weights
+from cl_zoo.evaluation.measures import Function, Measure, settled
+from cl_zoo.files import write_arrays
 from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import (
+    Carry,
     Result,
     begin,
-    check_arrays,
+    check_bound,
     check_finite,
     check_needs,
+    chosen_metrics,
+    example_batch,
     finish,
+    histories,
+    measured,
+    reported,
+    room,
+    slots,
     start,
-    stream_functions,
     train_steps,
 )
-from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config, write_array
-from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState
+from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config
+from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
 
 __all__ = ["Stopped", "fit"]
 
@@ -54,40 +62,39 @@ def fit(
     config: Any = None,
     checkpoint_every: int = 500,
     keep: int = 2,
-    split: str = "test",
+    measure: Mapping[str, Measure | Function] | None = None,
+    metrics: Sequence[str] | Mapping[str, int] | None = None,
     progress: bool = True,
     tensorboard: bool = False,
-    weights: PyTree = None,
 ) -> Result:
-    """`run_stream` from a host loop, in a directory. Run it again after a stop of any kind and it goes on.
+    """`run_stream` from a host loop, in a directory. Run it again after a stop of any kind, and it continues.
 
-    The updates of a task are cut into chunks at multiples of `checkpoint_every`; at each chunk's edge, and after each
-    task's end and evaluation, all there is goes into a checkpoint. As the grid does not depend on where a run was
-    stopped, a resumed run executes the same programs on the same arrays, and ends in the same bytes (same machine and
-    versions; tested on CPUs). Ctrl-C and SIGTERM stop at the next edge; a second one, or SIGKILL, at once, and what is
-    lost are the updates since the last edge.
+    The updates of a task are cut into chunks at multiples of `checkpoint_every` and of the intervals of measures. At
+    multiples of `checkpoint_every`, and after the end of each task, the whole run goes into a checkpoint. As the grid
+    does not depend on where a run was stopped, a resumed run executes the same programs on the same arrays, and
+    ends in the same bytes (same machine and versions; tested on CPUs). Ctrl-C and SIGTERM stop at the next checkpoint;
+    a second one, or SIGKILL, at once, and the updates since the last one are lost.
 
     Args:
-      learner, stream, key: as for `run_stream`.
-      directory: of this run: config.json, environment.json, metrics.csv (step, phase, task, metric, value),
-        accuracy.npy, checkpoints/.
+      learner, stream, key: as for `run_stream`. Frozen weights are in no checkpoint: those that were bound must be
+        bound again on resume, and are compared; others are drawn again.
+      directory: of this run: config.json, environment.json, metrics.csv (step, phase, task, metric, value), NAME.npy of
+        each measure, accuracy.npy say, checkpoints/.
       config: a dataclass or mapping that describes learner and stream; kept, and compared on resume. Numbers of the
         learner (rates, strengths) are compared only through it.
-      checkpoint_every: updates per chunk.
+      checkpoint_every: updates between checkpoints.
       keep: checkpoints kept.
-      split: what R is measured on.
+      measure, metrics: see `run_stream`. Reports are made at once.
       progress: show a bar.
       tensorboard: also write event files for TensorBoard, into tensorboard/: metrics as `train/METRIC`, scores as
-        `score/task_I`, with the steps and numbers of metrics.csv. Turned on for a run that has begun, they begin at its
-        checkpoint.
-      weights: see `run_stream`. Frozen ones are in no checkpoint: the same must be given again on resume, and are
-        compared.
+        `MEASURE/task_I`, with the steps and numbers of metrics.csv. Turned on for a run that has begun, they begin at
+        its checkpoint.
 
     Returns:
-      A `Result`; its metrics are `f32[T, steps]`, also after a resume.
+      A `Result`, whole also after a resume.
 
     Raises:
-      ValueError: the learner needs what the stream lacks; an impossible number; a config or weights of another kind.
+      ValueError: as `run_stream`; an impossible number; a config of another kind.
       ImportError: tensorboard without the package tensorboardX.
       ConfigError: the directory holds a run of another configuration; names the field.
       CheckpointError: there are checkpoints, but none is whole.
@@ -106,150 +113,197 @@ def fit(
       (3, 2)
     """
     check_needs(learner, stream)
-    check_arrays(weights)
+    check_bound(learner.model.weights)
     check_whole("fit", "checkpoint_every", checkpoint_every, 1)
     check_whole("fit", "keep", keep, 1)
     described = isinstance(config, Mapping) or (dataclasses.is_dataclass(config) and not isinstance(config, type))
     if config is not None and not described:
         raise ValueError(f"fit: config is {type(config).__name__}, but it must be a dataclass or a mapping")
-    directory = Path(directory).resolve()
+    measures, chosen = settled(measure, stream), chosen_metrics(metrics)
+    if chosen:  # unknown names are refused before anything is written
+        jax.eval_shape(lambda: _kept(learner, stream, key, chosen))
+    directory, weights = Path(directory).resolve(), learner.model.weights
     events = EventLog(directory) if tensorboard else None
-    n_tasks, steps = stream.n_tasks, stream.steps
-    settle_config(
-        directory,
-        {
-            "config": dict(config) if isinstance(config, Mapping) else config and dataclasses.asdict(config),
-            "run": {
-                "n_tasks": n_tasks,
-                "steps": steps,
-                "checkpoint_every": checkpoint_every,
-                "split": split,
-                "key": np.asarray(jax.random.key_data(key)).tolist(),
-                "data_crc32": _checksum((stream.data, stream.tasks)),
-                "batch": _kinds(stream, key),
-                **({} if weights is None else {"weights_crc32": _checksum(weights)}),
-            },
-        },
-    )
-    log = MetricsLog(directory)
-    checkpoints = Checkpoints(directory / "checkpoints", keep)
-    programs = _programs(learner, stream_functions(stream), split)
-    data, tasks = stream.data, stream.tasks
+    run = {
+        "n_tasks": stream.n_tasks,
+        "steps": stream.steps,
+        "checkpoint_every": checkpoint_every,
+        "measures": {name: one.when for name, one in measures},
+        "metrics": None if chosen is None else dict(chosen),
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "data_crc32": _checksum((stream.data, stream.tasks, stream.task_steps)),
+        "batch": [
+            f"{leaf.dtype}{list(leaf.shape)}"
+            for leaf in jax.tree.leaves(jax.eval_shape(lambda: example_batch(learner, stream, key)))
+        ],
+        **({} if weights is None else {"weights_crc32": _checksum(weights)}),
+    }
+    described_as = dict(config) if isinstance(config, Mapping) else config and dataclasses.asdict(config)
+    settle_config(directory, {"config": described_as, "run": run})
+    log, checkpoints = MetricsLog(directory), Checkpoints(directory / "checkpoints", keep)
 
-    if weights is not None:
-        weights = jax.tree.map(jnp.asarray, weights)
-    fresh = jax.eval_shape(programs["start"], data, key, weights)
-    fresh = split_state(fresh[0])[0], fresh[1]
-    matrix = jax.ShapeDtypeStruct((n_tasks + 1, n_tasks), jnp.float32)
+    learner, stream = jax.tree.map(jnp.asarray, (learner, stream))  # not to be sent to the device at every call
+    drawn = _programs(jax.tree.structure((learner, stream)))["draw"](learner, stream, key)
+    learner = learner if drawn is None else learner.bind(drawn)
+    programs = _programs(jax.tree.structure((learner, stream)))
+    lengths = np.full(stream.n_tasks, stream.steps) if stream.task_steps is None else np.asarray(stream.task_steps)
+    starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())
+    grid = [checkpoint_every, *(one.when for _, one in measures if isinstance(one.when, int))]
+    size = min(*grid, int(lengths.max()))
+
+    fresh = jax.eval_shape(programs["start"], learner, stream, key)
+    taken = {
+        name: room(name, one, learner, stream, key, fresh[0], slots(one, stream), np.full) for name, one in measures
+    }
     place = jax.ShapeDtypeStruct((), jnp.int32)
-    template = {"carry": fresh, "accuracy": matrix, "step": place, "log": place}
-    restored = checkpoints.restore_newest(template)
-    first, cursor = programs["start"](data, key, weights)
-    first, frozen = split_state(with_weights(first, weights))
+    restored = checkpoints.restore_newest({"carry": fresh, "measures": taken, "step": place, "log": place})
     if restored is None:
-        carry = first, cursor
-        accuracy = np.full(matrix.shape, np.nan, np.float32)
-        done = 0
+        carry, done = programs["start"](learner, stream, key), 0
         log.rewind(0)
     else:
         done, saved = restored
-        carry, accuracy = saved["carry"], np.array(saved["accuracy"])
+        carry, taken = saved["carry"], jax.tree.map(np.array, saved["measures"])
         log.rewind(int(saved["log"]))
-    del first, cursor  # nothing but the carry may hold their memory
+        del saved
     if events:
         events.rewind(None if restored is None else done)
+    new, restored = restored is None, None  # only the carry may hold its memory
+    reports: dict[str, dict[int, PyTree]] = {name: {} for name, _ in measures}
 
     def save() -> None:
-        checkpoints.save(
-            done,
-            {
-                "carry": carry,
-                "accuracy": jnp.asarray(accuracy),
-                "step": jnp.asarray(done, jnp.int32),
-                "log": jnp.asarray(log.length(), jnp.int32),
-            },
-        )
+        numbers = {"step": done, "log": log.length()}
+        arrays = {name: jnp.asarray(number, jnp.int32) for name, number in numbers.items()}
+        checkpoints.save(done, {"carry": carry, "measures": jax.tree.map(jnp.asarray, taken), **arrays})
 
-    def score(state: TrainState, row: int) -> None:
-        accuracy[row] = programs["evaluate"](data, state, frozen)
-        log.scores(done, accuracy[row])
-        if events:
-            events.scores(done, accuracy[row])
-        write_array(directory / "accuracy.npy", accuracy)
+    def take(name: str, one: Measure, where: tuple[int, ...]) -> None:
+        """Measures, reports, logs."""
+        number = int(np.ravel_multi_index(where, slots(one, stream))) if where else 0
+        found = programs["measure"](learner, stream, key, carry[0], jnp.int32(number), name, one)
+        found = jax.tree.map(np.asarray, found)
+        jax.tree.map(lambda all_, now: all_.__setitem__(where, now), taken[name], found)
+        write_arrays(directory, name, taken[name])
+        if one.report is not None:
+            found = reports[name][number] = one.report(found)
+        if isinstance(found, (np.ndarray, np.generic, float)) and np.ndim(found) < 2:
+            log.scores(done, name, np.atleast_1d(found))
+            if events:
+                events.scores(done, name, np.atleast_1d(found))
 
-    if restored is None:
-        score(carry[0], 0)
+    if new:
+        for name, one in measures:
+            if one.when == "task":
+                take(name, one, (0,))
         save()
 
-    bar = tqdm(total=n_tasks * steps, initial=done, disable=not progress, unit="step", smoothing=0.1)
+    bar = tqdm(total=total, initial=done, disable=not progress, unit="step", smoothing=0.1)
     with bar, _stop_requests() as stop, closing(events) if events else nullcontext():
-        while done < n_tasks * steps:
-            task, step = divmod(done, steps)
-            bar.set_description(f"task {task + 1}/{n_tasks}")
+        while done < total:
+            task = int(np.searchsorted(starts, done, side="right")) - 1
+            step, end = int(done - starts[task]), int(lengths[task])
+            bar.set_description(f"task {task + 1}/{stream.n_tasks}")
             if step == 0:
-                carry = programs["begin"](tasks, data, key, carry, jnp.int32(task), frozen)
-            n = min(checkpoint_every - step % checkpoint_every, steps - step)
-            carry, metrics = programs["train"](data, carry, n, frozen)
-            metrics = jax.device_get(metrics)
+                carry = programs["begin"](learner, stream, key, carry, jnp.int32(task))
+            n = min(*(every - step % every for every in grid), end - step)
+            carry, history = programs["train"](learner, stream, carry, jnp.int32(n), size, chosen)
+            history = {name: values[:n] for name, values in jax.device_get(history).items()}
             newest = f"; the last checkpoint before it is that of step {done}, in {checkpoints.directory}"
-            check_finite(metrics, carry[0].params, steps, done, kept=newest)
-            log.updates(done, task, metrics)
+            check_finite(history, carry[0].params, stream.steps, task * stream.steps + step, kept=newest)
+            strides = dict.fromkeys(history, 1) if chosen is None else dict(chosen)
+            numbers = {
+                name: {i: values[i].item() for i in range(n) if (step + i + 1) % strides[name] == 0}
+                for name, values in history.items()
+            }
+            log.updates(done, task, numbers)
             if events:
-                events.updates(done, metrics)
-            done += n
-            if step + n == steps:
-                carry = programs["finish"](data, key, carry, jnp.int32(task), frozen)
-                score(carry[0], task + 1)
-            save()
+                events.updates(done, numbers)
+            done, step = done + n, step + n
+            for name, one in measures:
+                if isinstance(one.when, int) and step % one.when == 0:
+                    take(name, one, (task, step // one.when - 1))
+            if step == end:
+                carry = programs["finish"](learner, stream, key, carry, jnp.int32(task))
+                for name, one in measures:
+                    if one.when == "task":
+                        take(name, one, (task + 1,))
+                    elif one.when == "end" and done == total:
+                        take(name, one, ())
+            if step == end or step % checkpoint_every == 0:
+                save()
             bar.update(n)
-            bar.set_postfix(loss=f"{float(metrics['loss'][-1]):.3f}")
-            if stop() and done < n_tasks * steps:
-                raise Stopped(f"stopped after step {done} of {n_tasks * steps}; run the same command again to go on")
+            if "loss" in history:
+                bar.set_postfix(loss=f"{float(history['loss'][-1]):.3f}")
+            if stop() and done < total:
+                raise Stopped(f"stopped after step {done} of {total}; run the same command again to continue")
 
-    history = {name: jnp.asarray(values.reshape(n_tasks, steps)) for name, values in read_metrics(directory).items()}
-    return Result(join_state(carry[0], frozen), history, jnp.asarray(accuracy))
+    measures_found = {
+        name: reported(one, taken[name], len(slots(one, stream)), reports[name]) for name, one in measures
+    }
+    updated = jnp.arange(stream.steps) < jnp.asarray(lengths)[:, None]
+    return Result(carry[0], _histories(directory, chosen, starts, stream.steps), measures_found, updated)
+
+
+def _kept(learner: Learner, stream: Stream, key: Key, chosen: tuple[tuple[str, int], ...]) -> dict[str, Array]:
+    """Room for one value of each metric that is kept."""
+    learner, carry = start(learner, stream, key)
+    return histories(learner, stream, carry, 1, chosen)[1]
+
+
+def _histories(
+    directory: Path, chosen: tuple[tuple[str, int], ...] | None, starts: np.ndarray, steps: int
+) -> dict[str, Array]:
+    """The metrics that a run has logged, as `run_stream` gives them."""
+    found = {}
+    for name, (at_step, values) in read_metrics(directory).items():
+        stride = 1 if chosen is None else dict(chosen)[name]
+        task = np.searchsorted(starts, at_step, side="right") - 1
+        history = np.full((len(starts), steps // stride), np.nan, np.float32)
+        history[task, (at_step - starts[task]) // stride] = values
+        found[name] = jnp.asarray(history)
+    return found
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(learner: Learner, stream: Stream, split: str) -> dict[str, Callable[..., Any]]:
-    """Every state transition jitted, the old state's memory given to the new one."""
-    Carry = tuple[TrainState, PyTree]
+def _programs(structure: Any) -> dict[str, Callable[..., Any]]:
+    """Every state transition jitted, the old state's memory donated to the new one."""
 
-    def start_all(data: PyTree, key: Key, weights: PyTree = None) -> Carry:
-        state, cursor = start(learner, stream, data, key, weights)
-        state, frozen = split_state(state)
-        # Its memory is given away by the next program: none of it may be the caller's.
-        return without_weights(jax.tree.map(_copy, state), frozen, weights), cursor
+    def start_all(learner: Learner, stream: Stream, key: Key) -> Carry:
+        # Its memory is donated to the next program: none of it may be the caller's.
+        return jax.tree.map(_copy, start(learner, stream, key)[1])
 
-    def begin_task(tasks: TaskInfo, data: PyTree, key: Key, carry: Carry, t: Array, frozen: PyTree = None) -> Carry:
-        return begin(learner_with(learner, frozen), stream, tasks, data, key, carry[0], t), carry[1]
+    def draw(learner: Learner, stream: Stream, key: Key) -> PyTree:
+        bound = start(learner, stream, key)[0].model.weights
+        return bound if learner.model.weights is None and learner.model.frozen else None
 
-    def train(data: PyTree, carry: Carry, n: int, frozen: PyTree = None) -> tuple[Carry, dict[str, Array]]:
-        return train_steps(learner_with(learner, frozen), stream, data, carry, n)
+    def begin_task(learner: Learner, stream: Stream, key: Key, carry: Carry, t: Array) -> Carry:
+        return begin(learner, stream, key, carry[0], t), carry[1]
 
-    def end_task(data: PyTree, key: Key, carry: Carry, t: Array, frozen: PyTree = None) -> Carry:
-        return finish(learner_with(learner, frozen), stream, data, key, carry[0], t), carry[1]
+    def train(
+        learner: Learner, stream: Stream, carry: Carry, count: Array, size: int, chosen: Any
+    ) -> tuple[Carry, dict[str, Array]]:
+        names = chosen and tuple((name, 1) for name, _ in chosen)
+        strides, kept = histories(learner, stream, carry, size, names)
+        return train_steps(learner, stream, carry, 0, count, strides, kept)
 
-    def score(data: PyTree, state: TrainState, frozen: PyTree = None) -> Array:
-        return evaluate(learner_with(learner, frozen), stream, data, state, split)
+    def end_task(learner: Learner, stream: Stream, key: Key, carry: Carry, t: Array) -> Carry:
+        return finish(learner, stream, key, carry[0], t), carry[1]
+
+    def measure(
+        learner: Learner, stream: Stream, key: Key, state: TrainState, slot: Array, name: str, one: Measure
+    ) -> PyTree:
+        return measured(name, one, learner, stream, key, state, slot)
 
     return {
+        "draw": jit(draw),
         "start": jit(start_all),
         "begin": jit(begin_task, donate_argnums=3),
-        "train": jit(train, static_argnums=2, donate_argnums=1),
-        "finish": jit(end_task, donate_argnums=2),
-        "evaluate": jit(score),
+        "train": jit(train, static_argnums=(4, 5), donate_argnums=2),
+        "finish": jit(end_task, donate_argnums=3),
+        "measure": jit(measure, static_argnums=(5, 6)),
     }
 
 
 def _copy(leaf: Array) -> Array:
     return leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.copy(leaf)
-
-
-def _kinds(stream: Stream, key: Key) -> list[str]:
-    """Dtype and shape of every array of a batch."""
-    batch = jax.eval_shape(lambda: stream.next(stream.data, stream.init(key), lambda x: None)[0])
-    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(batch)]
 
 
 def _checksum(data: PyTree) -> int:

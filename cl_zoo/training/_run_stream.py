@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_whole
-from cl_zoo.compilation import jit
-from cl_zoo.evaluation.measures import evaluate
-from cl_zoo.frozen import learner_with, split_state, with_weights, without_weights
+from cl_zoo._learner import Learner
+from cl_zoo.checks import check_whole
+from cl_zoo.compilation import jit, staged
+from cl_zoo.evaluation.measures import Function, Measure, settled
 from cl_zoo.training.loop import (
+    Carry,
     Result,
     begin,
-    check_arrays,
+    check_bound,
     check_finite,
     check_needs,
+    chosen_metrics,
     finish,
+    histories,
+    measured,
+    reported,
+    room,
+    slots,
     start,
-    stream_functions,
     train_steps,
 )
-from cl_zoo.types import Array, Key, Learner, PyTree, Stream, TaskInfo, TrainState
+from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
 
-__all__ = ["run_stream", "stream_program", "sweep"]
+__all__ = ["clear_programs", "run_stream", "stream_program", "sweep"]
+
+Measures = Mapping[str, Measure | Function]
+Metrics = Sequence[str] | Mapping[str, int]
 
 
 def run_stream(
@@ -35,36 +44,28 @@ def run_stream(
     stream: Stream,
     key: Key,
     *,
-    split: str = "test",
-    within_task: bool = False,
-    evaluate_every: int | None = None,
-    evaluation_batches: int = 1,
-    evaluate_at: str = "tasks",
-    weights: PyTree = None,
+    measure: Measures | None = None,
+    metrics: Metrics | None = None,
 ) -> Result:
-    """Trains on every task in turn and evaluates on all after each: a `scan` over tasks, one compiled program.
+    """Trains on every task in turn and measures: a `scan` over tasks, one compiled program.
 
-    Programs of the last learners and streams are kept: a second call with the same two, and any key, compiles nothing.
+    The programs of the last 64 learners, streams and measures are kept: the same learner on an equal stream, with any
+    key, weights or data of the same shapes, compiles nothing. It may be jitted and vmapped; then nothing is
+    checked, and reports are left out.
 
     Args:
       learner, stream: what learns, and from what.
       key: of the whole run.
-      split: what R is measured on, "test" or "validation".
-      within_task: also measure R with answers restricted to each task's own labels.
-      evaluate_every: updates between points of the curve within tasks; None for no curve. It must divide
-        `stream.steps`.
-      evaluation_batches: batches per task for a point of the curve.
-      evaluate_at: "tasks", after each task; "end", after the last alone: all other rows of R are then not numbers. For
-        streams so long that scoring every task after every task takes longer than training.
-      weights: what the model begins from, if it does not draw its first weights (a published checkpoint): a pytree of
-        arrays.
+      measure: what is measured, by name, see `at` and `Measure`. None is `{"accuracy": accuracy()}`: the score on every
+        task of the test split, before the first task and after each.
+      metrics: which of the learner's metrics to keep: names, or by name n, to keep every n-th value. None keeps all.
 
     Returns:
       A `Result`.
 
     Raises:
-      ValueError: the learner needs what the stream lacks; `evaluate_every` does not divide the steps; unknown
-        `evaluate_at`; weights that are not those of the model.
+      ValueError: the learner needs what the stream lacks; a measure that this stream cannot give, or at more updates
+        than a task has; unknown metrics; weights that are not those of the model.
       NonFiniteError: a loss or penalty was not finite; names task, step and likely cause.
 
     Example:
@@ -74,114 +75,157 @@ def run_stream(
       >>> from cl_zoo.streams import split_mnist
       >>> stream = split_mnist(scenario="class", steps=20)
       >>> learner = compose(mlp((28, 28), 10), optax.adam(1e-3), supervised(), replay(200), tasks=stream.tasks)
-      >>> run_stream(learner, stream, jax.random.key(0)).metrics["loss"].shape
-      (5, 20)
+      >>> result = run_stream(learner, stream, jax.random.key(0))
+      >>> result.metrics["loss"].shape, result.accuracy.shape
+      ((5, 20), (6, 5))
     """
-    program = stream_program(
-        learner,
-        stream,
-        split=split,
-        within_task=within_task,
-        evaluate_every=evaluate_every,
-        evaluation_batches=evaluation_batches,
-        evaluate_at=evaluate_at,
-    )
-    check_arrays(weights)
-    result = program(stream.tasks, stream.data, key, weights)
-    check_finite(result.metrics, result.state.params, stream.steps)
-    return result._replace(state=with_weights(result.state, weights))
+    measures = settled(measure, stream)
+    if staged() or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((learner, stream, key))):
+        return _run(learner, stream, key, measures, chosen_metrics(metrics))
+    result = stream_program(learner, stream, measure=measure, metrics=metrics)(learner, stream, key)
+    check_result(result, stream)
+    return _with_reports(result, measures, stream)
+
+
+def check_result(result: Result, stream: Stream) -> None:
+    """Refuses a run whose metrics or parameters are not finite."""
+    whole = {name: value for name, value in result.metrics.items() if value.shape == result.updated.shape}
+    ran = jax.device_get(result.updated)
+    filled = {name: jnp.where(ran, value, 0) for name, value in whole.items()}
+    check_finite(filled, result.state.params, stream.steps)
 
 
 def stream_program(
-    learner: Learner,
-    stream: Stream,
-    *,
-    split: str = "test",
-    within_task: bool = False,
-    evaluate_every: int | None = None,
-    evaluation_batches: int = 1,
-    evaluate_at: str = "tasks",
-) -> Callable[..., Result]:
-    """The jitted program behind `run_stream`, to lower, compile and time: `(stream.tasks, stream.data, key, weights) ->
-    Result`.
+    learner: Learner, stream: Stream, *, measure: Measures | None = None, metrics: Metrics | None = None
+) -> Callable[[Learner, Stream, Key], Result]:
+    """The jitted program behind `run_stream`, to lower, compile and time: `(learner, stream, key) -> Result`.
 
-    Args and errors are those of `run_stream`, except that a loss that is not finite raises nothing, and that weights
-    which stayed frozen are not given back.
+    Args and errors are those of `run_stream`, except that a loss that is not finite raises nothing, and that measures
+    are not reported.
     """
     check_needs(learner, stream)
-    _check_options(stream, evaluate_every, evaluate_at)
-    return _program(
-        learner, stream_functions(stream), split, within_task, evaluate_every, evaluation_batches, evaluate_at
-    )
-
-
-def _check_options(stream: Stream, evaluate_every: int | None = None, evaluate_at: str = "tasks", **_: Any) -> None:
-    check_choice("run_stream", "evaluate_at", evaluate_at, ("tasks", "end"))
-    if evaluate_every is not None and (evaluate_every < 1 or stream.steps % evaluate_every):
-        raise ValueError(f"evaluate_every is {evaluate_every}, but it must divide the {stream.steps} steps of a task")
+    check_bound(learner.model.weights)
+    return _program(jax.tree.structure((learner, stream)), settled(measure, stream), chosen_metrics(metrics))
 
 
 @functools.lru_cache(maxsize=64)
-def _program(learner: Learner, stream: Stream, *options: Any) -> Callable[..., Result]:
-    return jit(lambda tasks, data, key, weights=None: _run(learner, stream, tasks, data, key, weights, *options))
+def _program(structure: Any, *options: Any) -> Callable[[Learner, Stream, Key], Result]:
+    """One program for each structure; when evicted, all that it holds is freed."""
+    return jit(lambda learner, stream, key: _run(learner, stream, key, *options))
+
+
+def _with_reports(
+    result: Result, measures: tuple[tuple[str, Measure], ...], stream: Stream, leading: int = 0
+) -> Result:
+    """What the measures' reports make of their results; `leading` axes stand before those of a run."""
+    found = {name: reported(one, result.measures[name], leading + len(slots(one, stream))) for name, one in measures}
+    return result._replace(measures=found)
+
+
+def clear_programs() -> None:
+    """Forgets all programs that `run_stream`, `sweep` and `fit` have kept, and with them their learners."""
+    from cl_zoo.training import _fit
+
+    for kept in (_program, _sweep_program, _fit._programs):
+        kept.cache_clear()
 
 
 def _run(
     learner: Learner,
     stream: Stream,
-    tasks: TaskInfo,
-    data: PyTree,
     key: Key,
-    weights: PyTree = None,
-    split: str = "test",
-    within_task: bool = False,
-    evaluate_every: int | None = None,
-    evaluation_batches: int = 1,
-    evaluate_at: str = "tasks",
+    measures: tuple[tuple[str, Measure], ...],
+    metrics: tuple[tuple[str, int], ...] | None,
 ) -> Result:
-    state, cursor = start(learner, stream, data, key, weights)
-    state, frozen = split_state(state)
-    learner = learner_with(learner, frozen)
+    learner, carry = start(learner, stream, key)
+    by_task = [(name, one) for name, one in measures if one.when == "task"]
 
-    def score(state: TrainState) -> tuple[Array, Array | None]:
-        within = evaluate(learner, stream, data, state, split, within_task=True) if within_task else None
-        return evaluate(learner, stream, data, state, split), within
+    def take(name: str, one: Measure, state: TrainState, slot: Array | int) -> PyTree:
+        return measured(name, one, learner, stream, key, state, slot)
 
     @jax.jit  # traced once, though its shapes are asked for before it is used
-    def train(carry: tuple[TrainState, PyTree], t: Array) -> tuple[tuple[TrainState, PyTree], Any]:
-        state, cursor = carry
-        carry = begin(learner, stream, tasks, data, key, state, t), cursor
-        curve = None
-        if evaluate_every is None:
-            carry, metrics = train_steps(learner, stream, data, carry, stream.steps)
-        else:
+    def train(carry: Carry, t: Array) -> tuple[Carry, Any]:
+        carry = begin(learner, stream, key, carry[0], t), carry[1]
+        carry, outputs = _task(learner, stream, key, carry, t, measures, metrics, take)
+        return (finish(learner, stream, key, carry[0], t), carry[1]), outputs
 
-            def chunk(carry: tuple[TrainState, PyTree], _: Any) -> tuple[tuple[TrainState, PyTree], Any]:
-                carry, metrics = train_steps(learner, stream, data, carry, evaluate_every)
-                return carry, (metrics, evaluate(learner, stream, data, carry[0], split, batches=evaluation_batches))
-
-            carry, points = jax.lax.scan(chunk, carry, length=stream.steps // evaluate_every)
-            metrics, curve = jax.tree.map(jnp.ravel, points[0]), points[1]
-        state = finish(learner, stream, data, key, carry[0], t)
-        return (state, carry[1]), (metrics, curve)
-
-    def score_then_train(carry: tuple[TrainState, PyTree], t: Array) -> tuple[tuple[TrainState, PyTree], Any]:
-        """One more round than tasks, the last without training: evaluation is compiled once, not twice."""
-        if evaluate_at == "tasks":
-            scores = score(carry[0])
-        else:
-            unknown = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan), jax.eval_shape(score, carry[0]))
-            scores = jax.lax.cond(t == stream.n_tasks, score, lambda _: unknown, carry[0])
+    def measure_then_train(carry: Carry, t: Array) -> tuple[Carry, Any]:
+        """One more round than tasks, the last without training: a measure is compiled once, not twice."""
+        found = {name: take(name, one, carry[0], t) for name, one in by_task}
         shapes = jax.eval_shape(train, carry, t)[1]
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         carry, outputs = jax.lax.cond(t < stream.n_tasks, lambda c: train(c, t), lambda c: (c, nothing), carry)
-        return carry, (scores, outputs)
+        return carry, (found, outputs)
 
-    carry = state, cursor
     rounds = jnp.arange(stream.n_tasks + 1, dtype=jnp.int32)
-    (state, _), ((accuracy, within), outputs) = jax.lax.scan(score_then_train, carry, rounds)
-    metrics, curve = jax.tree.map(lambda leaf: leaf[:-1], outputs)
-    return Result(without_weights(state, frozen, weights), metrics, accuracy, within, curve)
+    carry, (found, outputs) = jax.lax.scan(measure_then_train, carry, rounds)
+    kept, points = jax.tree.map(lambda leaf: leaf[:-1], outputs)
+    last = {name: take(name, one, carry[0], 0) for name, one in measures if one.when == "end"}
+    steps = jnp.full(stream.n_tasks, stream.steps) if stream.task_steps is None else stream.task_steps
+    updated = jnp.arange(stream.steps) < steps[:, None]
+    return Result(carry[0], kept, {**found, **points, **last}, updated)
+
+
+def _task(
+    learner: Learner,
+    stream: Stream,
+    key: Key,
+    carry: Carry,
+    t: Array,
+    measures: tuple[tuple[str, Measure], ...],
+    metrics: tuple[tuple[str, int], ...] | None,
+    take: Callable[..., PyTree],
+) -> tuple[Carry, tuple[dict[str, Array], dict[str, PyTree]]]:
+    """All updates of task t: `(carry, (metrics, measures within the task))`."""
+    strides, kept = histories(learner, stream, carry, stream.steps, metrics)
+    steps = stream.steps if stream.task_steps is None else stream.task_steps[t]
+    within = {name: one for name, one in measures if isinstance(one.when, int)}
+
+    def cut(kept: dict[str, Array]) -> dict[str, Array]:
+        """Without values of updates after the last multiple of a stride."""
+        kept = {name: history[: stream.steps // strides[name]] for name, history in kept.items()}
+        if stream.task_steps is None:
+            return kept
+        filled = {name: jnp.arange(len(history)) < steps // strides[name] for name, history in kept.items()}
+        return {name: jnp.where(filled[name], history, jnp.nan) for name, history in kept.items()}
+
+    if not within:
+        carry, kept = train_steps(learner, stream, carry, 0, steps, strides, kept)
+        return carry, (cut(kept), {})
+
+    periods = {int(one.when) for one in within.values()}
+    chunk = math.gcd(*periods)
+    whole = stream.task_steps is None and stream.steps % chunk == 0
+
+    def chunk_then_measure(i: Array, loop: Any) -> Any:
+        carry, kept, points = loop
+        first = i * chunk
+        count = chunk if whole else jnp.minimum(chunk, steps - first)
+        carry, kept = train_steps(learner, stream, carry, first, count, strides, kept)
+        done = first + count
+        for name, one in within.items():
+            period = int(one.when)
+            slot = done // period - 1
+
+            def add(points: PyTree, name: str = name, one: Measure = one, slot: Array = slot) -> PyTree:
+                new = take(name, one, carry[0], t * slots(one, stream)[1] + slot)
+                return jax.tree.map(
+                    lambda all_, now: jax.lax.dynamic_update_index_in_dim(all_, now, slot, 0), points, new
+                )
+
+            if whole and periods == {chunk}:
+                new = add(points[name])
+            else:
+                new = jax.lax.cond(done % period == 0, add, lambda same: same, points[name])
+            points = {**points, name: new}
+        return carry, kept, points
+
+    points = {
+        name: room(name, one, learner, stream, key, carry[0], slots(one, stream)[1:]) for name, one in within.items()
+    }
+    loop = carry, kept, points
+    carry, kept, points = jax.lax.fori_loop(0, -(-steps // chunk), chunk_then_measure, loop)
+    return carry, (cut(kept), points)
 
 
 def sweep(
@@ -194,23 +238,24 @@ def sweep(
     batch_size: int | None = None,
     keep_states: bool = False,
     weights: PyTree = None,
-    **options: Any,
+    measure: Measures | None = None,
+    metrics: Metrics | None = None,
 ) -> Result:
     """Every setting x every seed x every task order, as one compiled program.
 
     Args:
       make: `settings -> Learner`, called inside the program: numbers of a setting may be used wherever a factory takes
-        one, and no new value compiles anew.
+        one, and new values compile nothing.
       settings: a pytree of arrays with one leading axis `[H]`.
       stream: what to learn from; all runs share its images.
       keys: `[S]` keys, one per seed.
       orders: None, the stream's own tasks for all; "per_seed", each seed with an order drawn from its key; or `[O]`
-        keys, one per order, each met by every setting and seed.
+        keys, one per order, each used with every setting and seed.
       batch_size: runs that are vmapped at once; the rest follow one batch after another. None takes 1 on a CPU, where
         batching gains nothing, and elsewhere as many as half the device's memory holds.
-      keep_states: also return the final states, without frozen weights, of which there is one copy for all.
-      weights: see `run_stream`; all runs share them.
-      **options: see `run_stream`.
+      keep_states: also return the final states.
+      weights: bound to the learner of each run, one copy for all: inside `make` they would be constants of the program.
+      measure, metrics: see `run_stream`.
 
     Returns:
       A `Result` whose leaves have leading axes `[H, S]`, or `[H, S, O]` with keys for orders. Runs that diverged give
@@ -233,54 +278,44 @@ def sweep(
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(settings)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(f"sweep: settings need one common leading axis, but their leaves begin with {sorted(lengths)}")
-    _check_options(stream, **options)
+    options = settled(measure, stream), chosen_metrics(metrics)
     paired = isinstance(orders, str)
     if paired and orders != "per_seed":
         raise ValueError(f"sweep: orders is {orders!r}, but it must be None, 'per_seed' or an array of keys")
-    check_needs(jax.eval_shape(lambda s: _Held(make(jax.tree.map(lambda leaf: leaf[0], s))), settings).learner, stream)
-    check_arrays(weights)
+    jax.eval_shape(lambda s: check_needs(make(jax.tree.map(lambda leaf: leaf[0], s)), stream), settings)
+    check_bound(weights)
     shape = (*lengths.pop(), len(keys), *(() if orders is None or paired else (len(orders),)))
     if batch_size is None:
-        batch_size = _runs_that_fit(make, settings, stream, keys, shape, weights)
+        batch_size = _runs_that_fit(make, settings, stream, keys, shape, weights, options)
     check_whole("sweep", "batch_size", batch_size, 1)
-    names = tuple(sorted(options.items()))
-    program = _sweep_program(make, stream_functions(stream), shape, batch_size, paired, keep_states, names)
-    return program(stream.tasks, stream.data, settings, keys, None if paired else orders, weights)
-
-
-@jax.tree_util.register_static
-class _Held:
-    """Carries a learner out of `eval_shape`."""
-
-    def __init__(self, learner: Learner):
-        self.learner = learner
+    program = _sweep_program(make, jax.tree.structure(stream), shape, batch_size, paired, keep_states, *options)
+    result = program(stream, settings, keys, None if paired else orders, weights)
+    return _with_reports(result, options[0], stream, len(shape))
 
 
 @functools.lru_cache(maxsize=16)
 def _sweep_program(
     make: Callable[[Any], Learner],
-    stream: Stream,
+    structure: Any,
     shape: tuple[int, ...],
     batch_size: int,
     paired: bool,
     keep_states: bool,
-    options: tuple[tuple[str, Any], ...],
+    *options: Any,
 ) -> Callable[..., Result]:
     @jit
-    def program(
-        tasks: TaskInfo, data: PyTree, settings: PyTree, keys: Key, orders: Key | None, weights: PyTree
-    ) -> Result:
+    def program(stream: Stream, settings: PyTree, keys: Key, orders: Key | None, weights: PyTree) -> Result:
         def one(index: Array) -> Result:
             place = jnp.unravel_index(index, shape)
             key = keys[place[1]]
-            reordered = data
+            own = stream
             if paired:
-                reordered = stream.reorder(data, jax.random.fold_in(key, 3))
+                own = stream.reorder(jax.random.fold_in(key, 3))
             elif orders is not None:
-                reordered = stream.reorder(data, orders[place[2]])
-            learner = make(jax.tree.map(lambda leaf: leaf[place[0]], settings))
-            result = _run(learner, stream, tasks, reordered, key, weights, **dict(options))
-            return result._replace(state=split_state(result.state)[0] if keep_states else None)
+                own = stream.reorder(orders[place[2]])
+            learner = _bound(make(jax.tree.map(lambda leaf: leaf[place[0]], settings)), weights)
+            result = _run(learner, own, key, *options)
+            return result if keep_states else result._replace(state=None)
 
         flat = jax.lax.map(one, jnp.arange(math.prod(shape)), batch_size=batch_size if batch_size > 1 else None)
         return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), flat)
@@ -288,8 +323,18 @@ def _sweep_program(
     return program
 
 
+def _bound(learner: Learner, weights: PyTree) -> Learner:
+    return learner if weights is None else learner.bind(weights)
+
+
 def _runs_that_fit(
-    make: Callable[[Any], Learner], settings: PyTree, stream: Stream, keys: Key, shape: tuple[int, ...], weights: PyTree
+    make: Callable[[Any], Learner],
+    settings: PyTree,
+    stream: Stream,
+    keys: Key,
+    shape: tuple[int, ...],
+    weights: PyTree,
+    options: tuple[Any, ...],
 ) -> int:
     """How many runs half the device's memory holds, at four states and one stack of metrics each."""
     total = math.prod(shape)
@@ -299,12 +344,8 @@ def _runs_that_fit(
         return 1
     first = jax.tree.map(lambda leaf: leaf[0], settings)
     result = jax.eval_shape(
-        lambda s, d, k, w: _run(make(s), stream_functions(stream), stream.tasks, d, k, w),
-        first,
-        stream.data,
-        keys[0],
-        weights,
+        lambda s, d, k, w: _run(_bound(make(s), w), d, k, *options), first, stream, keys[0], weights
     )
-    state = sum(leaf.size * 4 for leaf in jax.tree.leaves(split_state(result.state)[0]))
+    state = sum(leaf.size * 4 for leaf in jax.tree.leaves(result.state))
     metrics = sum(leaf.size * 4 for leaf in jax.tree.leaves(result._replace(state=None)))
     return int(max(1, min(total, limit // 2 // (4 * state + metrics))))

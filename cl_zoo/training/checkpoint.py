@@ -46,7 +46,7 @@ class Checkpoints:
         items = self._args.Composite(
             tree=self._args.StandardSave(tree), manifest=self._args.JsonSave({"leaves": _describe(tree)})
         )
-        # Of a run that went on from an earlier checkpoint after a newer one was found damaged.
+        # Left by a run that continued from an earlier checkpoint after a newer one was found damaged.
         for newer in [found for found in self._manager.all_steps() if found >= step]:
             self._manager.delete(newer)
         if not self._manager.save(step, args=items):
@@ -59,7 +59,7 @@ class Checkpoints:
           template: a tree of the same structure, of arrays or shapes.
 
         Raises:
-          CheckpointError: there are checkpoints, but none can be used; says what is wrong with each.
+          CheckpointError: there are checkpoints, but none can be used; states what is wrong with each.
         """
         problems = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -70,7 +70,7 @@ class Checkpoints:
                 continue
             for problem in problems:
                 warnings.warn(
-                    f"{self.directory}: damaged checkpoint passed over, {problem}; going on from step {step}",
+                    f"{self.directory}: damaged checkpoint skipped, {problem}; continuing from step {step}",
                     stacklevel=2,
                 )
             return step, tree

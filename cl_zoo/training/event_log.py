@@ -14,7 +14,7 @@ __all__ = ["EventLog", "read_events"]
 
 
 def _tensorboardx() -> tuple[Any, Any]:
-    """`Event` and `RecordWriter` of the package that knows TensorBoard's formats."""
+    """`Event` and `RecordWriter` of the package for TensorBoard's formats."""
     try:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.record_writer import RecordWriter
@@ -26,10 +26,10 @@ def _tensorboardx() -> tuple[Any, Any]:
 
 
 class EventLog:
-    """Event files in the folder `tensorboard` of a run: scalars `train/METRIC` and `score/task_I`.
+    """Event files in the folder `tensorboard` of a run: scalars `train/METRIC` and `MEASURE/task_I`.
 
-    A run that goes on from a checkpoint cuts its old files back to it, and writes a new one from there: no step stands
-    twice in them, however often a run was killed, and a TensorBoard that looks on finds the new file by itself.
+    A run that continues from a checkpoint cuts its old files back to it, and writes a new one from there: no step is in
+    them twice, however often a run was killed, and a running TensorBoard finds the new file by itself.
 
     Args:
       directory: of the run.
@@ -44,7 +44,7 @@ class EventLog:
         self._writer: Any = None
 
     def rewind(self, done: int | None) -> None:
-        """Keeps what was written up to `done` updates; None begins anew. Opens a new file."""
+        """Keeps what was written up to `done` updates; None starts again. Opens a new file."""
         self.folder.mkdir(exist_ok=True)
         old = sorted(self.folder.glob("events.out.tfevents.*"))
         for path in old:
@@ -58,7 +58,7 @@ class EventLog:
                     file.truncate(length)
             else:
                 path.unlink()
-        # TensorBoard reads a folder's files in the order of their names, and passes on when a later one has come.
+        # TensorBoard reads a folder's files in the order of their names, and moves on when a later one appears.
         number = 1 + max((int(path.name.rsplit(".", 1)[1]) for path in old), default=0)
         self._writer = self._record_writer(
             str(self.folder / f"events.out.tfevents.{int(time.time()):010d}.{number:06d}")
@@ -76,20 +76,20 @@ class EventLog:
             event.summary.value.add(tag=tag, simple_value=value)
         return event
 
-    def updates(self, first_step: int, metrics: Mapping[str, np.ndarray]) -> None:
-        """Metrics of consecutive updates, `[n]` each."""
-        values = {f"train/{name}": np.asarray(metrics[name]) for name in sorted(metrics)}
-        n = len(next(iter(values.values())))
-        self._write(
-            [self._scalars(first_step + i, {tag: column[i].item() for tag, column in values.items()}) for i in range(n)]
-        )
+    def updates(self, first_step: int, metrics: Mapping[str, Mapping[int, float]]) -> None:
+        """Metrics of consecutive updates, each by its number from the first on."""
+        by_number: dict[int, dict[str, float]] = {}
+        for name in sorted(metrics):
+            for i, value in metrics[name].items():
+                by_number.setdefault(i, {})[f"train/{name}"] = value
+        self._write([self._scalars(first_step + i, by_number[i]) for i in sorted(by_number)])
 
-    def scores(self, step: int, scores: np.ndarray) -> None:
-        """The score on each task after `step` updates."""
-        self._write([self._scalars(step, {f"score/task_{i}": float(score) for i, score in enumerate(scores)})])
+    def scores(self, step: int, name: str, scores: np.ndarray) -> None:
+        """A measure's score on each task after `step` updates."""
+        self._write([self._scalars(step, {f"{name}/task_{i}": float(score) for i, score in enumerate(scores)})])
 
     def close(self) -> None:
-        """The file is complete after every call; this gives it back."""
+        """The file is complete after every call; this releases it."""
         if self._writer is not None:
             self._writer.close()
 

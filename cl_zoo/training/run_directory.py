@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on beside its configuration."""
+    """What a result depends on besides its configuration."""
     versions = {}
     for package in ("cl_zoo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
@@ -99,9 +99,9 @@ class MetricsLog:
         self.path = directory / "metrics.csv"
 
     def rewind(self, length: int) -> None:
-        """Keeps the first `length` bytes; 0 begins anew."""
+        """Keeps the first `length` bytes; 0 starts again."""
         if length and (not self.path.exists() or self.length() < length):
-            raise ConfigError(f"{self.path}: shorter than when the checkpoint was written; restore it, or start anew")
+            raise ConfigError(f"{self.path}: shorter than when the checkpoint was written; restore it, or start again")
         with open(self.path, "ab") as file:
             file.truncate(length)
         if length == 0:
@@ -117,27 +117,28 @@ class MetricsLog:
         """In bytes."""
         return self.path.stat().st_size
 
-    def updates(self, first_step: int, task: int, metrics: Mapping[str, np.ndarray]) -> None:
-        """Metrics of consecutive updates, `[n]` each."""
-        names = sorted(metrics)
-        values = {name: np.asarray(metrics[name]) for name in names}
-        rows = [
-            f"{first_step + i},train,{task},{name},{values[name][i].item()!r}\n"
-            for i in range(len(values[names[0]]))
-            for name in names
+    def updates(self, first_step: int, task: int, metrics: Mapping[str, Mapping[int, float]]) -> None:
+        """Metrics of consecutive updates, each by its number from the first on."""
+        lines = [
+            (i, name, f"{first_step + i},train,{task},{name},{value!r}\n")
+            for name, values in metrics.items()
+            for i, value in values.items()
         ]
-        self._append("".join(rows))
+        self._append("".join(line for _, _, line in sorted(lines)))
 
-    def scores(self, step: int, scores: np.ndarray) -> None:
-        """The score on each task after `step` updates."""
-        self._append("".join(f"{step},evaluate,{i},score,{float(score)!r}\n" for i, score in enumerate(scores)))
+    def scores(self, step: int, name: str, scores: np.ndarray) -> None:
+        """A measure's score on each task after `step` updates."""
+        self._append("".join(f"{step},measure,{i},{name},{float(score)!r}\n" for i, score in enumerate(scores)))
 
 
-def read_metrics(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Metrics of all updates of a run, `{name: f32[updates]}`."""
-    found: dict[str, list[float]] = {}
+def read_metrics(directory: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metrics of the updates of a run: `{name: (steps i64[n], values f32[n])}`, the steps counted from 0."""
+    found: dict[str, list[tuple[int, float]]] = {}
     with open(Path(directory) / "metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
             if row["phase"] == "train":
-                found.setdefault(row["metric"], []).append(float(row["value"]))
-    return {name: np.asarray(values, np.float32) for name, values in found.items()}
+                found.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+    return {
+        name: (np.array([step for step, _ in rows], np.int64), np.array([value for _, value in rows], np.float32))
+        for name, rows in found.items()
+    }

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.types import Array, Episode, Key, Model, PyTree
+from cl_zoo.types import Episode, Key, Model, PyTree, Taps
 
 __all__ = ["episodic"]
 
 
 def episodic(model: Model) -> Model:
-    """Takes a batch of rows as before, and an `Episode` too: it answers all queries, without having learnt from them.
+    """A model that takes batches of examples as before, and an `Episode` too, of which it predicts all queries.
 
-    Outputs of an episode are `[B, Q, C]`; taps are those of its `B Q` query rows. What learns from the support is the
-    component, `maml` say.
+    Outputs of an episode are `[B, Q, C]`; taps are those of its `B Q` query examples. The model does not learn from
+    the support; a component such as `maml` does.
 
     Args:
       model: any network.
@@ -35,23 +36,36 @@ def episodic(model: Model) -> Model:
       (4, 7, 1)
     """
 
+    inner = model.bind(None)
+
     def rows(x: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), x.query_x)
 
-    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
-        return model.init(key, rows(x) if isinstance(x, Episode) else x)
+    def flat(x: PyTree) -> PyTree:
+        return rows(x) if isinstance(x, Episode) else x
+
+    def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
+        return inner.bind(weights).init(key, flat(x))
 
     def apply(
         params: PyTree, model_state: PyTree, x: PyTree, *, task: Any = None, weight: Any = None, **options: Any
-    ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
+    ) -> tuple[PyTree, PyTree, Taps]:
+        apply = inner.apply_function
         if not isinstance(x, Episode):
-            return model.apply(params, model_state, x, task=task, weight=weight, **options)
+            return apply(params, model_state, x, task=task, weight=weight, **options)
         shape = jax.tree.leaves(x.query_x)[0].shape[:2]
         task, weight = (
             None if told is None else jnp.broadcast_to(told[:, None], shape).ravel() for told in (task, weight)
         )
-        outputs, model_state, taps = model.apply(params, model_state, rows(x), task=task, weight=weight, **options)
+        outputs, model_state, taps = apply(params, model_state, rows(x), task=task, weight=weight, **options)
         outputs = jax.tree.map(lambda leaf: leaf.reshape((*shape, *leaf.shape[1:])), outputs)
         return outputs, model_state, taps
 
-    return model._replace(init=init, apply=apply)
+    draw = inner.draw_function
+    return dataclasses.replace(
+        model,
+        init_function=init,
+        apply_function=apply,
+        draw_function=draw and (lambda key, x: draw(key, flat(x))),
+        takes_weights=True,
+    )

@@ -12,18 +12,18 @@ import jax.numpy as jnp
 
 from cl_zoo.checks import check_range, check_whole
 from cl_zoo.layers.mixer import linear
-from cl_zoo.types import Array, Key, Model, PyTree
+from cl_zoo.types import Array, Key, Model, PyTree, Taps
 
 __all__ = ["AdaptedKernel", "lora", "merge_adapters", "unmerge_adapters"]
 
 KERNELS = ("query", "key", "value", "output", "gate", "up", "down")
-"""Of a decoder's blocks."""
+"""The kernels of a decoder's blocks."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdaptedKernel:
-    """Stands where a kernel stood: x @ it = x W + (x A) B, without W + A B ever being there.
+    """Replaces a kernel: x @ it = x W + (x A) B, without ever forming W + A B.
 
     Attributes:
       kernel: W, `[..., n_in, n_out]`.
@@ -52,33 +52,33 @@ def lora(
     targets: Sequence[str] = KERNELS,
     merged: bool = False,
 ) -> Model:
-    """The same network with its weights frozen, and a trained product of low rank beside each kernel.
+    """The same network with its weights frozen, and a trained low-rank product beside each kernel.
 
         x W  ->  x W + (alpha / r) (x A) B,     A from N(0, 1 / n_in), B = 0 at the start
 
-    so that it begins as the function it was made from, exactly.
+    so that at the start it computes exactly what the original model computes.
 
     Args:
-      model: whose kernels are adapted. If it is given weights to begin from, these are frozen, else its own first ones.
+      model: whose kernels are adapted. The weights bound to it are frozen, or else its own initial ones.
       rank: r, at least 1.
       alpha: the product's scale is alpha / r; None is r, the scale 1.
       targets: names of the kernels, as the last key of their path; "kernel" is that of dense layers of NNX and Linen.
-      merged: add the product to each kernel before the network sees it, which takes a copy of it: for networks whose
+      merged: add the product to each kernel before the network uses it, which copies the kernel: for networks whose
         layers do more with a kernel than `x @ kernel`.
 
     Returns:
-      A `Model` with parameters "A" and "B" under the path of each kernel, all that is trained; `model_state` is
-      `{"frozen": the weights, "scale": alpha / r, "model": that of the model}`. Taps and wiring of units are left out,
-      since the kernels they name are frozen.
+      A `Model` with parameters "A" and "B" under the path of each kernel, all that is trained; the weights are bound to
+      it (`Model.bind`), or drawn where a run begins. Taps and wiring of units are left out, since the kernels they name
+      are frozen.
 
     Raises:
-      ValueError: rank below 1, negative alpha; at the first trace, targets that the model does not have (of the default
-        ones, it need not have all), or that are no matrices.
+      ValueError: rank below 1, negative alpha, a model that has adapters already; at the first trace, targets that the
+        model does not have (of the default ones, it need not have all), or that are not matrices.
 
     Source: Hu et al. 2021, arXiv 2106.09685.
 
-    Differences from the paper or its code: the paper adapts the kernels of queries and values alone
-    (`targets=("query", "value")`); its code draws A uniformly, with a third of the variance. No dropout.
+    Differences from the paper or its code: the paper adapts the kernels of queries and values alone (`targets=("query",
+    "value")`); its code draws A uniformly, with a third of the variance. No dropout.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -96,12 +96,19 @@ def lora(
         raise ValueError(f"lora: targets is {targets!r}, but it must be a sequence of names")
     if alpha is not None:
         check_range("lora", "alpha", alpha, 0)
+    if model.frozen:
+        raise ValueError("lora: the model's weights are frozen already, as in a model that lora made")
 
-    def init(key: Key, x: PyTree, *weights: PyTree) -> tuple[PyTree, PyTree]:
-        frozen, inner = model.init(key, x, *weights)
+    inner = model.bind(None)
+
+    def draw(key: Key, x: PyTree) -> PyTree:
+        return inner.init(key, x)[0]
+
+    def init(key: Key, x: PyTree, weights: PyTree) -> tuple[PyTree, PyTree]:
+        _, model_state = inner.bind(weights).init(key, x)
         found: list[tuple[list[str], Array]] = []
         there: set[str] = set()
-        for path, leaf in jax.tree_util.tree_flatten_with_path(frozen)[0]:
+        for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]:
             names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
             there.add(names[-1])
             if names[-1] in targets and not {"bias", "convolution"} & set(names[:-1]):
@@ -122,29 +129,37 @@ def lora(
             place["A"] = jnp.stack([linear(k, n_in, rank) for k in jax.random.split(each, math.prod(stack))])
             place["A"] = place["A"].reshape((*stack, n_in, rank)).astype(jnp.float32)
             place["B"] = jnp.zeros((*stack, rank, n_out))
-        scale = jnp.asarray(1.0 if alpha is None else alpha / rank, jnp.float32)
-        return params, {"frozen": frozen, "scale": scale, "model": inner}
+        return params, model_state
 
-    def parameters(params: PyTree, model_state: PyTree) -> PyTree:
-        if merged:
-            return merge_adapters(params, model_state)
-        return _adapt(model_state["frozen"], params, model_state["scale"], AdaptedKernel)
+    def adapted(params: PyTree, weights: PyTree, how: Any = AdaptedKernel) -> PyTree:
+        return _adapt(weights, params, 1.0 if alpha is None else alpha / rank, how)
 
     def apply(
-        params: PyTree, model_state: PyTree, x: PyTree, *, perturb: dict[str, Array] | None = None, **options: Any
-    ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
-        full = parameters(params, model_state)
-        outputs, inner, _ = model.apply(full, model_state["model"], x, **options)
-        return outputs, {**model_state, "model": inner}, {}
+        params: PyTree,
+        model_state: PyTree,
+        x: PyTree,
+        *,
+        weights: PyTree,
+        perturb: dict[str, Array] | None = None,
+        **options: Any,
+    ) -> tuple[PyTree, PyTree, Taps]:
+        outputs, model_state, _ = inner.apply(
+            adapted(params, weights, _merge if merged else AdaptedKernel), model_state, x, **options
+        )
+        return outputs, model_state, {}
 
-    def innermost(params: PyTree, model_state: PyTree) -> PyTree:
-        full = parameters(params, model_state)
-        return full if model.parameters is None else model.parameters(full, model_state["model"])
+    return dataclasses.replace(
+        model,
+        init_function=init,
+        apply_function=apply,
+        units=(),
+        draw_function=draw,
+        inner_function=lambda params, weights: inner.inner_params(adapted(params, weights)),
+        takes_weights=True,
+    )
 
-    return Model(init, apply, parameters=innermost)
 
-
-def _adapt(weights: PyTree, adapters: PyTree, scale: Array, how: Any) -> PyTree:
+def _adapt(weights: PyTree, adapters: PyTree, scale: Array | float, how: Any) -> PyTree:
     """Weights with `how(kernel, A, scale B)` in the place of every kernel that has adapters."""
     if isinstance(adapters, dict) and set(adapters) == {"A", "B"} and not isinstance(weights, dict):
         return how(weights, adapters["A"], scale * adapters["B"])
@@ -154,25 +169,42 @@ def _adapt(weights: PyTree, adapters: PyTree, scale: Array, how: Any) -> PyTree:
     }
 
 
-def merge_adapters(params: PyTree, model_state: PyTree) -> PyTree:
+def _merge(kernel: Array, down: Array, up: Array) -> Array:
+    return kernel + (down @ up).astype(kernel.dtype)
+
+
+def merge_adapters(model: Model, params: PyTree, weights: PyTree) -> PyTree:
     """W + (alpha / r) A B in the place of each kernel: the parameters of the model that was adapted.
 
     Args:
-      params, model_state: of a model that `lora` made.
+      model: a model that `lora` made.
+      params: its adapters.
+      weights: the frozen weights.
 
     Raises:
-      ValueError: they are of another model.
+      ValueError: a model that `lora` did not make.
     """
-    if not isinstance(model_state, dict) or not {"frozen", "scale"} <= set(model_state):
-        raise ValueError("merge_adapters: model_state is not that of a model which lora made")
-    return _adapt(model_state["frozen"], params, model_state["scale"], lambda w, a, b: w + (a @ b).astype(w.dtype))
+    return _merged(model, params, weights, _merge)
 
 
-def unmerge_adapters(merged: PyTree, params: PyTree, model_state: PyTree) -> PyTree:
-    """The way back from `merge_adapters`: W from W + (alpha / r) A B, to rounding.
+def unmerge_adapters(model: Model, params: PyTree, merged: PyTree) -> PyTree:
+    """The inverse of `merge_adapters`: W from W + (alpha / r) A B, up to rounding.
 
     Args:
-      merged: parameters of the adapted model.
-      params, model_state: as they were merged.
+      model, params: as they were merged.
+      merged: the merged parameters.
+
+    Raises:
+      ValueError: a model that `lora` did not make.
     """
-    return _adapt(merged, params, model_state["scale"], lambda w, a, b: w - (a @ b).astype(w.dtype))
+    return _merged(model, params, merged, lambda w, a, b: w - (a @ b).astype(w.dtype))
+
+
+def _merged(model: Model, params: PyTree, weights: PyTree, how: Any) -> PyTree:
+    if not model.frozen:
+        raise ValueError("merge_adapters: the model is not one that lora made")
+    return jax.tree.map(
+        lambda leaf: how(leaf.kernel, leaf.down, leaf.up) if isinstance(leaf, AdaptedKernel) else leaf,
+        model.bind(weights).inner_params(params),
+        is_leaf=lambda leaf: isinstance(leaf, AdaptedKernel),
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_range
-from cl_zoo.types import Array, Key, Model, PyTree
+from cl_zoo.types import Array, Key, Model, PyTree, Taps
 
 __all__ = ["with_learning_rates"]
 
@@ -41,8 +42,10 @@ def with_learning_rates(model: Model, low: float, high: float | None = None) -> 
     if high is not None:
         check_range("with_learning_rates", "high", high, low)
 
-    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
-        params, model_state = model.init(key, x)
+    inner = model.bind(None)
+
+    def init(key: Key, x: PyTree, weights: PyTree = None) -> tuple[PyTree, PyTree]:
+        params, model_state = inner.bind(weights).init(key, x)
         leaves, structure = jax.tree.flatten(params)
         if high is None:
             rates = [jnp.full(leaf.shape, low, leaf.dtype) for leaf in leaves]
@@ -55,11 +58,18 @@ def with_learning_rates(model: Model, low: float, high: float | None = None) -> 
 
     def apply(
         params: PyTree, model_state: PyTree, x: PyTree, *, perturb: dict[str, Array] | None = None, **options: Any
-    ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
+    ) -> tuple[PyTree, PyTree, Taps]:
         if perturb is not None:
             perturb = {name.removeprefix("params/"): value for name, value in perturb.items()}
-        outputs, model_state, taps = model.apply(params["params"], model_state, x, perturb=perturb, **options)
+        outputs, model_state, taps = inner.apply_function(params["params"], model_state, x, perturb=perturb, **options)
         return outputs, model_state, {f"params/{name}": tap for name, tap in taps.items()}
 
     units = tuple(tuple((("params", *path), axis, role) for path, axis, role in group) for group in model.units)
-    return Model(init, apply, units)
+    return dataclasses.replace(
+        model,
+        init_function=init,
+        apply_function=apply,
+        units=units,
+        inner_function=lambda params, weights=None: inner.bind(weights).inner_params(params["params"]),
+        takes_weights=True,
+    )

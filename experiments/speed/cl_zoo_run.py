@@ -8,6 +8,7 @@ again: the warm time.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -16,11 +17,12 @@ import jax
 import numpy as np
 import optax
 
-from cl_zoo import compose, der, ewc, stream_program, supervised
+from cl_zoo import compose, der, ewc, supervised
 from cl_zoo.compilation import enable_compilation_cache
 from cl_zoo.datasets import LabelledImages
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist
+from cl_zoo.training import stream_program
 
 SETTINGS = {"permuted": (5, 10_000, (256, 256), 64), "online": (10, 2_000, (100, 100), 10)}
 
@@ -45,7 +47,7 @@ def main() -> None:
     if len(images.train_labels) != n_train or len(permutations) != n_tasks:
         raise SystemExit(f"{args.data} does not hold {n_train} training images and {n_tasks} permutations")
     stream = permuted_mnist(n_tasks, images=images, batch_size=batch_size)
-    stream = stream._replace(data=stream.data._replace(permutations=jax.numpy.asarray(permutations)))
+    stream = dataclasses.replace(stream, data=stream.data._replace(permutations=jax.numpy.asarray(permutations)))
     learner = compose(
         mlp((28, 28), 10, hidden=hidden, initialiser="fan_in_uniform"),
         optax.adam(1e-3),
@@ -55,7 +57,7 @@ def main() -> None:
         else der(500, alpha=0.5, beta=0.5, batch_size=batch_size),
         tasks=stream.tasks,
     )
-    arguments = (stream.tasks, stream.data, jax.random.key(0))
+    arguments = (learner, stream, jax.random.key(0))
     compiled = stream_program(learner, stream).lower(*arguments).compile()
     built = time.perf_counter()
     result = jax.block_until_ready(compiled(*arguments))

@@ -34,7 +34,7 @@ from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.models import cnn, resnet26
 from cl_zoo.streams import split_mnist
 from cl_zoo.training._fit import _programs
-from cl_zoo.training.loop import start, stream_functions, train_steps
+from cl_zoo.training.loop import start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
 from cl_zoo.types import Batch
 from cl_zoo.wrappers import episodic
@@ -84,20 +84,21 @@ def sides(net: str, batch: int, updates: int) -> dict[str, Callable[[], float]]:
         n_tasks=1, steps=updates, batch_size=batch, images=LabelledImages(images, labels, images[:10], labels[:10])
     )
     learner = compose(make(), optax.sgd(0.1), supervised(), tasks=stream.tasks)
-    state, cursor = jit(lambda data: start(learner, stream, data, jax.random.key(0)))(stream.data)
-    example, _ = stream.next(stream.data, cursor, lambda x: None)
+    carry = jit(lambda learner, stream: start(learner, stream, jax.random.key(0))[1])(learner, stream)
+    example, _ = stream.next(carry[1])
     alone = jit(learner.update)
     # The loops of `run_stream` and `fit`, without what they do once a task.
-    loop = jit(lambda data, carry: train_steps(learner, stream, data, carry, updates)[0])
-    train = _programs(learner, stream_functions(stream), "test")["train"]
+    loop = jit(lambda learner, stream, carry: train_steps(learner, stream, carry, 0, updates, {}, {})[0])
+    train = _programs(jax.tree.structure((learner, stream)))["train"]
+    count = jnp.int32(updates)
 
     def in_fit() -> float:
-        carry = jax.tree.map(jnp.copy, (state, cursor))  # it is donated
-        return 1e3 * seconds(lambda: train(stream.data, carry, updates)) / updates
+        own = jax.tree.map(jnp.copy, carry)  # it is donated
+        return 1e3 * seconds(lambda: train(learner, stream, own, count, updates, None)) / updates
 
     return {
-        "alone": lambda: statistics.median(1e3 * seconds(lambda: alone(state, example)) for _ in range(updates)),
-        "run_stream": lambda: 1e3 * seconds(lambda: loop(stream.data, (state, cursor))) / updates,
+        "alone": lambda: statistics.median(1e3 * seconds(lambda: alone(carry[0], example)) for _ in range(updates)),
+        "run_stream": lambda: 1e3 * seconds(lambda: loop(learner, stream, carry)) / updates,
         "fit": in_fit,
     }
 

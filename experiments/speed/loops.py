@@ -23,7 +23,7 @@ import tyro
 from flax import nnx
 from jax import lax
 
-from cl_zoo import compose, replay, supervised
+from cl_zoo import Learner, Stream, compose, replay, supervised
 from cl_zoo.compilation import jit
 from cl_zoo.models import mlp
 from cl_zoo.models.convolution import conv_general_dilated
@@ -148,11 +148,11 @@ def milliseconds(function: Callable[..., Any], arguments: tuple[Any, ...], repea
 class Continued:
     """Goes on from where the last call ended; the old carry's memory is given to the new one, as in a run."""
 
-    def __init__(self, program: Callable[..., Any], data: Any, carry: Any):
-        self.program, self.data, self.carry = program, data, carry
+    def __init__(self, program: Callable[..., Any], learner: Learner, stream: Stream, carry: Any):
+        self.program, self.learner, self.stream, self.carry = program, learner, stream, carry
 
     def __call__(self) -> Any:
-        self.carry = self.program(self.data, self.carry)
+        self.carry = self.program(self.learner, self.stream, self.carry)
         return self.carry
 
 
@@ -161,13 +161,20 @@ def replay_steps(repeats: int) -> dict[str, dict[str, float]]:
     stream = split_mnist(scenario="class", steps=100, batch_size=64)
     found: dict[str, dict[str, float]] = {}
     calls = {}
+
+    def begun(learner: Learner, stream: Stream) -> Any:
+        return start(learner, stream, jax.random.key(0))[1]
+
+    def steps(learner: Learner, stream: Stream, carry: Any) -> Any:
+        return train_steps(learner, stream, carry, 0, 100, {}, {})[0]
+
     for rows in ROWS:
         learner = compose(mlp((28, 28), 10, hidden=(64,)), optax.adam(1e-3), supervised(), replay(rows, batch_size=32),
                           tasks=stream.tasks)  # fmt: skip
-        carry = jit(lambda data, learner=learner: start(learner, stream, data, jax.random.key(0)))(stream.data)
-        steps = lambda data, carry, learner=learner: train_steps(learner, stream, data, carry, 100)[0]  # noqa: E731
+        carry = jit(begun)(learner, stream)
         for name, compiled in (("as run_stream", jit), ("jax.jit", jax.jit)):
-            calls[name, rows] = Continued(compiled(steps, donate_argnums=1), stream.data, jax.tree.map(jnp.copy, carry))
+            own = jax.tree.map(jnp.copy, carry)
+            calls[name, rows] = Continued(compiled(steps, donate_argnums=2), learner, stream, own)
     for call in calls.values():
         call()
 

@@ -3,7 +3,7 @@
     bash experiments/speed/make_peer_env.sh PEER            once: the peers' own environment
     python -m experiments.speed.maml --peer PEER            with nothing else running; some minutes
 
-25 tasks in an iteration, drawn anew every time, 10 support and 10 query points each, an MLP 1-40-40-1, one inner step.
+25 tasks in an iteration, drawn again every time, 10 support and 10 query points each, an MLP 1-40-40-1, one inner step.
 Every number is the median of `repeats` fresh processes, taken in turn so that a slow minute of the machine hits all,
 and of each process the median of its rounds after a warm-up: compiling is left out on all sides. All run with 1 and
 with 2 threads, and the better counts. `torch_maml.py` tells the ways of PyTorch. The losses of the first 100 and the
@@ -30,7 +30,7 @@ from cl_zoo.compilation import jit
 from cl_zoo.losses import squared_error
 from cl_zoo.models import mlp
 from cl_zoo.streams import sinusoids
-from cl_zoo.training.loop import start, train_steps
+from cl_zoo.training.loop import histories, start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
 from cl_zoo.wrappers import episodic
 from experiments.speed.compare import run
@@ -76,15 +76,18 @@ def cl_zoo_report(threads: int, rounds: int) -> dict[str, Any]:
     learner, stream = problem(inner_steps=1)
 
     def compiled(n: int, carry: Any) -> Any:
-        return jit(lambda data, carry: train_steps(learner, stream, data, carry, n)).lower(stream.data, carry)
+        def steps(learner: Learner, stream: Stream, carry: Any) -> Any:
+            return train_steps(learner, stream, carry, 0, n, *histories(learner, stream, carry, n))
 
-    carry = jit(lambda data, key: start(learner, stream, data, key))(stream.data, jax.random.key(0))
-    carry, metrics = compiled(WARM_UP, carry).compile()(stream.data, carry)
-    first, steps = float(metrics["loss"].mean()), compiled(ITERATIONS, carry).compile()
+        return jit(steps).lower(learner, stream, carry).compile()
+
+    carry = jit(lambda learner, stream, key: start(learner, stream, key)[1])(learner, stream, jax.random.key(0))
+    carry, metrics = compiled(WARM_UP, carry)(learner, stream, carry)
+    first, steps = float(metrics["loss"].mean()), compiled(ITERATIONS, carry)
     seconds = []
     for _ in range(rounds):
         begun = time.perf_counter()
-        carry, metrics = jax.block_until_ready(steps(stream.data, carry))
+        carry, metrics = jax.block_until_ready(steps(learner, stream, carry))
         seconds.append((time.perf_counter() - begun) / ITERATIONS)
     last = float(metrics["loss"].mean())
     return {"seconds_iteration": statistics.median(seconds), "loss_first": first, "loss_last": last}

@@ -35,8 +35,8 @@ class Config:
 def temporary_bytes(inner_steps: int, rematerialise: bool) -> int:
     """Of one update; nothing is run."""
     learner, stream = problem(inner_steps=inner_steps, rematerialise=rematerialise)
-    state, cursor = jax.eval_shape(lambda data, key: start(learner, stream, data, key), stream.data, jax.random.key(0))
-    batch, _ = jax.eval_shape(lambda data, cursor: stream.next(data, cursor, lambda x: None), stream.data, cursor)
+    state, cursor = jax.eval_shape(lambda stream, key: start(learner, stream, key)[1], stream, jax.random.key(0))
+    batch, _ = jax.eval_shape(lambda stream, cursor: stream.next(cursor), stream, cursor)
     plan = jit(learner.update).lower(state, batch).compile().memory_analysis()
     if plan is None:
         raise SystemExit("this device does not tell how much memory a program takes")

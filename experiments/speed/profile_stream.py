@@ -19,10 +19,11 @@ import jax
 import optax
 import tyro
 
-from cl_zoo import compose, ewc, stream_program, supervised
+from cl_zoo import compose, ewc, supervised
 from cl_zoo.datasets import load_digits
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist
+from cl_zoo.training import stream_program
 from experiments.speed.cl_zoo_run import SETTINGS
 
 
@@ -49,7 +50,7 @@ def main(config: Config) -> None:
         tasks=stream.tasks,
     )
     program = stream_program(learner, stream)
-    arguments = (stream.tasks, stream.data, jax.random.key(0))
+    arguments = (learner, stream, jax.random.key(0))
     jax.block_until_ready(program(*arguments))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):

@@ -22,12 +22,12 @@ import tyro
 
 from cl_zoo import compose
 from cl_zoo.compilation import jit
-from cl_zoo.frozen import split_state
 from cl_zoo.language import answer_logits, answering, generate
 from cl_zoo.streams import SymbolWorld
 from cl_zoo.training.loop import start
 from cl_zoo.training.run_directory import environment, write_json
-from experiments.self_distillation import Bench, Config, components, filled, language_net, published, spent
+from experiments.self_distillation import components, spent
+from experiments.self_distillation_bench import Bench, Config, filled, language_net, published
 from experiments.speed.sequence_layers import rates, timed
 
 
@@ -50,7 +50,7 @@ def untrained(config: Config) -> Bench:
     world = SymbolWorld(known=config.known, new=1)
     net = language_net(config, world)
     stream = world.skills(steps=config.steps or 1, batch_size=config.batch_size)
-    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    batch, _ = stream.next(stream.init(jax.random.key(0)))
     weights, _ = answering(net).init(jax.random.key(0), batch.x)
     return Bench(net, weights, stream, stream, (None, None), world.answer_length, (), lambda model: model)
 
@@ -63,18 +63,13 @@ def main(measure: Measure) -> None:
     model, stream = bench.wrap(answering(bench.net)), bench.stream
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for method in ("sft", "sdft forward"):
-        learner = compose(model, optax.adam(1e-3), *components(config, bench, method))
-        state, cursor = start(learner, stream, stream.data, jax.random.key(0), bench.weights)
-        batch, _ = stream.next(stream.data, cursor, lambda x: None)
+        learner = compose(model, optax.adam(1e-3), *components(config, bench, method)).bind(bench.weights)
+        learner, (state, cursor) = start(learner, stream, jax.random.key(0))
+        batch, _ = stream.next(cursor)
         batch = jax.tree.map(lambda leaf: jnp.resize(leaf, (rows, *leaf.shape[1:])), batch)
-
-        @jit
-        def update(state: Any, batch: Any, learner: Any = learner) -> Any:
-            after, metrics = learner.update(state, batch)
-            return split_state(after)[0], metrics
-
-        calls[f"{method}, update"] = (update, (state, batch))
-    params = state.params if model.parameters is None else model.parameters(state.params, state.model_state)
+        update = jit(lambda learner, state, batch: learner.update(state, batch))
+        calls[f"{method}, update"] = (update, (learner, state, batch))
+    params = learner.model.inner_params(state.params)
     x, n = batch.x, bench.length
     draw = jit(
         lambda params, x: generate(bench.net, params, x.prompt, jax.random.key(0), length=n, padding=x.padding).tokens

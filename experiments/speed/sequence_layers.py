@@ -28,14 +28,22 @@ import jax.numpy as jnp
 import tyro
 
 from cl_zoo.compilation import jit
-from cl_zoo.layers._delta_rule import delta_rule, gated_delta_rule
-from cl_zoo.layers._lact import lact
-from cl_zoo.layers._linear_attention import gated_linear_attention, linear_attention, linear_attention_chunked
-from cl_zoo.layers._titans import titans
-from cl_zoo.layers.attention import softmax_attention, window_attention
+from cl_zoo.layers import (
+    delta_rule,
+    gated_delta_rule,
+    gated_linear_attention,
+    lact,
+    linear_attention,
+    softmax_attention,
+    titans,
+    ttt_linear,
+    ttt_mlp,
+    window_attention,
+)
+from cl_zoo.layers._linear_attention import linear_attention_chunked
 from cl_zoo.layers.fast_weights import FastLayer
 from cl_zoo.layers.mixer import Mixer
-from cl_zoo.layers.ttt import InnerLoss, ttt_chunked, ttt_linear, ttt_mlp, ttt_start, ttt_step
+from cl_zoo.layers.ttt_core import InnerLoss, ttt_chunked, ttt_start, ttt_step
 from cl_zoo.training.run_directory import environment, write_json
 
 

@@ -2,10 +2,10 @@
 
     python -m experiments.speed.steps          with nothing else running
 
-Those whose rows are learning problems have scripts of their own, and those that look ahead row by row are made for
-batches of ten. Operations are those of XLA's cost analysis of one update before optimisation, so that matrix products
-given to libraries are counted. A ratio of times above that of operations tells of memory traffic and of many small
-kernels.
+Those whose rows are learning problems or questions have scripts of their own, and those that look ahead row by row are
+made for batches of ten. Operations are those of XLA's cost analysis of one update before optimisation, so that matrix
+products given to libraries are counted. A ratio of times above that of operations tells of memory traffic and of many
+small kernels.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import jax
 import optax
 import tyro
 
-from cl_zoo import Learner, catalogue, compose, supervised
-from cl_zoo._catalogue import Entry
+from cl_zoo import Learner, Stream, catalogue, compose, supervised
 from cl_zoo.compilation import jit
 from cl_zoo.datasets import load_digits
+from cl_zoo.entries import Entry
 from cl_zoo.evaluation.cost import state_bytes
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
@@ -52,17 +52,16 @@ class Config:
     """Write experiments/speed/results/steps_cpu.json."""
 
 
-def learner_of(entry: Entry, config: Config, stream: Any) -> Learner:
+def learner_of(entry: Entry, config: Config, stream: Stream) -> Learner:
     """With a memory of 1000 rows and as many of them in each step as new ones."""
     sizes = {"capacity": 1000, "batch_size": config.batch_size, "n_classes": stream.tasks.active.shape[-1]}
     chosen = {name: sizes.get(name, value) for name, value in entry.arguments.items()} | USUAL.get(entry.name, {})
     component = entry.factory(**chosen)
     components = [component] if entry.own_loss else [supervised(), component]
-    model = entry.net((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden)
-    if entry.name == "ttt":  # the catalogue's head is made for the tests' net
+    norm = "batch" if entry.name == "tent" else None
+    model = mlp((28, 28), stream.tasks.active.shape[-1], hidden=config.hidden, norm=norm)
+    if entry.name == "ttt":
         model = with_rotation_head(model, mlp(config.hidden[-1:], 4, hidden=()), "output")
-    elif entry.wrap:
-        model = entry.wrap(model)
     return compose(model, optax.adam(1e-3), *components, tasks=stream.tasks)
 
 
@@ -72,27 +71,27 @@ def prepare(entry: Entry, config: Config, images: Any) -> tuple[Any, tuple[Any, 
     learner, key = learner_of(entry, config, stream), jax.random.key(0)
 
     @jit
-    def first_task(tasks: Any, data: Any) -> Any:
-        state, cursor = start(learner, stream, data, key)
-        state = begin(learner, stream, tasks, data, key, state, 0)
-        (state, cursor), _ = train_steps(learner, stream, data, (state, cursor), stream.steps)
-        state = finish(learner, stream, data, key, state, 0)
-        return begin(learner, stream, tasks, data, key, state, 1), cursor
+    def first_task(learner: Learner, stream: Stream) -> Any:
+        learner, (state, cursor) = start(learner, stream, key)
+        state = begin(learner, stream, key, state, 0)
+        (state, cursor), _ = train_steps(learner, stream, (state, cursor), 0, stream.steps, {}, {})
+        state = finish(learner, stream, key, state, 0)
+        return begin(learner, stream, key, state, 1), cursor
 
-    carry = first_task(stream.tasks, stream.data)
-    batch, _ = jit(lambda data, cursor: stream.next(data, cursor, lambda x: None))(stream.data, carry[1])
+    carry = first_task(learner, stream)
+    batch, _ = jit(lambda stream, cursor: stream.next(cursor))(stream, carry[1])
     flops = (jit(learner.update).lower(carry[0], batch).cost_analysis() or {}).get("flops", float("nan"))
-    run = jit(lambda data, carry: train_steps(learner, stream, data, carry, config.steps)[0])
-    compiled = run.lower(stream.data, carry).compile()
-    jax.block_until_ready(compiled(stream.data, carry))
-    return compiled, (stream.data, carry), float(flops), state_bytes(carry[0])
+    run = jit(lambda learner, stream, carry: train_steps(learner, stream, carry, 0, config.steps, {}, {})[0])
+    compiled = run.lower(learner, stream, carry).compile()
+    jax.block_until_ready(compiled(learner, stream, carry))
+    return compiled, (learner, stream, carry), float(flops), state_bytes(carry[0])
 
 
 def main(config: Config) -> None:
     """Measures all in turn, so that a slow minute of the machine hits all; prints a table."""
     images = load_digits()
     entries = {name: entry for name, entry in catalogue().items() if name not in ("la_maml", "c_maml")}
-    entries = {name: entry for name, entry in entries.items() if entry.scenarios != ("episodes",)}
+    entries = {name: entry for name, entry in entries.items() if entry.scenarios[0] not in ("episodes", "skills")}
     for name in config.only:
         if name not in entries:
             raise SystemExit(f"only: no algorithm is named {name!r}; there are {', '.join(entries)}")

@@ -84,7 +84,7 @@ def fisher_diagonal(net: nn.Sequential, x: Tensor, y: Tensor, labels: str) -> li
 
 @torch.inference_mode()
 def accuracy(net: nn.Module, task: Task) -> float:
-    """Share of the task's test images that are classified right."""
+    """Fraction of the task's test images that are classified correctly."""
     right = torch.zeros((), dtype=torch.int64)
     for x, y in zip(task.test_x.split(EVAL_BATCH), task.test_y.split(EVAL_BATCH)):
         right += (net(x).argmax(1) == y).sum()

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from cl_zoo import Batch, compose, supervised, tent, ttt
-from cl_zoo._compose import _key
+from cl_zoo._learner import _key
 from cl_zoo.models import mlp
 from cl_zoo.wrappers import with_rotation_head
 from tests.oracles import adaptation

@@ -11,11 +11,10 @@ import optax
 import pytest
 
 from cl_zoo import Batch, gdumb, icarl, replay, supervised
-from cl_zoo._compose import _key
+from cl_zoo._learner import _key
 from cl_zoo.losses import cross_entropy
 from cl_zoo.models import mlp
 from cl_zoo.training._fit import _programs
-from cl_zoo.training.loop import stream_functions
 from tests.tiny import same_bytes, tiny_learner, tiny_stream
 
 KEY = jax.random.key(4)
@@ -25,14 +24,14 @@ def run(images: Any, *components: Any, optimiser: Any = None, **options: Any) ->
     """Stream, learner, and the state before the first task and after each."""
     stream = tiny_stream(images, "class", **options)
     learner = tiny_learner(stream, *components, optimiser=optimiser)
-    programs = _programs(learner, stream_functions(stream), "test")
-    carry = programs["start"](stream.data, KEY)
+    programs = _programs(jax.tree.structure((learner, stream)))
+    carry = programs["start"](learner, stream, KEY)
     states = [carry[0]]
     for t in range(stream.n_tasks):
         carry = jax.tree.map(jnp.copy, carry)
-        carry = programs["begin"](stream.tasks, stream.data, KEY, carry, jnp.int32(t))
-        carry, _ = programs["train"](stream.data, carry, stream.steps)
-        carry = programs["finish"](stream.data, KEY, carry, jnp.int32(t))
+        carry = programs["begin"](learner, stream, KEY, carry, jnp.int32(t))
+        carry, _ = programs["train"](learner, stream, carry, jnp.int32(stream.steps), stream.steps, None)
+        carry = programs["finish"](learner, stream, KEY, carry, jnp.int32(t))
         states.append(jax.tree.map(jnp.copy, carry[0]))
     return stream, learner, states
 
@@ -45,11 +44,11 @@ def test_replay_from_a_ring_and_from_a_balanced_memory(tiny_images: Any) -> None
         labels = np.asarray(part.rows[1])
         assert sorted(np.bincount(labels, minlength=6).tolist()) == held
         assert part.rows[0].dtype == jnp.uint8
-        batch, _ = stream.next(stream.data, stream.init(KEY), lambda x: None)
+        batch, _ = stream.next(stream.init(KEY))
         absent = batch._replace(weight=jnp.zeros_like(batch.weight))
         after, _ = jax.jit(learner.update)(states[-1], absent)
         same_bytes(after._replace(step=states[-1].step), states[-1])
-        joined = component.prepare(None, states[1], states[1].parts["replay"], batch, KEY)
+        joined, _ = component.prepare(None, states[1], states[1].parts["replay"], batch, KEY)
         assert joined.weight.tolist() == [1.0] * 12 and set(joined.y[8:].tolist()) <= {0, 1}
 
 
@@ -129,7 +128,7 @@ def test_icarl_loss_is_that_of_the_union(icarl_run: Any, temperature: float) -> 
     """A batch that is the whole task, joined by all exemplars: the weights make it the mean over both."""
     stream, _, states = icarl_run
     learner = tiny_learner(stream, icarl(20, 6, batch_size=20, temperature=temperature))
-    sample = stream.sample(stream.data, 2, KEY)
+    sample = stream.sample(2, KEY)
     task = jax.tree.map(lambda leaf: leaf[2], stream.tasks)
     state = learner.begin_task(states[2], task, sample)
     params = jax.tree.map(lambda leaf: leaf + 0.1, state.params)
@@ -148,21 +147,21 @@ def test_icarl_loss_is_that_of_the_union(icarl_run: Any, temperature: float) -> 
 
 def test_icarl_weighs_few_exemplars_like_all(icarl_run: Any) -> None:
     stream, _, states = icarl_run
-    batch, _ = stream.next(stream.data, stream.init(KEY), lambda x: None)
+    batch, _ = stream.next(stream.init(KEY))
     part = states[2].parts["icarl"]
     for rows, size in ((4, None), (20, None), (4, 50.0)):
         component = icarl(20, 6, batch_size=rows, task_size=size)
-        joined = component.prepare(None, states[2], part._replace(task_size=jnp.float32(size or 120)), batch, KEY)
+        joined, _ = component.prepare(None, states[2], part._replace(task_size=jnp.float32(size or 120)), batch, KEY)
         np.testing.assert_allclose(joined.weight[8:].sum(), 8 * 20 / (size or 120), rtol=1e-5)
         assert len(np.unique(joined.weight[8:])) == 1
         assert ("begin_sample" in component.needs) == (size is None)
-    component = icarl(20, 6, batch_size=10, draw="rows")
-    joined = jax.vmap(lambda key: component.prepare(None, states[2], part, batch, key).weight[8:])(
+    component = icarl(20, 6, batch_size=10, draw="examples")
+    joined = jax.vmap(lambda key: component.prepare(None, states[2], part, batch, key)[0].weight[8:])(
         jax.random.split(KEY, 1000)
     )
     assert set(np.unique(joined)) == {0, 1}
     np.testing.assert_allclose(joined.sum(1).mean(), 8 * 20 / 120, rtol=0.1)  # four standard errors
-    empty = icarl(20, 6, batch_size=4).prepare(None, states[0], states[0].parts["icarl"], batch, KEY)
+    empty, _ = icarl(20, 6, batch_size=4).prepare(None, states[0], states[0].parts["icarl"], batch, KEY)
     assert empty.weight[8:].tolist() == [0] * 4
 
 
@@ -197,7 +196,7 @@ def test_icarl_says_what_is_wrong(tiny_images: Any) -> None:
         icarl(20, 6, batch_size=4, per_class=4)
     stream = tiny_stream(tiny_images, "class")
     learner = tiny_learner(stream, icarl(20, 7, batch_size=4))
-    batch, _ = stream.next(stream.data, stream.init(KEY), lambda x: None)
+    batch, _ = stream.next(stream.init(KEY))
     state = learner.init(KEY, batch)
     with pytest.raises(ValueError, match="n_classes is 7, but the model has 6 outputs"):
         jax.eval_shape(learner.update, state, batch)
@@ -210,7 +209,7 @@ def test_gdumb_memory_is_balanced_and_nothing_is_learnt_between(tiny_images: Any
     stream, learner, states = run(tiny_images, gdumb(13, 6, epochs=1, batch_size=5), optimiser=decaying)
     shares = [sorted(state.parts["gdumb"].held.tolist()) for state in states]
     assert shares[1:] == [[0, 0, 0, 0, 6, 7], [0, 0, 3, 3, 3, 4], [2, 2, 2, 2, 2, 3]]
-    batch, _ = stream.next(stream.data, stream.init(KEY), lambda x: None)
+    batch, _ = stream.next(stream.init(KEY))
     after, metrics = jax.jit(learner.update)(states[1], batch)
     same_bytes(after.params, states[1].params)
     assert float(metrics["loss"]) == 0

@@ -61,7 +61,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # our arguments, the
     "anil": ({"inner_steps": 2, "only": ("output",)}, {"steps": 2, "only": ["output"]}),
     "multi-step": ({"inner_steps": 3, "step_weights": (0.2, 0.3, 0.5)}, {"steps": 3, "weights": [0.2, 0.3, 0.5]}),
     "rematerialised": ({"inner_steps": 2, "rematerialise": True}, {"steps": 2}),
-    "online": ({"inner_steps": None, "rows": 1}, {"steps": SUPPORT, "rows": 1}),
+    "online": ({"inner_steps": None, "inner_batch_size": 1}, {"steps": SUPPORT, "rows": 1}),
 }
 
 
@@ -131,7 +131,7 @@ def test_reptile_equals_the_oracle(inner: str) -> None:
     with jax.enable_x64(True):
         batches, lists = zip(*(episodes(seed) for seed in range(2)), strict=True)
         optimiser = {"sgd": optax.sgd(RATE), "adam": optax.adam(RATE)}[inner]
-        component = reptile(squared_error, inner=optimiser, inner_steps=3, rows=3)
+        component = reptile(squared_error, inner=optimiser, inner_steps=3, inner_batch_size=3)
         learner, state = started(episodic(MODEL), component, optax.sgd(0.5), batches[0])
         first = jax.tree.map(np.asarray, state.params)
         for batch in batches:
@@ -204,8 +204,8 @@ def classes(seed: int) -> Batch:
     ("variant", "order"), [("la_maml", 1), ("la_maml", 2), ("sync", 1), ("c_maml", 1), ("c_maml", 2)]
 )
 def test_la_maml_equals_the_oracle(variant: str, order: int) -> None:
-    """Three batches of two glances each; the rows that were drawn from memory are read off our draws."""
-    eta, beta, glances = 0.3, 0.05, 2
+    """Three batches of two updates_per_batch each; the rows that were drawn from memory are read off our draws."""
+    eta, beta, updates_per_batch = 0.3, 0.05, 2
     with jax.enable_x64(True):
         network = mlp((2,), 3, hidden=(4,))
         fixed = variant == "c_maml"
@@ -215,13 +215,15 @@ def test_la_maml_equals_the_oracle(variant: str, order: int) -> None:
             if fixed
             else look_ahead_sgd(eta, beta if variant == "sync" else None)
         )
-        component = la_maml(8, batch_size=4, rate=0.1 if fixed else None, order=order, glances=glances)
+        component = la_maml(
+            8, batch_size=4, rate=0.1 if fixed else None, order=order, updates_per_batch=updates_per_batch
+        )
         learner, state = started(model, component, optimiser, classes(0))
         params = jax.tree.map(np.asarray, state.params)
         theta, alpha = (params, 0.1) if fixed else (params["params"], params["learning_rates"])
         update, batches = jax.jit(learner.update), []
-        for step in range(3 * glances):
-            batch = classes(step // glances)
+        for step in range(3 * updates_per_batch):
+            batch = classes(step // updates_per_batch)
             order_key, draw_key = jax.random.split(_hook_key(state, "loss", "la_maml"))
             (x, y, _), weight = reservoir_sample(state.parts["la_maml"].memory, 4, draw_key)
             held = np.asarray(weight) > 0
@@ -310,11 +312,11 @@ def test_only_names_parameters() -> None:
         (lambda: maml(inner=optax.sgd(0.1), order=3), "order is 3, but it must be one of 1, 2"),
         (lambda: maml(inner="adam"), "inner is 'adam'"),
         (lambda: maml(inner=optax.sgd(0.1), inner_steps=-1), "inner_steps is -1"),
-        (lambda: maml(inner=optax.sgd(0.1), rows=0), "rows is 0"),
+        (lambda: maml(inner=optax.sgd(0.1), inner_batch_size=0), "inner_batch_size is 0"),
         (lambda: maml(inner=optax.sgd(0.1), step_weights=(1.0, 2.0)), "step_weights has 2 numbers"),
         (lambda: reptile(inner=optax.sgd(0.1), inner_steps=-1), "inner_steps is -1"),
         (lambda: la_maml(5, batch_size=6), "batch_size is 6"),
-        (lambda: la_maml(5, batch_size=5, glances=0), "glances is 0"),
+        (lambda: la_maml(5, batch_size=5, updates_per_batch=0), "updates_per_batch is 0"),
         (lambda: look_ahead_sgd(-0.1), "rate_learning_rate is -0.1"),
         (lambda: with_learning_rates(MODEL, 0.2, 0.1), "high is 0.1"),
     ],
@@ -328,7 +330,7 @@ def test_batches_of_another_kind_are_refused() -> None:
     rows = Batch(jnp.ones((2, 2)), jnp.ones(2), None, jnp.ones(2))
     for component in (maml(squared_error, inner=optax.sgd(0.1)), reptile(squared_error, inner=optax.sgd(0.1))):
         learner = compose(episodic(MODEL), optax.sgd(0.1), component)
-        with pytest.raises(ValueError, match="the rows of the batch are not episodes"):
+        with pytest.raises(ValueError, match="the examples of the batch are not episodes"):
             learner.update(learner.init(jax.random.key(0), rows), rows)
     with pytest.raises(ValueError, match="the model has no learning rates"):
         compose(MODEL, optax.sgd(0.1), la_maml(5, batch_size=5)).init(jax.random.key(0), rows)

@@ -279,7 +279,7 @@ def test_fisher_merging(
 @pytest.mark.parametrize(("scenario", "optimiser"), [("domain", "sgd"), ("class", "adam")])
 def test_wise_ft(scenario: str, optimiser: str, anchor: str, pretrained: bool) -> None:
     tasks = make_tasks(scenario)
-    first, metrics, state, _ = run_ours(scenario, tasks, optimiser, wise_ft(0.3, anchor=anchor, pretrained=pretrained))
+    first, metrics, state, _ = run_ours(scenario, tasks, optimiser, wise_ft(0.7, anchor=anchor, pretrained=pretrained))
     left = [first] if pretrained else []
 
     def end(t: int, params: Any) -> Any:
@@ -320,7 +320,7 @@ def test_replay_from_a_memory_by_class(memory: str) -> None:
     for before in states:
         nothing = Batch(jnp.zeros((1, INPUTS)), jnp.zeros(1, jnp.int32), None, jnp.zeros(1))
         key = _hook_key(before, "prepare", "replay")
-        joined = component.prepare(None, before, before.parts["replay"], nothing, key)
+        joined, _ = component.prepare(None, before, before.parts["replay"], nothing, key)
         ids = ids_of(seen, joined.x[1:], joined.weight[1:])
         assert len(set(ids)) == len(ids) == min(6, int(before.parts["replay"].rows[0].any(1).sum()))
         drawn.append((ids, np.ones(len(ids))))
@@ -349,7 +349,7 @@ def test_icarl(optimiser: str, settings: dict[str, Any]) -> None:
         w = tasks[step // STEPS]["batches"][step % STEPS][2]
         empty = Batch(jnp.zeros((1, INPUTS)), jnp.zeros(1, jnp.int32), None, jnp.full(1, w.sum()))
         key = _hook_key(before, "prepare", "icarl")
-        joined = component.prepare(None, before, before.parts["icarl"], empty, key)
+        joined, _ = component.prepare(None, before, before.parts["icarl"], empty, key)
         ids, held = ids_of(rows, joined.x[1:], joined.weight[1:]), int(before.parts["icarl"].held.sum())
         assert len(set(ids)) == len(ids) == min(5, held) and (len(ids) > 0) == (step >= STEPS)
         # |P| exemplars count |P| / |X| times as much as the rows of the batch.

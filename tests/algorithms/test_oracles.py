@@ -247,7 +247,7 @@ def test_lwf(scenario: str, weighting: str, squared: bool, optimiser: str) -> No
 
 
 @pytest.mark.parametrize("scenario", list(ACTIVE))
-@pytest.mark.parametrize("weighting", ["rows", "tasks"])
+@pytest.mark.parametrize("weighting", ["examples", "tasks"])
 def test_replay(scenario: str, weighting: str) -> None:
     """The rows that our memory drew, read back from its states, go through the oracle's arithmetic."""
     tasks = make_tasks(scenario)
@@ -260,7 +260,7 @@ def test_replay(scenario: str, weighting: str) -> None:
         told = jnp.zeros(1, jnp.int32) if scenario == "task" else None
         empty = Batch(jnp.zeros((1, INPUTS)), jnp.zeros(1, jnp.int32), told, jnp.full(1, w.sum()))
         key = _hook_key(before, "prepare", "replay")
-        joined = component.prepare(None, before, before.parts["replay"], empty, key)
+        joined, _ = component.prepare(None, before, before.parts["replay"], empty, key)
         weight = np.asarray(joined.weight[1:], np.float64)
         ids = ids_of(seen, joined.x[1:], weight)
         assert len(set(ids)) == len(ids)
@@ -274,7 +274,7 @@ def test_replay(scenario: str, weighting: str) -> None:
 
 
 def _hook_key(state: Any, hook: str, name: str) -> Any:
-    from cl_zoo._compose import _key
+    from cl_zoo._learner import _key
 
     return _key(state.key, state.step, hook, name)
 

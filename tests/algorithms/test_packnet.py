@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,17 +28,16 @@ def ran(tiny_images: Any) -> SimpleNamespace:
     """Three tasks under an optimiser that leaves no weight alone; the state around each task's end."""
     stream = tiny_stream(tiny_images)
     learner = compose(MODEL, RESTLESS, supervised(), packnet(0.4, 5), tasks=stream.tasks)
-    begin = jax.jit(partial(loop.begin, learner, stream))
-    train = jax.jit(lambda data, carry: loop.train_steps(learner, stream, data, carry, stream.steps)[0])
-    finish = jax.jit(partial(loop.finish, learner, stream))
-    state, cursor = jax.jit(partial(loop.start, learner, stream))(stream.data, KEY)
+    begin, finish = jax.jit(loop.begin), jax.jit(loop.finish)
+    train = jax.jit(lambda learner, stream, carry: loop.train_steps(learner, stream, carry, 0, stream.steps, {}, {})[0])
+    _, (state, cursor) = jax.jit(loop.start)(learner, stream, KEY)
     begun, trained, ended = [], [], []
     for t in range(3):
-        state = begin(stream.tasks, stream.data, KEY, state, jnp.int32(t))
+        state = begin(learner, stream, KEY, state, jnp.int32(t))
         begun.append(state)
-        state, cursor = train(stream.data, (state, cursor))
+        state, cursor = train(learner, stream, (state, cursor))
         trained.append(state)
-        state = finish(stream.data, KEY, state, jnp.int32(t))
+        state = finish(learner, stream, KEY, state, jnp.int32(t))
         ended.append(state)
     return SimpleNamespace(stream=stream, learner=learner, begun=begun, trained=trained, ended=ended)
 
@@ -113,7 +111,7 @@ def test_retraining_moves_what_the_task_kept_and_nothing_else(ran: SimpleNamespa
 def test_answers_to_finished_tasks_never_change(ran: SimpleNamespace) -> None:
     predict = jax.jit(ran.learner.predict)
     for t in range(3):
-        rows = ran.stream.evaluation(ran.stream.data, t, "test")
+        rows = ran.stream.evaluation(t, "test")
         x, task, active = rows.x[0], rows.task[0], ran.stream.tasks.active[t]
         wanted = np.asarray(predict(ran.ended[t], x, task))[:, active]
         for state in ran.trained[t + 1 :] + ran.ended[t + 1 :]:
@@ -126,7 +124,7 @@ def test_answers_to_finished_tasks_never_change(ran: SimpleNamespace) -> None:
 
 def test_batch_of_several_tasks(ran: SimpleNamespace) -> None:
     state, predict = ran.ended[2], jax.jit(ran.learner.predict)
-    x = jnp.stack([ran.stream.evaluation(ran.stream.data, t, "test").x[0, :2] for t in range(3)])
+    x = jnp.stack([ran.stream.evaluation(t, "test").x[0, :2] for t in range(3)])
     tasks = jnp.arange(3)
     mixed = predict(state, x.reshape(6, 4, 4), jnp.repeat(tasks, 2))
     for t in range(3):
@@ -168,7 +166,7 @@ def test_what_it_cannot_do_without(tiny_images: Any) -> None:
     stream = tiny_stream(tiny_images)
     flat = from_nnx(lambda rngs: nnx.Linear(16, 6, rngs=rngs), preprocess=lambda x: x.reshape((-1, 16)) / 255)
     learner = compose(flat, optax.sgd(0.1), supervised(), packnet(), tasks=stream.tasks)
-    with pytest.raises(ValueError, match="packnet: the model records no taps, which tell its last layer"):
+    with pytest.raises(ValueError, match="packnet: the model records no taps, so its last layer is unknown"):
         run_stream(learner, stream, KEY)
 
 

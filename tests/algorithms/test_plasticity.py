@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 from cl_zoo import Batch, Component, TaskInfo, compose, continual_backprop, redo, replay, shrink_and_perturb, supervised
-from cl_zoo._compose import _key
+from cl_zoo._learner import _key
 from cl_zoo.models import cnn, mlp
 from tests.oracles import units as oracle
 from tests.tiny import close, same_bytes
@@ -115,7 +116,7 @@ def test_replayed_rows_count_as_the_loss_has_them() -> None:
     data, update = batches(3), jax.jit(ours.update)
     state = update(ours.init(jax.random.key(0), at(data, 0)), at(data, 0))[0]
     batch = at(data, 1)
-    joined = replay(20, batch_size=6).prepare(
+    joined, _ = replay(20, batch_size=6).prepare(
         None, state, state.parts["replay"], batch, _key(state.key, 1, "prepare", "replay")
     )
     h = oracle.hidden(exact(state.params), exact(joined.x))[0]
@@ -225,7 +226,7 @@ def test_a_silent_layer_is_recycled_whole() -> None:
 def test_components_refuse_models_that_they_cannot_reset() -> None:
     batch = at(batches(), 0)
     for component, said in ((continual_backprop(0.1), "continual_backprop"), (redo(0.1), "redo")):
-        ours = learner(component, model=MODEL._replace(units=()))
+        ours = learner(component, model=dataclasses.replace(MODEL, units=()))
         with pytest.raises(ValueError, match=f"{said}: the model has no units"):
             ours.init(jax.random.key(0), batch)
 

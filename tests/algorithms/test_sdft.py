@@ -11,12 +11,12 @@ import optax
 import pytest
 
 from cl_zoo import Batch, compose, context_distillation, dft, offline_distillation, run_stream, sdft
-from cl_zoo._compose import _key
+from cl_zoo._learner import _key
 from cl_zoo.language import Demonstrated, answer_logits, answering, decoder, generate
 from cl_zoo.layers import softmax_attention
 from cl_zoo.losses import divergence, dynamic_fine_tuning_loss
 from cl_zoo.streams import SymbolWorld
-from cl_zoo.wrappers import lora
+from cl_zoo.wrappers import lora, merge_adapters
 from tests.oracles import self_distillation as oracle
 from tests.tiny import same_bytes
 
@@ -73,7 +73,7 @@ def test_dynamic_fine_tuning_is_that_of_numpy() -> None:
 @pytest.mark.parametrize("skip", [0, 2])
 def test_an_update_is_that_of_numpy(direction: str, skip: int) -> None:
     """Loss, step of the student and of the teacher, from the tokens that were drawn."""
-    learner, state = prepared(sdft(NET, length=N, direction=direction, skip=skip, rate=0.25, stop=(11, 12)))
+    learner, state = prepared(sdft(length=N, direction=direction, skip=skip, decay=0.75, stop=(11, 12)))
     batch, theta, phi = rows(), state.params, state.parts["sdft"].teacher
     x = batch.x
     after, metrics = jax.jit(learner.update)(state, batch)
@@ -98,7 +98,7 @@ def test_an_update_is_that_of_numpy(direction: str, skip: int) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_teacher_that_is_the_student_teaches_nothing(direction: str) -> None:
-    learner, state = prepared(sdft(NET, length=N, direction=direction, teacher="live", skip=0))
+    learner, state = prepared(sdft(length=N, direction=direction, teacher="live", skip=0))
     batch = rows()
     alike = batch._replace(x=batch.x._replace(shown=batch.x.prompt, shown_padding=batch.x.padding))
     after, metrics = jax.jit(learner.update)(state, alike)
@@ -109,30 +109,30 @@ def test_a_teacher_that_is_the_student_teaches_nothing(direction: str) -> None:
 
 def test_rates_of_the_teacher() -> None:
     for rate, place in ((0.0, 0), (1.0, 1)):
-        learner, state = prepared(sdft(NET, length=N, skip=0, rate=rate))
+        learner, state = prepared(sdft(length=N, skip=0, decay=1 - rate))
         state = state._replace(parts={"sdft": state.parts["sdft"]._replace(teacher=state.params)})
         after, _ = jax.jit(learner.update)(state, rows())
         wanted = (state, after)[place].params
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after.parts["sdft"].teacher, wanted)
-    frozen, state = prepared(sdft(NET, length=N, skip=0, teacher="frozen"))
+    frozen, state = prepared(sdft(length=N, skip=0, teacher="frozen"))
     same_bytes(jax.jit(frozen.update)(state, rows())[0].parts["sdft"], state.parts["sdft"])
-    _, state = prepared(sdft(NET, length=N, skip=0, teacher="live"))
+    _, state = prepared(sdft(length=N, skip=0, teacher="live"))
     assert not jax.tree.leaves(state.parts)
 
 
 def test_cold_draws_are_greedy() -> None:
     losses = []
     for temperature in (0.0, 1e-6):
-        learner, state = prepared(sdft(NET, length=N, skip=0, temperature=temperature))
+        learner, state = prepared(sdft(length=N, skip=0, temperature=temperature))
         losses.append(jax.jit(learner.update)(state, rows())[1]["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-5)
-    warm, state = prepared(sdft(NET, length=N, skip=0))
+    warm, state = prepared(sdft(length=N, skip=0))
     assert abs(jax.jit(warm.update)(state, rows())[1]["loss"] - losses[0]) > 1e-3
 
 
 @pytest.mark.parametrize("make", [context_distillation, offline_distillation])
 def test_off_policy_distillation_learns_from_what_the_teacher_says(make: Any) -> None:
-    component = make(NET, length=N, stop=(11, 12))
+    component = make(length=N, stop=(11, 12))
     learner, state = prepared(component)
     batch, phi = rows(), state.parts[component.name].teacher
     x = batch.x
@@ -155,9 +155,11 @@ def test_adapters_alone_are_distilled() -> None:
     stream = world.skills(steps=5, batch_size=8, examples=40, tests=30)
     net = decoder(world.vocabulary, [softmax_attention(8, 2)], layers=1, hidden=8)
     weights, _ = net.model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    learner = compose(lora(answering(net), 2), optax.adam(1e-2), sdft(net, length=3, skip=0, rate=0.1))
-    result = run_stream(learner, stream, KEY, weights=weights)
-    same_bytes(result.state.model_state["frozen"], weights)
+    learner = compose(lora(answering(net), 2), optax.adam(1e-2), sdft(length=3, skip=0, decay=0.9)).bind(weights)
+    result = run_stream(learner, stream, KEY)
+    own = {leaf.shape for leaf in jax.tree.leaves(weights)}
+    assert not own & {leaf.shape for leaf in jax.tree.leaves((result.state.params, result.state.parts))}
+    assert not jax.tree.leaves(result.state.model_state)
     teacher = result.state.parts["sdft"].teacher
     assert jax.tree.structure(teacher) == jax.tree.structure(result.state.params)
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(teacher), jax.tree.leaves(result.state.params))]
@@ -167,17 +169,25 @@ def test_adapters_alone_are_distilled() -> None:
 
 def test_a_model_that_a_wrapper_hides_is_still_found() -> None:
     """The answers are drawn from the adapted net, not from the frozen one."""
-    learner, state = prepared(sdft(NET, length=N, skip=0, temperature=0), lora(answering(NET), 2))
+    weights, _ = NET.model.init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))
+    weights = jax.tree.map(lambda leaf: 3 * leaf, weights)
+    model = lora(answering(NET), 2).bind(weights)
+    learner, state = prepared(sdft(length=N, skip=0, temperature=0), model)
     loud = jax.tree.map(lambda leaf: leaf + jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state.params)
     quiet, changed = (jax.jit(learner.update)(state._replace(params=p), rows())[1] for p in (state.params, loud))
     assert abs(quiet["loss"] - changed["loss"]) > 1e-3
+    key = _key(state.key, 0, "loss", "sdft")
+    x, full = rows().x, merge_adapters(model, loud, weights)
+    said = generate(NET, full, x.prompt, key, padding=x.padding, length=N, temperature=0)
+    counted = np.asarray(rows().weight) @ np.asarray(said.mask.sum(1)) / rows().weight.sum()
+    np.testing.assert_allclose(changed["sdft/tokens"], counted, rtol=1e-5)
 
 
 def test_what_is_refused() -> None:
     for wrong, field in (
         ({"direction": "sideways"}, "direction"),
         ({"teacher": "old"}, "teacher"),
-        ({"rate": 2.0}, "rate"),
+        ({"decay": 2.0}, "decay"),
         ({"skip": 4}, "skip"),
         ({"length": 0}, "length"),
         ({"temperature": -1.0}, "temperature"),
@@ -185,10 +195,11 @@ def test_what_is_refused() -> None:
         ({"stop": "end"}, "stop is 'end'"),
     ):
         with pytest.raises(ValueError, match=field):
-            sdft(NET, **({"length": N} | wrong))
-    with pytest.raises(ValueError, match="sdft: decoder is Model, but it must be a Decoder"):
-        sdft(NET.model, length=N)  # type: ignore[arg-type]
-    learner = compose(NET.model, optax.sgd(0.1), sdft(NET, length=N))
+            sdft(**({"length": N} | wrong))
+    bare = compose(NET.model, optax.sgd(0.1), sdft(length=N))
+    with pytest.raises(ValueError, match="sdft: decoder is NoneType, but it must be a Decoder"):
+        bare.init(KEY, Batch(jnp.zeros((2, 3), jnp.int32), None, None, jnp.ones(2)))
+    learner = compose(answering(NET), optax.sgd(0.1), sdft(length=N))
     with pytest.raises(ValueError, match="must be Demonstrated"):
         learner.init(KEY, Batch(jnp.zeros((2, 3), jnp.int32), None, None, jnp.ones(2)))
     assert dft().name == "dft"

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from cl_zoo import Batch, compose, supervised, tent, ttt
-from cl_zoo._compose import _key
+from cl_zoo._learner import _key
 from cl_zoo.algorithms.ttt import crop_and_flip, quarter_turns
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist

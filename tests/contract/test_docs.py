@@ -9,10 +9,9 @@ import re
 import pytest
 
 import cl_zoo
-from cl_zoo import catalogue, cite
-from cl_zoo.layers._catalogue import sequence_layers
+from cl_zoo import catalogue, cite, layer_catalogue
 
-ENTRIES = dict(catalogue()) | dict(sequence_layers())
+ENTRIES = dict(catalogue()) | dict(layer_catalogue())
 MODULES = [module.name for module in pkgutil.walk_packages(cl_zoo.__path__, "cl_zoo.")]
 
 

@@ -11,9 +11,11 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "compilation": set(),
     "checks": set(),
+    "identity": set(),
+    "entries": set(),
     "losses": {"checks"},
-    "types": {"losses"},
-    "frozen": {"types"},
+    "_model": {"checks"},
+    "types": {"losses", "checks", "identity", "_model"},
     "shuffle": {"types"},
 }
 BASE = set(ALLOWED)
@@ -24,13 +26,14 @@ ALLOWED |= {
     "models": BASE | {"layers"},
     "wrappers": BASE | {"layers", "models"},
     "language": BASE | {"layers", "models"},
-    "_compose": BASE | {"estimators", "buffers", "models"},
+    "_learner": BASE | {"models"},
+    "_compose": BASE | {"_learner"},
     "algorithms": BASE | {"estimators", "buffers", "models", "language", "wrappers"},
-    "_catalogue": BASE | {"algorithms", "models", "layers", "language", "wrappers"},
+    "_catalogue": {"entries"},
     "datasets": BASE,
     "streams": BASE | {"datasets", "language"},
-    "evaluation": BASE | {"estimators"},
-    "training": BASE | {"evaluation"},
+    "evaluation": BASE | {"estimators", "_learner"},
+    "training": BASE | {"evaluation", "_learner"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -39,8 +42,10 @@ def imported(path: Path) -> set[str]:
     """Parts of the package that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cl_zoo"):
-            found.add((node.module.split(".") + [""])[1])
+        if isinstance(node, ast.ImportFrom) and node.module == "cl_zoo":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cl_zoo"):
+            found.add(node.module.split(".")[1])
         if isinstance(node, ast.Import):
             found |= {(name.name.split(".") + [""])[1] for name in node.names if name.name.startswith("cl_zoo")}
     return found

@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cl_zoo import layer_catalogue
+from cl_zoo.entries import LayerEntry
 from cl_zoo.layers import Mixer
-from cl_zoo.layers._catalogue import LayerEntry, sequence_layers
 from cl_zoo.layers.attention import KeyValues
-from tests.contract.test_laws import kinds
 from tests.oracles import sequence_layers as oracle
+from tests.tiny import kinds
 
 WIDTH, HEADS, B, T = 8, 2, 2, 11  # three chunks of 4, the last of 3 tokens
 D = WIDTH // HEADS
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}  # of the largest number
 KEY = jax.random.key(5)
-NAMES = list(sequence_layers())
+NAMES = list(layer_catalogue())
 WRITTEN = [name for name in NAMES if name not in ("softmax_attention", "window_attention")]
 # What else changes the computation, for the two forms.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -72,7 +73,7 @@ def close(ours: Any, wanted: Any, precision: str = "float32") -> None:
 @pytest.fixture(scope="module", params=NAMES)
 def layer(request: pytest.FixtureRequest) -> SimpleNamespace:
     """One entry, and its programs in float32, each compiled once."""
-    entry = sequence_layers()[request.param]
+    entry = layer_catalogue()[request.param]
     mixer = make(entry)
     params, x = off_centre(jax.jit(mixer.init)(KEY)), jnp.asarray(draw(B, T, WIDTH))
     forms = two_forms(mixer)
@@ -194,13 +195,13 @@ def test_one_token_and_zeros_are_finite(layer: SimpleNamespace) -> None:
     ],
 )
 def test_impossible_sizes_are_refused(name: str, width: int, heads: int, arguments: Any, said: str) -> None:
-    entry = sequence_layers()[name]
+    entry = layer_catalogue()[name]
     with pytest.raises(ValueError, match=said):
         entry.factory(width, heads, **{**entry.arguments, **arguments})
 
 
 def test_an_odd_head_cannot_be_turned() -> None:
-    mixer = sequence_layers()["ttt_linear"].factory(6, 2)
+    mixer = layer_catalogue()["ttt_linear"].factory(6, 2)
     with pytest.raises(ValueError, match="rotary: a head is 3 wide, but it must be even"):
         jax.eval_shape(lambda: mixer.apply(mixer.init(KEY), jnp.zeros((1, 4, 6))))
 
@@ -235,9 +236,9 @@ def read_alone(params: Any, x: Any, name: str) -> np.ndarray:
     return out @ params["output"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if sequence_layers()[name].frozen])
+@pytest.mark.parametrize("name", [name for name in NAMES if layer_catalogue()[name].frozen])
 def test_at_rate_zero_it_is_the_frozen_layer_and_rates_are_one_vmap(name: str) -> None:
-    entry = sequence_layers()[name]
+    entry = layer_catalogue()[name]
     params, x = off_centre(make(entry).init(KEY)), draw(B, T, WIDTH)
     traces = []
 
@@ -262,7 +263,7 @@ def test_at_rate_zero_it_is_the_frozen_layer_and_rates_are_one_vmap(name: str) -
 @pytest.mark.parametrize("name", WRITTEN)
 def test_state_moves_and_what_was_written_is_read(name: str) -> None:
     """Keys and values are shown again, and asked for by their keys: the answer is nearer to the value than before."""
-    entry = sequence_layers()[name]
+    entry = layer_catalogue()[name]
     # LaCT's window sees its own token alone, before and after; the rate at which it begins is low.
     mixer = make(entry, **({"window": 1, "base_rate": 1.0} if name == "lact" else {}))
     params = mixer.init(KEY)

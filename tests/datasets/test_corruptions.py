@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cl_zoo.datasets import CORRUPTIONS, NOISES, corrupt, load_digits
-from cl_zoo.datasets import corruptions, image_filters
+from cl_zoo.datasets import CORRUPTIONS, NOISES, corrupt, corruptions, image_filters, load_digits
 
 KEY = jax.random.key(3)
 NAMES = tuple(dict.fromkeys(CORRUPTIONS + NOISES))

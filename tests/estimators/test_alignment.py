@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -207,7 +208,7 @@ def test_scores_that_are_no_numbers_end_the_search() -> None:
 def test_what_cannot_be_aligned_is_refused(made: Any) -> None:
     model, params, model_state, batches = made
     network = (params, model_state)
-    untapped = model._replace(apply=lambda *a, **k: (*model.apply(*a, **k)[:2], {}))
+    untapped = dataclasses.replace(model, apply_function=lambda *a, **k: (*model.apply(*a, **k)[:2], {}))
     with pytest.raises(ValueError, match="no taps of the layers that read the units of"):
         unit_correlations(untapped, network, network, batches)
     with pytest.raises(ValueError, match="'nowhere/kernel', which it does not have"):

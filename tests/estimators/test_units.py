@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -195,7 +196,7 @@ def test_models_without_units_or_taps_are_refused() -> None:
     state = TrainState(zero, zero, KEY, params, model_state, (), {})
     check_units("redo", context(model), state, batch)
     with pytest.raises(ValueError, match="redo: the model has no units"):
-        check_units("redo", context(model._replace(units=())), state, batch)
-    blind = model._replace(apply=lambda *args, **options: (*model.apply(*args, **options)[:2], {}))
+        check_units("redo", context(dataclasses.replace(model, units=())), state, batch)
+    blind = dataclasses.replace(model, apply_function=lambda *args, **options: (*model.apply(*args, **options)[:2], {}))
     with pytest.raises(ValueError, match=r"\(hidden_1\) has taps"):
         check_units("redo", context(blind), state, batch)

@@ -13,7 +13,7 @@ import pytest
 from cl_zoo import Batch, compose, replay, supervised
 from cl_zoo.evaluation import online_score
 from cl_zoo.evaluation.probes import (
-    dormant_share,
+    dormant_fraction,
     effective_rank,
     mean_absolute_weight,
     stable_rank,
@@ -46,17 +46,17 @@ def test_rows_of_weight_zero_are_absent() -> None:
     for rank in (effective_rank, stable_rank):
         np.testing.assert_allclose(rank(h, weight), rank(h[:6]), rtol=1e-5)
     h = jnp.where(weight[:, None] > 0, h, 7.0)
-    assert float(dormant_share(h)) == 0
-    assert float(dormant_share(h, weight)) == 0.25
+    assert float(dormant_fraction(h)) == 0
+    assert float(dormant_fraction(h, weight)) == 0.25
 
 
 def test_dormant_share_by_hand() -> None:
     h = jnp.array([[0.0, -1.0, 2.0, 0.2], [0.0, 1.0, 4.0, 0.0]])  # means 0, 1, 3, 0.1; their mean 1.025
     for threshold, share in ((0.0, 0.25), (0.09, 0.25), (0.1, 0.5), (0.97, 0.5), (0.98, 0.75)):
-        assert float(dormant_share(h, threshold=threshold)) == share
+        assert float(dormant_fraction(h, threshold=threshold)) == share
     maps = jnp.stack([h, h], 1)[:, :, None]  # 2 x 1 positions
-    assert float(dormant_share(maps, threshold=0.1)) == 0.5
-    assert float(dormant_share(jnp.zeros((3, 5)))) == 1
+    assert float(dormant_fraction(maps, threshold=0.1)) == 0.5
+    assert float(dormant_fraction(jnp.zeros((3, 5)))) == 1
 
 
 def test_sizes_of_weights() -> None:
@@ -69,15 +69,15 @@ def test_online_score_is_that_of_the_batch_before_it_is_learnt(tiny_images: Any)
     stream = tiny_stream(tiny_images, "class")
     model = mlp((4, 4), 6, hidden=(5,))
     parts = supervised(), replay(20, batch_size=8)
-    ours = compose(model, optax.adam(0.05), *parts, online_score(stream.score, rows=8), tasks=stream.tasks)
+    ours = compose(model, optax.adam(0.05), *parts, online_score(stream.score, batch_size=8), tasks=stream.tasks)
     plain = compose(model, optax.adam(0.05), *parts, tasks=stream.tasks)
     update, cursor = jax.jit(ours.update), stream.init(jax.random.key(0))
-    batch, _ = stream.next(stream.data, cursor, lambda x: None)
+    batch, _ = stream.next(cursor)
     state = ours.init(jax.random.key(1), batch)
     other = state
     found = []
     for i in range(12):
-        batch, cursor = stream.next(stream.data, cursor, lambda x: None)
+        batch, cursor = stream.next(cursor)
         batch = batch._replace(weight=(jnp.arange(8) < 8 - i % 3).astype(jnp.float32))
         right = stream.score(ours.predict(state, batch.x), batch)
         state, metrics = update(state, batch)

@@ -9,6 +9,8 @@ mathematics allows it, on the tiny stream of the tests; numbers are those of the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import io
 import json
 import tempfile
@@ -20,12 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo import run_stream
-from cl_zoo.layers._catalogue import sequence_layers
+from cl_zoo import layer_catalogue, run_stream
 from cl_zoo.types import Model
-from experiments import anytime, split_mnist, text_domains
 from tests.conftest import tiny_images
-from tests.contract import test_laws, test_layers
+from tests.contract import test_layers
+from tests.contract.cases import SUBJECTS
 from tests.tiny import entry_learner, raw, tiny_stream
 
 FILE = Path(__file__).with_name("goldens.npz")
@@ -41,7 +42,7 @@ def wide(model: Model) -> Model:
             model.init(*arguments),
         )
 
-    return model._replace(init=init)
+    return dataclasses.replace(model, init_function=init)
 
 
 def flattened(name: str, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -52,12 +53,9 @@ def flattened(name: str, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 def of_entry(name: str, images: Any, double: bool) -> dict[str, np.ndarray]:
     """Final parameters, parts and optimiser, all metrics, and R."""
-    entry = test_laws.SUBJECTS[name]
+    entry = SUBJECTS[name]
     stream = tiny_stream(images, entry.scenarios[0])
-    net = entry.net
-    if double:
-        entry = entry._replace(net=lambda *args, **kwargs: wide(net(*args, **kwargs)))
-    learner = entry_learner(stream, entry)
+    learner = entry_learner(stream, entry, around=wide if double else lambda model: model)
     result = run_stream(learner, stream, KEY)
     state = result.state
     kept = {
@@ -72,7 +70,7 @@ def of_entry(name: str, images: Any, double: bool) -> dict[str, np.ndarray]:
 
 def of_layer(name: str) -> dict[str, np.ndarray]:
     """Both forms of a layer, the cache that they leave, and the gradient to its parameters."""
-    mixer = test_layers.make(sequence_layers()[name])
+    mixer = test_layers.make(layer_catalogue()[name])
     params = jax.tree.map(lambda leaf: leaf.astype(float), test_layers.off_centre(jax.jit(mixer.init)(test_layers.KEY)))
     x = jnp.asarray(test_layers.draw(test_layers.B, test_layers.T, test_layers.WIDTH), jnp.float64)
     parallel, recurrent, _, end = test_layers.two_forms(mixer)(params, x)
@@ -81,17 +79,14 @@ def of_layer(name: str) -> dict[str, np.ndarray]:
     return dict(flattened(f"layers/{name}/", kept))
 
 
-STUDIES = {
-    "split_mnist": lambda d: split_mnist.main(split_mnist.Config(protocol="smoke", seeds=1, directory=d)),
-    "anytime": lambda d: anytime.main(anytime.Config(protocol="smoke", seeds=1, directory=d)),
-    "text_domains": lambda d: text_domains.main(text_domains.Config(protocol="smoke", seeds=1, directory=d)),
-}
+STUDIES = ("split_mnist", "anytime", "text_domains")
 
 
 def of_study(name: str) -> dict[str, np.ndarray]:
     """The mean of every row, in the studies' own float32."""
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
-        STUDIES[name](directory)
+        study = importlib.import_module(f"experiments.{name}")
+        study.main(study.Config(protocol="smoke", seeds=1, directory=directory))
         rows = json.loads((Path(directory) / "results.json").read_text())["rows"]
     label = lambda row: "/".join(str(row[part]) for part in ("setting", "algorithm", "metric") if part in row)  # noqa: E731
     return {f"studies/{name}/{label(row)}": np.array(row["ours"]["mean"]) for row in rows if row["ours"]}
@@ -100,8 +95,8 @@ def of_study(name: str) -> dict[str, np.ndarray]:
 def names() -> list[str]:
     """Of all that is kept."""
     return (
-        [f"entries/{name}" for name in test_laws.SUBJECTS]
-        + [f"layers/{n}" for n in sequence_layers()]
+        [f"entries/{name}" for name in SUBJECTS]
+        + [f"layers/{n}" for n in layer_catalogue()]
         + [f"studies/{name}" for name in STUDIES]
     )
 

@@ -24,6 +24,7 @@ from cl_zoo.language.config import settings_of
 from cl_zoo.losses import next_token_loss
 from cl_zoo.streams import Example, skills
 from cl_zoo.wrappers import lora
+from tests.tiny import same_bytes
 
 FOLDER = Path(__file__).parents[1] / "data" / "pretrained"
 NAMES = ("llama", "llama_scaled", "llama_linear", "qwen2", "qwen3")
@@ -229,18 +230,18 @@ def tokenizer_is_broken(folder: Path) -> None:
         (tell_of_wide_ones, "has the shape"),
         (take_a_tensor, "missing, the first of them model.layers.2"),
         (leave_a_tensor, "no place in this decoder, the first of them model.layers.1"),
-        (cut, "no whole safetensors file"),
-        (lie_about_the_header, "no whole safetensors file"),
-        (lie_about_offsets, "no whole safetensors file"),
+        (cut, "not a complete safetensors file"),
+        (lie_about_the_header, "not a complete safetensors file"),
+        (lie_about_offsets, "not a complete safetensors file"),
         (not_finite, "lm_head.weight holds numbers that are not finite"),
         (pickled, "pytorch_model.bin is a pickle"),
-        (pickle_in_disguise, "no whole safetensors file"),
+        (pickle_in_disguise, "not a complete safetensors file"),
         (no_config, "no config.json"),
-        (config_is_no_json, "no JSON"),
+        (config_is_no_json, "is not JSON"),
         (config_is_a_list, "must be an object"),
         (outside, "must lie in the folder itself"),
         (a_shard_is_missing, "model-00001-of-00002.safetensors is missing"),
-        (tokenizer_is_broken, "is no tokenizer"),
+        (tokenizer_is_broken, "is not a tokenizer"),
     ],
 )
 def test_broken_checkpoints_give_one_clear_line(
@@ -281,9 +282,10 @@ def test_a_saved_tokenizer_reads_and_ends_as_before(tmp_path: Path) -> None:
 
 def test_published_weights_cannot_be_forgotten_or_of_another_net() -> None:
     loaded = load_pretrained(FOLDER / "llama")
-    init, key, x = loaded.decoder.model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-    with pytest.raises(ValueError, match="weights=loaded.params"):
-        init(key, x)
+    model, key, x = loaded.decoder.model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    for forgetful in (model, lora(model, 2)):
+        with pytest.raises(ValueError, match=r"learner\.bind\(loaded\.params\)"):
+            forgetful.init(key, x)
     params = loaded.params
     for wrong, words in (
         (params | {"embedding": params["embedding"][:-1]}, "'embedding' has the shape"),
@@ -292,11 +294,13 @@ def test_published_weights_cannot_be_forgotten_or_of_another_net() -> None:
             "'embedding' is int64, but it must be floating point",
         ),
         ({name: value for name, value in params.items() if name != "norm"}, "have no 'norm/scale'"),
-        (params | {"more": params["norm"]}, "have 'more/scale', for which the net has no place"),
+        (params | {"more": params["norm"]}, "have 'more/scale', for which the model has no place"),
     ):
         with pytest.raises(ValueError, match=words):
-            init(key, x, wrong)
-    assert init(key, x, params)[0] is params
+            model.bind(wrong).init(key, x)
+    begun, _ = model.bind(params).init(key, x)
+    same_bytes(begun, params)
+    assert begun["embedding"] is not params["embedding"], "training must leave the caller's alone"
 
 
 def test_a_folder_around_a_gguf_file_and_types_that_are_no_floats(tmp_path: Path) -> None:
@@ -328,9 +332,9 @@ def test_weights_that_are_still_numpy_arrays_serve_a_learner() -> None:
     loaded = load_pretrained(FOLDER / "llama")
     one = Example([1, 2], [3, 1, 2], [4, 5])
     stream = skills([{"train": [one] * 2, "test": [one]}], vocabulary=loaded.config.vocabulary, steps=1, batch_size=2)
-    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    batch, _ = stream.next(stream.init(jax.random.key(0)))
     model = lora(answering(loaded.decoder), 2)
-    learner = compose(model, optax.adam(1e-3), supervised(next_token_loss), tasks=stream.tasks)
-    state = learner.init(jax.random.key(0), batch, loaded.params)
+    learner = compose(model, optax.adam(1e-3), supervised(next_token_loss), tasks=stream.tasks).bind(loaded.params)
+    state = learner.init(jax.random.key(0), batch)
     eager = learner.predict(state, batch.x)
     np.testing.assert_allclose(jax.jit(lambda x: learner.predict(state, x))(batch.x), eager, atol=1e-5)

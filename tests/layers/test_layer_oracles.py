@@ -13,12 +13,12 @@ import pytest
 from cl_zoo.layers._delta_rule import delta_rule_chunked, delta_rule_step
 from cl_zoo.layers._lact import SwiGlu, lact_chunked, newton_schulz
 from cl_zoo.layers._linear_attention import linear_attention_chunked, linear_attention_step
+from cl_zoo.layers._rotary import rotary
 from cl_zoo.layers._titans import titans_chunked, titans_start, titans_step
 from cl_zoo.layers.attention import attend, attend_window
 from cl_zoo.layers.fast_weights import FastLayer
 from cl_zoo.layers.mixer import causal_convolution
-from cl_zoo.layers.rotary import rotary
-from cl_zoo.layers.ttt import InnerLoss, ttt_chunked, ttt_start, ttt_step
+from cl_zoo.layers.ttt_core import InnerLoss, ttt_chunked, ttt_start, ttt_step
 from tests.oracles import sequence_layers as oracle
 
 B, H, T, D, E = 2, 2, 19, 4, 3

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from cl_zoo.layers._catalogue import sequence_layers
+from cl_zoo import layer_catalogue
 from tests.oracles import sequence_layers as oracle
 
 WIDTH, HEADS, B, T, C = 8, 2, 2, 11, 4  # C tokens of a chunk, or of a mini-batch
@@ -118,9 +118,9 @@ def whole(name: str, p: Any, x: np.ndarray) -> np.ndarray:
     return z @ p["output"]
 
 
-@pytest.mark.parametrize("name", list(sequence_layers()))
+@pytest.mark.parametrize("name", list(layer_catalogue()))
 def test_layer_is_its_equations(name: str) -> None:
-    entry, random = sequence_layers()[name], np.random.default_rng(1)
+    entry, random = layer_catalogue()[name], np.random.default_rng(1)
     gate = {"gate": True} if "gate" in inspect.signature(entry.factory).parameters else {}
     mixer = entry.factory(WIDTH, HEADS, **entry.arguments, convolution=3, **gate)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, float), jax.jit(mixer.init)(jax.random.key(2)))

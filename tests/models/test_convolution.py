@@ -1,5 +1,6 @@
 """Convolutions: equal to an oracle in every order and mode, and in the fast form inside of loops."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -232,7 +233,7 @@ def gradient_of(apply, state):
 def test_nets_convolve_in_the_fast_form_inside_of_loops(name: str) -> None:
     model = NETS[name]()
     params, state = jax.jit(model.init)(KEY, X)
-    as_it_is = model.apply.__wrapped__  # type: ignore[attr-defined]
+    as_it_is = model.apply_function.__wrapped__  # type: ignore[attr-defined]
 
     def text(apply) -> str:
         def step(p, _):
@@ -273,7 +274,7 @@ def test_indexing_draws_and_what_is_no_array_pass_through() -> None:
 
     for task in (None, np.int32(1)):
         fast = jax.jit(lambda x, task=task: outputs(model.apply, task) + 0 * x[0, 0, 0, 0])(X)
-        plain = jax.jit(lambda x, task=task: outputs(model.apply.__wrapped__, task) + 0 * x[0, 0, 0, 0])(X)  # type: ignore[attr-defined]
+        plain = jax.jit(lambda x, task=task: outputs(model.apply_function.__wrapped__, task) + 0 * x[0, 0, 0, 0])(X)  # type: ignore[attr-defined]
         close(fast, plain, 1e-4, 1e-4)
 
 
@@ -315,11 +316,11 @@ def test_modes_of_jax() -> None:
 def test_plain_convolutions_are_told_of() -> None:
     plain = Model(lambda key, x: (jnp.ones((5, 3, 3, 3)), {}), bare_apply)
     batch = Batch(jnp.ones((2, 3, 4, 4)), jnp.zeros(2, jnp.int32), None, jnp.ones(2))
-    with pytest.warns(UserWarning, match=r"fast_convolutions\(model.apply\)"):
+    with pytest.warns(UserWarning, match=r"fast_convolutions\(apply\)"):
         compose(plain, optax.sgd(0.1), supervised()).init(KEY, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fast = plain._replace(apply=fast_convolutions(bare_apply))
+        fast = dataclasses.replace(plain, apply_function=fast_convolutions(bare_apply))
         jax.jit(compose(fast, optax.sgd(0.1), supervised()).init)(KEY, batch)
 
 

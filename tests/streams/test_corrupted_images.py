@@ -9,12 +9,12 @@ import pytest
 from cl_zoo import compose, run_stream, supervised
 from cl_zoo.datasets import CORRUPTIONS, NOISES, LabelledImages, corrupt
 from cl_zoo.models import mlp
+from cl_zoo.streams import _corrupted_images as module
 from cl_zoo.streams import conditions, corrupted_images
-from cl_zoo.streams import corrupted_images as module
 from tests.tiny import same_bytes
 
 KEY = jax.random.key(7)
-SOME = {"corruptions": ["contrast", "gaussian_noise"], "severities": [1, 3], "rows": 24, "batch_size": 8}
+SOME = {"corruptions": ["contrast", "gaussian_noise"], "severities": [1, 3], "examples": 24, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +29,15 @@ def images():
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def batches_of(next_batch, n, data, cursor):
-    return jax.lax.scan(lambda c, _: next_batch(data, c, None)[::-1], cursor, None, length=n)[1]
-
-
+@jax.jit
 def run(stream, key=KEY):
-    return batches_of(stream.next, stream.n_tasks * stream.steps, stream.data, stream.init(key))
+    n = stream.n_tasks * stream.steps
+    return jax.lax.scan(lambda cursor, _: stream.next(cursor)[::-1], stream.init(key), length=n)[1]
 
 
 def held_out(stream, task, split="test"):
     """Images and labels of the rows that count."""
-    batch = stream.evaluation(stream.data, jnp.asarray(task), split)
+    batch = stream.evaluation(jnp.asarray(task), split)
     real = np.asarray(batch.weight).ravel() > 0
     return np.asarray(batch.x).reshape(-1, *batch.x.shape[2:])[real], np.asarray(batch.y).ravel()[real]
 
@@ -120,7 +117,7 @@ def test_images_in_parts_are_those_at_once(images, monkeypatch):
 
 
 def test_validation_rows_are_apart(images):
-    stream = corrupted_images(images, key=KEY, validation=1 / 3, **{**SOME, "rows": 36})
+    stream = corrupted_images(images, key=KEY, validation=1 / 3, **{**SOME, "examples": 36})
     test, validation = (pairs(*held_out(stream, 2, split)) for split in ("test", "validation"))
     assert len(test) == 24 and len(validation) == 12 and not set(test) & set(validation)
     with pytest.raises(ValueError, match="no validation examples"):
@@ -132,7 +129,7 @@ def test_reorder_keeps_each_corruptions_schedule(images):
     stream = corrupted_images(images, clean_first=True, key=KEY, **options)
     found = set()
     for seed in range(20):
-        condition = np.asarray(stream.reorder(stream.data, jax.random.key(seed)).condition)
+        condition = np.asarray(stream.reorder(jax.random.key(seed)).data.condition)
         assert condition[0] == 0
         blocks = [tuple(block) for block in condition[1:].reshape(3, 3).tolist()]
         assert sorted(blocks) == [(1, 2, 1), (3, 4, 3), (5, 6, 5)]
@@ -174,7 +171,7 @@ def official(tmp_path_factory):
 
 def test_official_files(official):
     folder, labels = official
-    options = {"data_dir": folder, "severities": [2, 5], "rows": 30, "batch_size": 10, "key": KEY}
+    options = {"data_dir": folder, "severities": [2, 5], "examples": 30, "batch_size": 10, "key": KEY}
     stream = corrupted_images(corruptions=["fog", "spatter"], **options)
     assert stream.n_tasks == 4 and stream.tasks.active.shape == (4, 10)
     rows = []
@@ -192,7 +189,7 @@ def test_official_files_after_clean_images(official):
     plain = np.zeros((10_000, 32, 32, 3), np.uint8)
     plain[:, 0, 0, 1], plain[:, 0, 0, 2] = np.arange(10_000) // 100, np.arange(10_000) % 100
     images = LabelledImages(plain[:1], labels[:1], plain, labels)
-    options = {"data_dir": folder, "corruptions": ["fog"], "severities": [1], "rows": 20, "batch_size": 10}
+    options = {"data_dir": folder, "corruptions": ["fog"], "severities": [1], "examples": 20, "batch_size": 10}
     stream = corrupted_images(images, clean_first=True, **options)
     (clean, _), (foggy, _) = held_out(stream, 0), held_out(stream, 1)
     np.testing.assert_array_equal(clean[:, 0, 0, 1:], foggy[:, 0, 0, 1:])
@@ -215,7 +212,7 @@ def test_official_files_after_clean_images(official):
         ({"corruptions": ["fog", "fog"]}, "different values"),
         ({"severities": [0]}, "severities is 0"),
         ({"severities": ()}, r"severities is \(\)"),
-        ({"rows": 91}, r"rows is 91.*\[1, 90\]"),
+        ({"examples": 91}, r"examples is 91.*\[1, 90\]"),
         ({"batch_size": 7}, "batch_size is 7, but a task has 24 rows.*divide 24"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"epochs": 0}, "epochs is 0"),
@@ -228,5 +225,5 @@ def test_refusals(options, message, images):
 
 
 def test_all_noises_make_a_stream(images):
-    stream = corrupted_images(images, corruptions=NOISES, severities=[5], rows=24, batch_size=24)
+    stream = corrupted_images(images, corruptions=NOISES, severities=[5], examples=24, batch_size=24)
     assert stream.n_tasks == 5 and set(NOISES) - set(CORRUPTIONS) == {"speckle_noise", "uniform_noise"}

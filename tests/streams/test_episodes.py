@@ -27,18 +27,18 @@ def compiled(function: Any, *static: int) -> Any:
     return jax.jit(function, static_argnums=static)
 
 
-def first(stream: Stream, key: Any = KEY, step: int = 0, data: Any = None) -> Batch:
+def first(stream: Stream, key: Any = KEY, step: int = 0) -> Batch:
     """The batch at a step."""
     cursor = stream.init(key)._replace(step=jnp.int32(step))
-    return compiled(stream.next, 2)(stream.data if data is None else data, cursor, None)[0]
+    return compiled(Stream.next)(stream, cursor)[0]
 
 
-def held_out(stream: Stream, task: int = 0, split: str = "test", data: Any = None) -> Batch:
-    return compiled(stream.evaluation, 2)(stream.data if data is None else data, jnp.int32(task), split)
+def held_out(stream: Stream, task: int = 0, split: str = "test") -> Batch:
+    return compiled(Stream.evaluation, 2)(stream, jnp.int32(task), split)
 
 
 def sampled(stream: Stream, task: int = 0, key: Any = KEY) -> Batch:
-    return compiled(stream.sample)(stream.data, jnp.int32(task), key)
+    return compiled(Stream.sample)(stream, jnp.int32(task), key)
 
 
 def fitted(batch: Batch, row: int) -> tuple[float, float, float]:
@@ -119,11 +119,12 @@ def test_each_task_is_a_family_of_its_own() -> None:
 
 def test_another_order_of_families() -> None:
     stream = sinusoids(6, steps=1, amplitude=[(i, i + 1) for i in range(6)])
-    orders = {tuple(np.asarray(stream.reorder(stream.data, jax.random.key(i)).amplitude[:, 0])) for i in range(4)}
+    orders = {tuple(np.asarray(stream.reorder(jax.random.key(i)).data.amplitude[:, 0])) for i in range(4)}
     assert len(orders) > 1 and all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders)
-    data = stream.reorder(stream.data, KEY)
+    other = stream.reorder(KEY)
+    data = other.data
     np.testing.assert_array_equal(np.floor(data.phase[:, 0] / (np.pi / 6) + 0.01), data.amplitude[:, 0])
-    amplitude = fitted(first(stream, step=2, data=data), 0)[0]
+    amplitude = fitted(first(other, step=2), 0)[0]
     assert data.amplitude[2, 0] - 1e-3 <= amplitude <= data.amplitude[2, 1] + 1e-3
 
 
@@ -229,7 +230,7 @@ def test_tasks_are_dealt_other_classes_of_the_same_split() -> None:
     stream = few_shot(marked(18), **options, test_classes=[0, 1, 2, 3, 4, 10])
     keys = jax.random.split(jax.random.key(0), 4)
     one_copy = stream.data._replace(images=None, start=None, count=None, train=0, validation=0, test=0)
-    drawn = jax.jit(jax.vmap(stream.reorder, in_axes=(None, 0), out_axes=one_copy))(stream.data, keys)
+    drawn = jax.jit(jax.vmap(lambda s, k: s.reorder(k).data, in_axes=(None, 0), out_axes=one_copy))(stream, keys)
     for split in ("train", "validation", "test"):
         before, after = np.asarray(getattr(stream.data, split)), np.asarray(getattr(drawn, split))
         assert len({order.tobytes() for order in after}) > 1
@@ -238,9 +239,9 @@ def test_tasks_are_dealt_other_classes_of_the_same_split() -> None:
     same_bytes(drawn.images, stream.data.images)
     again = few_shot(marked(18), **options, test_classes=[0, 1, 2, 3, 4, 10], key=keys[1])
     np.testing.assert_array_equal(again.data.test, drawn.test[1])
-    data = stream.reorder(stream.data, keys[1])
-    assert classes_of(first(stream, step=0, data=data)) <= set(data.train[0].tolist())
-    assert classes_of(held_out(stream, 2, "validation", data)) <= set(data.validation[2].tolist())
+    other = stream.reorder(keys[1])
+    assert classes_of(first(other, step=0)) <= set(other.data.train[0].tolist())
+    assert classes_of(held_out(other, 2, "validation")) <= set(other.data.validation[2].tolist())
 
 
 def test_all_turns_of_a_class_are_in_one_task() -> None:
@@ -317,7 +318,7 @@ def flat(batch: Batch) -> Batch:
 
 def test_episodes_follow_from_key_and_step(stream: Stream) -> None:
     same_bytes(first(stream, step=1), first(stream, step=1))
-    step = lambda cursor, _: stream.next(stream.data, cursor, None)[::-1]  # noqa: E731
+    step = lambda cursor, _: stream.next(cursor)[::-1]  # noqa: E731
     cursor, batches = jax.jit(lambda: jax.lax.scan(step, stream.init(KEY), length=7))()
     assert int(cursor.step) == 7
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], batches) for i in range(7)]
@@ -330,9 +331,7 @@ def test_episodes_follow_from_key_and_step(stream: Stream) -> None:
 
 def test_many_keys_are_the_single_ones(stream: Stream) -> None:
     keys = jax.random.split(KEY, 3)
-    many = jax.jit(jax.vmap(lambda data, key: stream.next(data, stream.init(key), None)[0], (None, 0)))(
-        stream.data, keys
-    )
+    many = jax.jit(jax.vmap(lambda stream, key: stream.next(stream.init(key))[0], (None, 0)))(stream, keys)
     for i, key in enumerate(keys):
         one = first(stream, key=key)
         for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
@@ -342,7 +341,7 @@ def test_many_keys_are_the_single_ones(stream: Stream) -> None:
 def test_evaluation_is_fixed_and_differs_by_split_and_task(stream: Stream) -> None:
     sets = {(task, split): held_out(stream, task, split) for task in (0, 1) for split in ("validation", "test")}
     for (task, split), rows in sets.items():
-        same_bytes(rows, compiled(stream.evaluation, 2)(stream.data, jnp.int32(task), split))
+        same_bytes(rows, stream.evaluation(task, split))
         assert rows.y.shape[:2] == (3, 4) == rows.weight.shape
         assert np.ravel(rows.weight).tolist() == [1.0] * 10 + [0.0] * 2
     each = [*map(flat, sets.values()), *(first(stream, step=i) for i in range(6))]
@@ -382,12 +381,12 @@ def test_a_run_learns_what_all_episodes_share() -> None:
 def test_no_program_holds_the_images(digits: LabelledImages) -> None:
     stream = few_shot(digits, steps=10, evaluation_size=20, sample_size=20)
     for program in (
-        lambda data, key: stream.next(data, stream.init(key), None),
-        lambda data, key: stream.sample(data, 0, key),
-        lambda data, key: stream.evaluation(data, 0, "test"),
-        stream.reorder,
+        lambda stream, key: stream.next(stream.init(key)),
+        lambda stream, key: stream.sample(0, key),
+        lambda stream, key: stream.evaluation(0, "test"),
+        Stream.reorder,
     ):
-        assert largest_constant(jax.make_jaxpr(program)(stream.data, KEY)) < 2**20
+        assert largest_constant(jax.make_jaxpr(program)(stream, KEY)) < 2**20
 
 
 # Bad values
@@ -458,9 +457,9 @@ def test_images_that_cannot_be_used_are_refused() -> None:
 def test_splits_that_are_not_there_are_refused() -> None:
     stream = few_shot(marked(6), n_way=3, queries=2)
     with pytest.raises(ValueError, match="there are no validation classes; hold some out with validation_classes"):
-        stream.evaluation(stream.data, 0, "validation")
+        stream.evaluation(0, "validation")
     with pytest.raises(ValueError, match="split is 'train', but it must be one of 'validation', 'test'"):
-        stream.evaluation(stream.data, 0, "train")
+        stream.evaluation(0, "train")
 
 
 def test_trajectories_walk_class_by_class_and_ask_for_all(tiny_images: Any) -> None:
@@ -476,7 +475,7 @@ def test_trajectories_walk_class_by_class_and_ask_for_all(tiny_images: Any) -> N
         flat = np.asarray(x).reshape((-1, 1, 16)) == pooled.reshape((1, -1, 16))
         return label_of[flat.all(-1).argmax(1)].reshape(x.shape[:-2])
 
-    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), None)
+    batch, _ = stream.next(stream.init(jax.random.key(0)))
     train = np.array([0, 2, 3, 5])
     for x, y in ((batch.x.support_x, batch.x.support_y), (batch.x.query_x, batch.y)):
         np.testing.assert_array_equal(classes_of(x), train[np.asarray(y)])
@@ -484,7 +483,7 @@ def test_trajectories_walk_class_by_class_and_ask_for_all(tiny_images: Any) -> N
     assert (walked == walked[:, :, :1]).all() and (walked[:, 0, 0] != walked[:, 1, 0]).all()
     np.testing.assert_array_equal(batch.x.query_x[:, :6], batch.x.support_x)
     assert set(np.ravel(batch.y[:, 6:])) == {0, 1, 2, 3}
-    tests = stream.evaluation(stream.data, 0, "test")
+    tests = stream.evaluation(0, "test")
     np.testing.assert_array_equal(classes_of(tests.x.support_x), np.array([1, 4])[np.asarray(tests.x.support_y)])
     np.testing.assert_array_equal(classes_of(tests.x.query_x), np.array([1, 4])[np.asarray(tests.y)])
     shown = np.asarray(tests.x.support_x).reshape((8, 6, 16))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cl_zoo import Batch
+from cl_zoo import Batch, Stream
 from cl_zoo.datasets import LabelledImages
 from cl_zoo.streams import permuted_mnist, rotated_mnist, split_mnist
 from cl_zoo.streams.arrays import locate, scenario_tasks
@@ -62,14 +62,14 @@ def undone(stream, task, x):
     return x
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def batches_of(next_batch, n, data, cursor):
-    return jax.lax.scan(lambda c, _: next_batch(data, c, None)[::-1], cursor, None, length=n)[1]
+@partial(jax.jit, static_argnums=1)
+def batches_of(stream, n, cursor):
+    return jax.lax.scan(lambda c, _: stream.next(c)[::-1], cursor, length=n)[1]
 
 
 def run(stream, n, key=KEY):
     """The first n batches, stacked."""
-    return batches_of(stream.next, n, stream.data, stream.init(key))
+    return batches_of(stream, n, stream.init(key))
 
 
 @cache
@@ -78,11 +78,11 @@ def compiled(function, *static):
 
 
 def held_out(stream, task, split="test"):
-    return compiled(stream.evaluation, 2)(stream.data, task, split)
+    return compiled(Stream.evaluation, 2)(stream, task, split)
 
 
 def sampled(stream, task, key=KEY):
-    return compiled(stream.sample)(stream.data, task, key)
+    return compiled(Stream.sample)(stream, task, key)
 
 
 def make(kind, scenario, images, n_tasks=3, **options):
@@ -267,9 +267,8 @@ def test_epochs_of_unequal_tasks(unequal_images):
 def test_the_cursor_is_the_place_in_the_stream(tiny_images):
     stream = make("split", "task", tiny_images, steps=3)
     whole, cursor = run(stream, 9), stream.init(KEY)
-    step = jax.jit(lambda data, cursor: stream.next(data, cursor, None))
     for i in range(9):
-        batch, cursor = step(stream.data, cursor)
+        batch, cursor = compiled(Stream.next)(stream, cursor)
         same_bytes(batch, jax.tree.map(lambda leaf, i=i: leaf[i], whole))
     assert run(stream, 9, key=jax.random.key(8)).x.tolist() != whole.x.tolist(), "another key, another order"
 
@@ -296,20 +295,22 @@ def test_joint_all_draws_each_example_of_every_task_from_the_start(unequal_image
 
 
 @pytest.mark.parametrize("joint", [None, "seen"])
-def test_glances_repeat_every_batch(joint, tiny_images):
+def test_every_batch_comes_several_times(joint, tiny_images):
     once = make("split", "task", tiny_images, joint=joint, epochs=2)
-    stream = make("split", "task", tiny_images, joint=joint, epochs=2, glances=3)
+    stream = make("split", "task", tiny_images, joint=joint, epochs=2, updates_per_batch=3)
     assert once.steps == 12 and stream.steps == 36
     batches, different = run(stream, 3 * 36 + 6), run(once, 3 * 12 + 2)
-    for glance in range(3):
-        same_bytes(jax.tree.map(lambda leaf, g=glance: leaf[g::3], batches), different)
+    for time in range(3):
+        same_bytes(jax.tree.map(lambda leaf, i=time: leaf[i::3], batches), different)
     if joint is None:
         first_pass = train_rows(tiny_images, batches.x[:18:3])
         assert len(set(first_pass.tolist())) == 6 * 20
 
 
-def test_one_glance_is_the_stream_as_it_was(tiny_images):
-    same_bytes(run(make("split", "class", tiny_images, glances=1), 9), run(make("split", "class", tiny_images), 9))
+def test_one_update_per_batch_is_the_stream_as_it_was(tiny_images):
+    same_bytes(
+        run(make("split", "class", tiny_images, updates_per_batch=1), 9), run(make("split", "class", tiny_images), 9)
+    )
 
 
 # Samples and evaluation sets
@@ -405,12 +406,12 @@ def test_reorder_draws_per_key_and_shares_the_images(kind, field, tiny_images):
     stream = make(kind, "class", tiny_images, n_tasks=6)
     keys = jax.random.split(jax.random.key(0), 4)
     one_copy = stream.data._replace(**dict.fromkeys(stream.data._fields))._replace(**{field: 0})
-    drawn = jax.jit(jax.vmap(stream.reorder, in_axes=(None, 0), out_axes=one_copy))(stream.data, keys)
+    drawn = jax.jit(jax.vmap(lambda s, k: s.reorder(k).data, in_axes=(None, 0), out_axes=one_copy))(stream, keys)
     same_bytes(drawn.images, stream.data.images)
     orders = np.asarray(getattr(drawn, field))
     first = np.asarray(getattr(stream.data, field))
     assert len({order.tobytes() for order in (*orders, first)}) == 5, "two keys gave one order"
-    again = stream.reorder(stream.data, keys[2])
+    again = stream.reorder(keys[2]).data
     np.testing.assert_array_equal(getattr(again, field), orders[2])
     assert again.images is stream.data.images
     for order in orders:
@@ -419,7 +420,7 @@ def test_reorder_draws_per_key_and_shares_the_images(kind, field, tiny_images):
 
 def test_reordered_labels_follow_the_new_order(tiny_images):
     stream = make("split", "domain", tiny_images, steps=3)
-    stream = stream._replace(data=stream.reorder(stream.data, jax.random.key(5)))
+    stream = stream.reorder(jax.random.key(5))
     batches, classes = run(stream, 9), np.asarray(stream.data.classes)
     of = tiny_images.train_labels[train_rows(tiny_images, batches.x)]
     np.testing.assert_array_equal(of, classes[np.repeat([0, 1, 2], 60), np.ravel(batches.y)])
@@ -435,14 +436,14 @@ def test_no_program_holds_the_images(kind, digits):
     stream = MAKERS[kind](2, "domain", images=digits, sample_size=100)
     assert stream.data.images.nbytes > 2**20
     programs = (
-        (lambda data, key: stream.next(data, stream.init(key), None), KEY),
-        (lambda data, key: stream.sample(data, 0, key), KEY),
-        (lambda data, key: stream.evaluation(data, 1, "test"), KEY),
-        (stream.reorder, KEY),
+        lambda stream, key: stream.next(stream.init(key)),
+        lambda stream, key: stream.sample(0, key),
+        lambda stream, key: stream.evaluation(1, "test"),
+        Stream.reorder,
     )
-    for program, key in programs:
-        assert largest_constant(jax.make_jaxpr(program)(stream.data, key)) < 2**20
-        assert len(jax.jit(program).lower(stream.data, key).as_text()) < 2**20
+    for program in programs:
+        assert largest_constant(jax.make_jaxpr(program)(stream, KEY)) < 2**20
+        assert len(jax.jit(program).lower(stream, KEY).as_text()) < 2**20
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap])
@@ -470,9 +471,9 @@ BAD = [
     ("split", {"validation": 0.9}, ["batch_size", "20", "12"]),
     ("split", {"steps": 0}, ["steps", "0"]),
     ("split", {"epochs": 0}, ["epochs", "0"]),
-    ("split", {"glances": 0}, ["glances", "0"]),
-    ("split", {"glances": 2.0}, ["glances", "2.0", "whole number"]),
-    ("split", {"glances": 3, "steps": 7}, ["steps is 7", "glances is 3", "multiple of 3"]),
+    ("split", {"updates_per_batch": 0}, ["updates_per_batch", "0"]),
+    ("split", {"updates_per_batch": 2.0}, ["updates_per_batch", "2.0", "whole number"]),
+    ("split", {"updates_per_batch": 3, "steps": 7}, ["steps is 7", "updates_per_batch is 3", "multiple of 3"]),
     ("split", {"sample_size": -1}, ["sample_size", "-1"]),
     ("split", {"sample_size": 0}, ["sample_size", "0"]),
     ("split", {"sample_batch": 0}, ["sample_batch", "0"]),
@@ -499,13 +500,13 @@ def test_largest_batch_is_accepted(tiny_images):
 def test_empty_validation_split_is_refused(tiny_images):
     stream = make("split", "task", tiny_images)
     with pytest.raises(ValueError, match="no validation examples.*validation=0.1"):
-        stream.evaluation(stream.data, 0, "validation")
+        stream.evaluation(0, "validation")
 
 
 def test_unknown_split_is_refused(tiny_images):
     stream = make("split", "task", tiny_images)
     with pytest.raises(ValueError, match="split is 'train'.*'validation', 'test'"):
-        stream.evaluation(stream.data, 0, "train")
+        stream.evaluation(0, "train")
 
 
 def test_joint_all_is_accepted_where_all_outputs_are_open(tiny_images):

@@ -17,9 +17,9 @@ from tests.tiny import same_bytes
 KEY = jax.random.key(3)
 
 
-def take(stream: Stream, key: Any = KEY, step: int = 0, data: Any = None) -> Batch:
+def take(stream: Stream, key: Any = KEY, step: int = 0) -> Batch:
     cursor = stream.init(key)._replace(step=jnp.int32(step))
-    return jax.jit(stream.next, static_argnums=2)(stream.data if data is None else data, cursor, None)[0]
+    return jax.jit(Stream.next)(stream, cursor)[0]
 
 
 def assert_even(counts: Any) -> None:
@@ -79,7 +79,7 @@ def test_a_full_row_is_all_pairs_and_queries() -> None:
 def test_alpha_may_be_swept() -> None:
     def mean_gap(alpha: Any) -> Any:
         stream = associative_recall(length=64, pairs=1, vocabulary=8, batch_size=200, alpha=alpha)
-        batch = stream.next(stream.data, stream.init(KEY), None)[0]
+        batch = stream.next(stream.init(KEY))[0]
         return jnp.mean(jnp.argmax(batch.y, axis=1).astype(jnp.float32))
 
     gaps = jax.jit(jax.vmap(mean_gap))(jnp.array([0.0, 1.0, 4.0]))
@@ -139,16 +139,16 @@ STREAMS = {
 def test_rows_follow_from_the_cursor(name: str) -> None:
     stream = STREAMS[name]()
     assert stream.n_tasks == 1 and stream.provides == {"boundaries", "begin_sample", "end_sample", "open_outputs"}
-    step = jax.jit(stream.next, static_argnums=2)
+    step = jax.jit(Stream.next)
     cursor, batches = stream.init(KEY), []
     for _ in range(3):
-        batch, cursor = step(stream.data, cursor, None)
+        batch, cursor = step(stream, cursor)
         batches.append(batch)
     same_bytes(take(stream, step=2), batches[2])
     assert not np.array_equal(batches[0].x, batches[1].x)
     assert not np.array_equal(take(stream, jax.random.key(4)).x, batches[0].x)
     keys = jax.random.split(KEY, 3)
-    together = jax.jit(jax.vmap(lambda k: stream.next(stream.data, stream.init(k), None)[0]))(keys)
+    together = jax.jit(jax.vmap(lambda k: stream.next(stream.init(k))[0]))(keys)
     for i, key in enumerate(keys):
         same_bytes(jax.tree.map(lambda leaf, i=i: leaf[i], together), take(stream, key))
 
@@ -156,11 +156,11 @@ def test_rows_follow_from_the_cursor(name: str) -> None:
 @pytest.mark.parametrize("name", list(STREAMS))
 def test_evaluation_rows_are_fixed_and_differ_by_split(name: str) -> None:
     stream = STREAMS[name]()
-    evaluation = jax.jit(stream.evaluation, static_argnums=2)
-    test, validation = (evaluation(stream.data, jnp.int32(0), split) for split in ("test", "validation"))
+    evaluation = jax.jit(Stream.evaluation, static_argnums=2)
+    test, validation = (evaluation(stream, jnp.int32(0), split) for split in ("test", "validation"))
     assert test.x.shape == (1, 10, 8) and not np.array_equal(test.x, validation.x)
-    same_bytes(test, evaluation(stream.data, jnp.int32(0), "test"))
-    assert jax.eval_shape(stream.sample, stream.data, jnp.int32(0), KEY).x.shape == (1, 100, 8)
+    same_bytes(test, evaluation(stream, jnp.int32(0), "test"))
+    assert jax.eval_shape(stream.sample, jnp.int32(0), KEY).x.shape == (1, 100, 8)
     rows = jax.tree.map(lambda leaf: leaf[0], test)
     right = jax.nn.one_hot(rows.y, stream.tasks.active.shape[-1])
     np.testing.assert_array_equal(stream.score(right, rows), np.ones(10))

@@ -18,7 +18,7 @@ from cl_zoo.streams import slowly_changing_regression
 
 def take(stream: Any, n: int, key: int = 0) -> Any:
     """The first `n` batches, stacked."""
-    step = lambda cursor, _: stream.next(stream.data, cursor, None)[::-1]  # noqa: E731
+    step = lambda cursor, _: stream.next(cursor)[::-1]  # noqa: E731
     return jax.jit(lambda: jax.lax.scan(step, stream.init(jax.random.key(key)), length=n)[1])()
 
 
@@ -68,23 +68,23 @@ def test_fast_bits_are_fair_and_differ_between_steps_and_keys() -> None:
     assert (fast != np.asarray(take(stream, 500, key=1).x[:, 0, 15:])).mean() > 0.4
     # The cursor is all there is: going on from it gives the same rows.
     cursor = stream.init(jax.random.key(0))._replace(step=jnp.int32(123))
-    np.testing.assert_array_equal(stream.next(stream.data, cursor, None)[0].x[0, 15:], fast[123])
+    np.testing.assert_array_equal(stream.next(cursor)[0].x[0, 15:], fast[123])
 
 
 def test_evaluation_is_on_every_input_of_a_task() -> None:
     stream = slowly_changing_regression(4, steps=5)
-    rows = stream.evaluation(stream.data, jnp.int32(2), "test")
+    rows = stream.evaluation(jnp.int32(2), "test")
     assert rows.x.shape == (1, 32, 20) and len(np.unique(rows.x[0, :, 15:], axis=0)) == 32
     assert (rows.x[0, :, :15] == stream.data.slow[2]).all()
     large = slowly_changing_regression(4, steps=5, slow_bits=2, evaluation_size=50)
-    test, validation = (large.evaluation(large.data, jnp.int32(2), split) for split in ("test", "validation"))
+    test, validation = (large.evaluation(jnp.int32(2), split) for split in ("test", "validation"))
     assert test.x.shape == (1, 50, 20) and not np.array_equal(test.x, validation.x)
-    assert large.sample(large.data, jnp.int32(1), jax.random.key(0)).x.shape == (1, 50, 20)
+    assert large.sample(jnp.int32(1), jax.random.key(0)).x.shape == (1, 50, 20)
 
 
 def test_another_order_is_another_problem() -> None:
     stream = slowly_changing_regression(4, steps=5)
-    other = stream.reorder(stream.data, jax.random.key(1))
+    other = stream.reorder(jax.random.key(1)).data
     assert not np.array_equal(other.hidden, stream.data.hidden)
     assert not np.array_equal(other.slow, stream.data.slow)
 

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import compose, supervised
-from cl_zoo.evaluation import evaluate
+from cl_zoo import accuracy, compose, supervised
 from cl_zoo.language import answer_logits, answering, decoder, generate
 from cl_zoo.layers import softmax_attention
 from cl_zoo.losses import all_tokens_right, next_token_loss
@@ -33,7 +32,7 @@ def test_rows_are_the_examples() -> None:
     examples = [Example([1], [2, 1], [3]), Example([1, 2, 3], [4, 1, 2, 3], [5, 3])]
     stream = skills([{"train": examples, "test": examples[:1]}, {"train": examples[1:], "test": examples}],
                     vocabulary=6, steps=2, batch_size=1)  # fmt: skip
-    test = stream.evaluation(stream.data, jnp.int32(1), "test")
+    test = stream.evaluation(jnp.int32(1), "test")
     x, y = jax.tree.map(lambda leaf: np.asarray(leaf).reshape((-1, *leaf.shape[2:])), (test.x, test.y))
     for i, example in enumerate(examples):
         np.testing.assert_array_equal(x.prompt[i, x.padding[i] :], example.prompt)
@@ -41,7 +40,7 @@ def test_rows_are_the_examples() -> None:
         np.testing.assert_array_equal(y[i, : len(example.answer)], example.answer)
         np.testing.assert_array_equal(y[i, len(example.answer) :], -1)
         np.testing.assert_array_equal(x.answer[i], np.maximum(y[i], 0))
-    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0))._replace(step=jnp.int32(2)), lambda x: None)
+    batch, _ = stream.next(stream.init(jax.random.key(0))._replace(step=jnp.int32(2)))
     assert batch.y.tolist() == [[5, 3]] and stream.n_tasks == 2
 
 
@@ -55,10 +54,10 @@ def test_the_score_is_whether_greedy_decoding_gives_the_answer() -> None:
     wrong = [each._replace(answer=[*each.answer[:-1], (each.answer[-1] + 1) % 9]) for each in answers[:20]]
     stream = skills([{"train": answers, "test": answers[:40] + wrong}], vocabulary=WORLD.vocabulary, steps=1,
                     batch_size=2)  # fmt: skip
-    learner = compose(answering(NET), optax.sgd(0.0), supervised(next_token_loss))
-    first, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
-    state = learner.init(jax.random.key(0), first, params)
-    np.testing.assert_allclose(evaluate(learner, stream, stream.data, state), [2 / 3], atol=1e-6)
+    learner = compose(answering(NET), optax.sgd(0.0), supervised(next_token_loss)).bind(params)
+    first, _ = stream.next(stream.init(jax.random.key(0)))
+    state = learner.init(jax.random.key(0), first)
+    np.testing.assert_allclose(accuracy()(learner, state, stream), [2 / 3], atol=1e-6)
 
 
 def test_all_tokens_right() -> None:
@@ -126,7 +125,7 @@ def test_what_a_demonstration_shows_is_the_answer() -> None:
 
 def test_the_language_tells_known_cues_and_demonstrations() -> None:
     stream = WORLD.language(steps=3, batch_size=200)
-    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    batch, _ = stream.next(stream.init(jax.random.key(0)))
     first, seen = 4 + WORLD.known + WORLD.new, {"shown": 0, "known": 0, "new": 0}
     for x, y in zip(np.asarray(batch.x), np.asarray(batch.y)):
         answer = y[y >= 0].tolist()
@@ -149,12 +148,12 @@ def test_the_language_tells_known_cues_and_demonstrations() -> None:
 def test_skills_and_what_may_be_forgotten() -> None:
     stream, held = WORLD.skills(steps=2, batch_size=4, examples=20, tests=10), WORLD.known_skills(tests=10)
     assert stream.n_tasks == 3 and held.n_tasks == WORLD.known + 1
-    batch, _ = stream.next(stream.data, stream.init(jax.random.key(0)), lambda x: None)
+    batch, _ = stream.next(stream.init(jax.random.key(0)))
     assert batch.x.padding is None and batch.x.shown_padding is None
     assert (batch.x.prompt[:, 0] == 4 + WORLD.known).all()
     train, test = (
-        {tuple(row) for row in np.asarray(stream.sample(stream.data, jnp.int32(0), jax.random.key(0)).x.prompt)[0]},
-        {tuple(row) for row in np.asarray(stream.evaluation(stream.data, jnp.int32(0), "test").x.prompt)[0]},
+        {tuple(row) for row in np.asarray(stream.sample(jnp.int32(0), jax.random.key(0)).x.prompt)[0]},
+        {tuple(row) for row in np.asarray(stream.evaluation(jnp.int32(0), "test").x.prompt)[0]},
     )
     assert len(train) == 20 and len(test) == 8 and not train & test  # of 42 questions, a fifth
 

@@ -11,7 +11,7 @@ import pytest
 from cl_zoo import compilation, compose, der, ewc, replay, supervised
 from cl_zoo.compilation import compiler_options, jit
 from cl_zoo.models import mlp
-from cl_zoo.training.loop import start, train_steps
+from cl_zoo.training.loop import histories, start, train_steps
 from tests.compiled import copies
 from tests.tiny import tiny_stream
 
@@ -28,11 +28,14 @@ def test_loops_copy_neither_memory_nor_parameters(tiny_images, name: str) -> Non
     stream = tiny_stream(tiny_images, "class")
     model = mlp((4, 4), 6, hidden=(96, 64))
     learner = compose(model, optax.adam(1e-2), supervised(), *COMPONENTS[name](), tasks=stream.tasks)
-    carry = jax.eval_shape(lambda: start(learner, stream, stream.data, jax.random.key(0)))
+    _, carry = jax.eval_shape(start, learner, stream, jax.random.key(0))
+
+    def train(learner, stream, carry):
+        strides, kept = histories(learner, stream, carry, 3)
+        return train_steps(learner, stream, carry, 0, 3, strides, kept)
 
     def text(compiled) -> str:
-        train = lambda data, carry: train_steps(learner, stream, data, carry, 3)  # noqa: E731
-        return compiled(train).lower(stream.data, carry).compile().as_text()
+        return compiled(train).lower(learner, stream, carry).compile().as_text()
 
     assert copies(text(jit), size=16 * 96) == []
     if name in ("replay", "der"):

@@ -38,7 +38,7 @@ def logged(directory: Path) -> dict[tuple[int, str], float]:
         return {
             (
                 int(row["step"]),
-                f"train/{row['metric']}" if row["phase"] == "train" else f"score/task_{row['task']}",
+                f"train/{row['metric']}" if row["phase"] == "train" else f"{row['metric']}/task_{row['task']}",
             ): float(row["value"])
             for row in csv.DictReader(file)
         }
@@ -77,7 +77,7 @@ def test_events_hold_the_numbers_of_the_log(run: Any, tmp_path: Path) -> None:
     assert found == logged(tmp_path)
     assert len(found) == 2 * 3 * STEPS + 4 * 3
     assert found[STEPS, "train/ewc/penalty"] == float(result.metrics["ewc/penalty"][1, 0])
-    assert found[2 * STEPS, "score/task_1"] == float(result.accuracy[2, 1])
+    assert found[2 * STEPS, "accuracy/task_1"] == float(result.accuracy[2, 1])
     assert len(event_files(tmp_path)) == 1
 
 

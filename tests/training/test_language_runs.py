@@ -93,7 +93,9 @@ def test_fit_equals_one_compiled_program(subject: SimpleNamespace, stream: Strea
 
 def test_components_act_on_a_decoder_as_on_any_model(subject: SimpleNamespace) -> None:
     state, metrics = subject.once.state, read_metrics(subject.directory / "once")
-    penalty = metrics["ewc/penalty"].reshape(2, STEPS)
+    steps, penalty = metrics["ewc/penalty"]
+    assert steps.tolist() == list(range(2 * STEPS))
+    penalty = penalty.reshape(2, STEPS)
     assert not penalty[0].any() and (penalty[1, 1:] > 0).all()
     leaves = jax.tree_util.tree_leaves_with_path(state.parts["ewc"].precision)
     for path, precision in leaves:  # also of the layer's inner learning: its first fast weights, its rates

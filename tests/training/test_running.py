@@ -18,8 +18,11 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import NonFiniteError, ewc, fit, replay, run_stream, stream_program, supervised, sweep
+from cl_zoo import NonFiniteError, accuracy, at, compose, ewc, fit, replay, run_stream, supervised, sweep
 from cl_zoo.evaluation.cost import state_bytes, timed, update_flops
+from cl_zoo.models import mlp
+from cl_zoo.streams import permuted_mnist
+from cl_zoo.training import loop, stream_program
 from cl_zoo.training.checkpoint import CheckpointError, Checkpoints
 from cl_zoo.training.run_directory import ConfigError, read_metrics
 from tests.tiny import STEPS, same_bytes, tiny_learner, tiny_stream
@@ -41,26 +44,11 @@ def run(learner: Any, stream: Any, directory: Path, **options: Any) -> Any:
     return fit(learner, stream, KEY, directory, **{"checkpoint_every": 3, "progress": False, **options})
 
 
-def test_curve_within_tasks(learner: Any, stream: Any) -> None:
-    result = run_stream(learner, stream, KEY, evaluate_every=2, evaluation_batches=2)
-    assert result.curve.shape == (3, 3, 3)
-    np.testing.assert_allclose(result.curve[:, -1], result.accuracy[1:], atol=1e-6)  # the test sets have two batches
-    with pytest.raises(ValueError, match="evaluate_every is 4, but it must divide the 6 steps"):
-        run_stream(learner, stream, KEY, evaluate_every=4)
-
-
-def test_scores_at_the_end_alone(learner: Any, stream: Any) -> None:
-    whole, last = (run_stream(learner, stream, KEY, evaluate_at=at) for at in ("tasks", "end"))
-    np.testing.assert_allclose(last.accuracy[-1], whole.accuracy[-1], atol=1e-6)
-    assert np.isnan(last.accuracy[:-1]).all()
-    with pytest.raises(ValueError, match="evaluate_at is 'never', but it must be one of 'tasks', 'end'"):
-        run_stream(learner, stream, KEY, evaluate_at="never")
-
-
 def test_second_run_compiles_nothing(learner: Any, stream: Any) -> None:
     program = stream_program(learner, stream)
     run_stream(learner, stream, jax.random.key(0))
     run_stream(learner, stream, jax.random.key(1))
+    run_stream(learner, stream.reorder(KEY), jax.random.key(1))
     assert stream_program(learner, stream) is program
     assert program._cache_size() == 1
 
@@ -73,7 +61,7 @@ def test_sweep_over_orders(stream: Any, tiny_images: Any) -> None:
     paired = sweep(make, rates, stream, keys, orders="per_seed")
     assert paired.accuracy.shape == (2, 2, 4, 3)
     one = jax.random.fold_in(keys[1], 3)
-    alone = run_stream(make(1e-2), stream._replace(data=stream.reorder(stream.data, one)), keys[1])
+    alone = run_stream(make(1e-2), stream.reorder(one), keys[1])
     np.testing.assert_allclose(paired.metrics["loss"][0, 1], alone.metrics["loss"], rtol=1e-3, atol=1e-5)
     assert len({float(full.metrics["loss"][0, 0, order].sum()) for order in range(3)}) == 3
 
@@ -85,7 +73,8 @@ def test_sweep_over_orders(stream: Any, tiny_images: Any) -> None:
         ({"a": jnp.zeros(())}, {}, "one common leading axis"),
         ({"a": jnp.zeros(2)}, {"orders": "random"}, "orders is 'random'"),
         ({"a": jnp.zeros(2)}, {"batch_size": 0}, "batch_size is 0"),
-        ({"a": jnp.zeros(2)}, {"evaluate_every": 4}, "evaluate_every is 4"),
+        ({"a": jnp.zeros(2)}, {"measure": {"a": at(7, accuracy())}}, "'a' is at 7 updates, but a task has only 6"),
+        ({"a": jnp.zeros(2)}, {"metrics": ["los"]}, "metrics has 'los', but the learner gives loss"),
     ],
 )
 def test_impossible_sweeps_are_refused(stream: Any, settings: Any, options: Any, message: str) -> None:
@@ -108,11 +97,9 @@ def test_loss_that_is_not_finite_stops_the_run(stream: Any, tmp_path: Path) -> N
 
 
 def _saved(directory: Path, learner: Any, stream: Any) -> Any:
-    from cl_zoo.training.loop import start
-
     template = {
-        "carry": jax.eval_shape(lambda: start(learner, stream, stream.data, KEY)),
-        "accuracy": jax.ShapeDtypeStruct((4, 3), jnp.float32),
+        "carry": jax.eval_shape(loop.start, learner, stream, KEY)[1],
+        "measures": {"accuracy": jax.ShapeDtypeStruct((4, 3), jnp.float32)},
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "log": jax.ShapeDtypeStruct((), jnp.int32),
     }
@@ -142,10 +129,17 @@ def test_run_directory(learner: Any, stream: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["config"] == {"rate": 0.01}
     assert "jax" in json.loads((tmp_path / "environment.json").read_text())["versions"]
     np.testing.assert_array_equal(np.load(tmp_path / "accuracy.npy", allow_pickle=False), result.accuracy)
-    np.testing.assert_array_equal(read_metrics(tmp_path)["loss"], np.ravel(result.metrics["loss"]))
+    steps, losses = read_metrics(tmp_path)["loss"]
+    assert steps.tolist() == list(range(3 * STEPS))
+    np.testing.assert_array_equal(losses, np.ravel(result.metrics["loss"]))
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[0] == "step,phase,task,metric,value"
     assert len(lines) == 1 + 3 * STEPS + 4 * 3
+    scores = [line.split(",") for line in lines if ",measure," in line]
+    assert [row[:4] for row in scores] == [
+        [str(done), "measure", str(task), "accuracy"] for done in range(0, 19, STEPS) for task in range(3)
+    ]
+    np.testing.assert_array_equal(np.float32([row[4] for row in scores]), np.ravel(result.accuracy))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"15", "18"}
     same_bytes(run(learner, stream, tmp_path, config={"rate": 0.01}), result)
 
@@ -156,6 +150,11 @@ def test_run_directory(learner: Any, stream: Any, tmp_path: Path) -> None:
         ({"config": {"rate": 0.02}}, r"config.rate was 0.01, now it is 0.02"),
         ({"config": {"rate": 0.01, "new": 1}}, r"config.new was 'absent', now it is 1"),
         ({"config": {"rate": 0.01}, "checkpoint_every": 2}, r"run.checkpoint_every was 3, now it is 2"),
+        (
+            {"config": {"rate": 0.01}, "measure": {"accuracy": at("end", accuracy())}},
+            r"run.measures.accuracy was 'task', now it is 'end'",
+        ),
+        ({"config": {"rate": 0.01}, "metrics": ["loss"]}, r"run.metrics was None, now it is 'absent'"),
     ],
 )
 def test_resume_with_another_config_is_refused(
@@ -189,7 +188,7 @@ def test_damaged_newest_checkpoint_is_passed_over(learner: Any, stream: Any, tmp
         if damage == "flipped":
             content[len(content) // 2] ^= 0x10
         path.write_bytes({"truncated": content[: len(content) // 2], "emptied": b"", "flipped": content}[damage])
-    with pytest.warns(UserWarning, match="damaged checkpoint passed over, step 18: .*; going on from step 15"):
+    with pytest.warns(UserWarning, match="damaged checkpoint skipped, step 18: .*; continuing from step 15"):
         again = run(learner, stream, tmp_path / "hurt")
     same_bytes(again, once)
     assert (tmp_path / "hurt" / "metrics.csv").read_bytes() == (tmp_path / "once" / "metrics.csv").read_bytes()
@@ -225,7 +224,8 @@ SCRIPT = """
 import sys, jax
 sys.path.insert(0, {root!r})
 import tests.conftest
-from cl_zoo import ewc, fit, replay, supervised, split_mnist
+from cl_zoo import ewc, fit, replay, supervised
+from cl_zoo.streams import split_mnist
 from tests.tiny import tiny_learner
 stream = split_mnist(3, "class", images=tests.conftest.tiny_images.__wrapped__(), batch_size=8, steps=60)
 learner = tiny_learner(stream, supervised(), replay(50, batch_size=8), ewc(100.0))
@@ -277,44 +277,34 @@ def test_killed_process_resumes_to_the_same_bytes(uninterrupted: Path, number: s
 
 
 def test_cost_is_told(learner: Any, stream: Any) -> None:
-    timing = timed(stream_program(learner, stream), stream.tasks, stream.data, KEY, repeats=2)
+    timing = timed(stream_program(learner, stream), learner, stream, KEY, repeats=2)
     assert timing.compile_seconds > 0 and len(timing.run_seconds) == 2
     state = timing.result.state
     counted = state_bytes(state)
     n = 16 * 5 + 5 + 5 * 6 + 6
     assert counted["params"] == 4 * n
     assert counted["opt_state"] == 2 * 4 * n + 4
-    batch, _ = stream.next(stream.data, stream.init(KEY), lambda x: None)
+    batch, _ = stream.next(stream.init(KEY))
     floor = 8 * 2 * (2 * 16 * 5 + 3 * 5 * 6)
     assert floor <= update_flops(learner, state, batch) < 20 * floor
 
 
 def test_no_program_holds_a_large_constant(digits: Any) -> None:
-    from cl_zoo import compose
-    from cl_zoo.models import mlp
-    from cl_zoo.streams import permuted_mnist
-
     stream = permuted_mnist(2, images=digits, batch_size=64, steps=2, sample_size=64)
     learner = compose(mlp((28, 28), 10, hidden=(8,)), optax.sgd(0.1), supervised(), ewc(1.0), tasks=stream.tasks)
-    text = stream_program(learner, stream).lower(stream.tasks, stream.data, KEY).as_text()
+    text = stream_program(learner, stream).lower(learner, stream, KEY).as_text()
     assert max(map(len, text.splitlines())) < 1 << 20
 
 
 def test_peak_memory_of_ten_permuted_tasks(digits: Any) -> None:
     """One copy of the data, ten times the state, the activations of one batch."""
-    from cl_zoo import compose
-    from cl_zoo.models import mlp
-    from cl_zoo.streams import permuted_mnist
-
     hidden, rows = (256, 256), 500
     stream = permuted_mnist(10, images=digits, batch_size=128, sample_batch=rows, evaluation_batch=rows)
     learner = compose(mlp((28, 28), 10, hidden=hidden), optax.adam(1e-3), supervised(), ewc(1.0), tasks=stream.tasks)
-    compiled = stream_program(learner, stream).lower(stream.tasks, stream.data, KEY).compile()
+    compiled = stream_program(learner, stream).lower(learner, stream, KEY).compile()
     memory = compiled.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    from cl_zoo.training.loop import start
-
-    state = jax.eval_shape(lambda: start(learner, stream, stream.data, KEY)[0])
+    _, (state, _) = jax.eval_shape(loop.start, learner, stream, KEY)
     n_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(state))
     activations = rows * 4 * (784 + 2 * sum(hidden) + 10)
     assert peak <= stream.data.images.nbytes + 10 * n_bytes + activations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +12,28 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import (
-    compose,
-    ema,
-    ewc,
-    fit,
-    lwf,
-    replay,
-    run_stream,
-    stream_program,
-    supervised,
-    sweep,
-    weight_interpolation,
-    wise_ft,
-)
-from cl_zoo.frozen import split_state
+from cl_zoo import compose, ema, ewc, fit, lwf, replay, run_stream, supervised, sweep, weight_interpolation, wise_ft
 from cl_zoo.language import decoder
 from cl_zoo.layers import softmax_attention
 from cl_zoo.losses import next_token_loss
 from cl_zoo.models import cnn, mlp
 from cl_zoo.streams import text_domains
+from cl_zoo.training import stream_program
 from cl_zoo.training.run_directory import ConfigError
 from cl_zoo.wrappers import lora, merge_adapters, unmerge_adapters
 from cl_zoo.wrappers._lora import AdaptedKernel
-from tests.tiny import same_bytes
+from tests.tiny import close, same_bytes
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 9), 0, 256)
 NET = decoder(256, [softmax_attention(16, 2, kv_heads=1)], layers=2, hidden=24)
 MODEL = lora(NET.model, 3, alpha=6.0)
+WEIGHTS, _ = NET.model.init(jax.random.key(7), TOKENS)
+BOUND = MODEL.bind(WEIGHTS)
 
 
-def moved(model: Any = MODEL, x: Any = TOKENS, *weights: Any) -> tuple[Any, Any]:
+def moved(model: Any = BOUND, x: Any = TOKENS) -> tuple[Any, Any]:
     """Adapters that do something."""
-    params, state = model.init(jax.random.key(1), x, *weights)
+    params, state = model.init(jax.random.key(1), x)
     return jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), params), state
 
 
@@ -52,43 +42,47 @@ def size(tree: Any) -> int:
 
 
 def test_without_up_it_is_the_base_function_exactly() -> None:
-    params, state = MODEL.init(jax.random.key(1), TOKENS)
+    params, state = BOUND.init(jax.random.key(1), TOKENS)
     assert all(not leaf.any() for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "B")
-    wanted, _, _ = NET.model.apply(state["frozen"], {}, TOKENS)
-    outputs, after, taps = MODEL.apply(params, state, TOKENS)
+    wanted, inner_state, _ = NET.model.apply(WEIGHTS, {}, TOKENS)
+    outputs, after, taps = BOUND.apply(params, state, TOKENS)
     np.testing.assert_array_equal(outputs, wanted)
+    same_bytes(state, inner_state)
     same_bytes(after, state)
     assert taps == {}
+    # The order does not matter: weights that were bound before are frozen, as those that are bound after.
+    before = lora(NET.model.bind(WEIGHTS), 3, alpha=6.0)
+    same_bytes(before.init(jax.random.key(1), TOKENS), (params, state))
+    np.testing.assert_array_equal(before.apply(params, state, TOKENS)[0], wanted)
 
 
 def test_it_is_the_equation() -> None:
     params, state = moved()
-    full = jax.tree.map(np.asarray, state["frozen"])
+    full = jax.tree.map(np.asarray, WEIGHTS)
     for part in ("mixer", "ffn"):
         for name, each in params["blocks"]["block_0"][part].items():
             a, b = np.asarray(each["A"], float), np.asarray(each["B"], float)
             full["blocks"]["block_0"][part][name] = full["blocks"]["block_0"][part][name] + 6 / 3 * a @ b
     wanted, _, _ = NET.model.apply(jax.tree.map(jnp.float32, full), {}, TOKENS)
-    outputs, _, _ = jax.jit(MODEL.apply)(params, state, TOKENS)
+    outputs, _, _ = jax.jit(BOUND.apply)(params, state, TOKENS)
     np.testing.assert_allclose(outputs, wanted, atol=1e-5)
-    plain, _, _ = NET.model.apply(state["frozen"], {}, TOKENS)
+    plain, _, _ = NET.model.apply(WEIGHTS, {}, TOKENS)
     assert np.abs(plain - outputs).max() > 1e-2
 
 
 def test_merged_is_unmerged() -> None:
     params, state = moved()
-    outputs, _, _ = MODEL.apply(params, state, TOKENS)
-    merged = merge_adapters(params, state)
+    outputs, _, _ = BOUND.apply(params, state, TOKENS)
+    merged = merge_adapters(MODEL, params, WEIGHTS)
     np.testing.assert_allclose(NET.model.apply(merged, {}, TOKENS)[0], outputs, atol=1e-5)
-    again = unmerge_adapters(merged, params, state)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, state["frozen"])
+    again = unmerge_adapters(MODEL, params, merged)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, WEIGHTS)
 
 
 def test_decoding_with_adapters_is_the_parallel_form() -> None:
     params, state = moved()
-    wanted, _, _ = MODEL.apply(params, state, TOKENS)
-    assert MODEL.parameters is not None
-    full = MODEL.parameters(params, state)
+    wanted, _, _ = BOUND.apply(params, state, TOKENS)
+    full = BOUND.inner_params(params)
     assert isinstance(full["blocks"]["block_0"]["mixer"]["query"], AdaptedKernel)
     logits, cache = NET.extend(full, NET.start(full, 3, 9), TOKENS[:, :-1])
     np.testing.assert_allclose(logits, wanted[:, -2], atol=1e-5)
@@ -99,9 +93,44 @@ def test_decoding_with_adapters_is_the_parallel_form() -> None:
 def test_networks_of_dense_layers(made: Any) -> None:
     x = jnp.cos(jnp.arange(32.0)).reshape((2, 4, 4))
     model = lora(made, 2, targets=("kernel",), merged=True)
-    params, state = moved(model, x)
-    wanted = made.apply(merge_adapters(params, state), state["model"], x)[0]
-    np.testing.assert_allclose(model.apply(params, state, x)[0], wanted, atol=1e-6)
+    weights, inner_state = made.init(jax.random.key(3), x)
+    params, state = moved(model.bind(weights), x)
+    same_bytes(state, inner_state)
+    wanted = made.apply(merge_adapters(model, params, weights), state, x)[0]
+    np.testing.assert_allclose(model.bind(weights).apply(params, state, x)[0], wanted, atol=1e-6)
+
+
+def test_without_weights_they_are_drawn() -> None:
+    """Those that the model would have begun from with this key; and a run draws those that `draw_weights` tells."""
+    weights = MODEL.draw_function(jax.random.key(1), TOKENS)
+    same_bytes(weights, NET.model.init(jax.random.key(1), TOKENS)[0])
+    same_bytes(MODEL.init(jax.random.key(1), TOKENS), MODEL.bind(weights).init(jax.random.key(1), TOKENS))
+    one, source, key = learner(), stream(), jax.random.key(4)
+    batch, _ = source.next(source.init(key))
+    learner_key = jax.random.split(key)[0]
+    weights = one.draw_weights(learner_key, batch)
+    same_bytes(one.init(learner_key, batch), one.bind(weights).init(learner_key, batch))
+    assert one.bind(weights).draw_weights(learner_key, batch) is None
+    drawn, bound = run_stream(one, source, key), run_stream(one.bind(weights), source, key)
+    close((drawn.state, drawn.metrics), (bound.state, bound.metrics), rtol=1e-3, atol=1e-4)
+    # So it can predict afterwards.
+    rows = source.evaluation(1, "test")
+    first = jax.tree.map(lambda leaf: leaf[0], rows)
+    assert one.bind(weights).predict(drawn.state, first.x).shape == (*first.x.shape, 256)
+
+
+def test_full_fine_tuning_begins_from_a_copy_of_bound_weights() -> None:
+    params, _ = NET.model.bind(WEIGHTS).init(jax.random.key(1), TOKENS)
+    same_bytes(params, WEIGHTS)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(WEIGHTS), strict=True)
+    assert all(a is not b and a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in pairs)
+    for wrong, words in (
+        (WEIGHTS | {"embedding": WEIGHTS["embedding"][:-1]}, r"'embedding' has the shape \(255, 16\)"),
+        ({"embedding": WEIGHTS["embedding"]}, "the weights have no"),
+        (WEIGHTS | {"more": WEIGHTS["embedding"]}, "have 'more', for which the model has no place"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            NET.model.bind(wrong).init(jax.random.key(1), TOKENS)
 
 
 def test_what_is_refused() -> None:
@@ -116,10 +145,17 @@ def test_what_is_refused() -> None:
         lora(NET.model, 2, targets="query,key")
     with pytest.raises(ValueError, match="lora: model is Decoder"):
         lora(NET, 2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not that of a model which lora made"):
-        merge_adapters(WEIGHTS, {})
+    with pytest.raises(ValueError, match="not one that lora made"):
+        merge_adapters(NET.model, {}, WEIGHTS)
+    with pytest.raises(ValueError, match="weights are frozen already"):
+        lora(MODEL, 2)
+    params, state = BOUND.init(jax.random.key(1), TOKENS)
+    with pytest.raises(ValueError, match=r"none are bound: model\.bind\(weights\), or learner\.bind\(weights\)"):
+        MODEL.apply(params, state, TOKENS)
     with pytest.raises(ValueError, match="weights holds a str"):
-        run_stream(learner(COMPONENTS["ewc"]()), stream(), jax.random.key(0), weights="model")
+        run_stream(learner(COMPONENTS["ewc"]()).bind("model"), stream(), jax.random.key(0))
+    with pytest.raises(ValueError, match="weights holds a str"):
+        sweep(lambda s: learner(), jnp.zeros(1), stream(), jax.random.split(jax.random.key(0), 1), weights="model")
     with pytest.raises(ValueError, match="must be a matrix"):
         lora(mlp((4, 4), 3), 2, targets=("bias",)).init(jax.random.key(0), jnp.zeros((1, 4, 4)))
 
@@ -127,10 +163,12 @@ def test_what_is_refused() -> None:
 @pytest.mark.parametrize("options", [{"biases": ("query", "key", "value")}, {"convolution": 4}])
 def test_biases_and_convolutions_are_no_kernels(options: dict[str, Any]) -> None:
     net = decoder(256, [softmax_attention(16, 2, **options)], layers=2, hidden=24)
-    params, state = moved(lora(net.model, 2))
+    weights, _ = net.model.init(jax.random.key(3), TOKENS)
+    model = lora(net.model, 2).bind(weights)
+    params, state = moved(model)
     assert set(params["blocks"]["block_0"]["mixer"]) == {"query", "key", "value", "output"}
-    wanted = net.model.apply(merge_adapters(params, state), {}, TOKENS)[0]
-    np.testing.assert_allclose(lora(net.model, 2).apply(params, state, TOKENS)[0], wanted, atol=1e-5)
+    wanted = net.model.apply(merge_adapters(model, params, weights), {}, TOKENS)[0]
+    np.testing.assert_allclose(model.apply(params, state, TOKENS)[0], wanted, atol=1e-5)
 
 
 def stream() -> Any:
@@ -138,7 +176,6 @@ def stream() -> Any:
     return text_domains(texts, length=16, batch_size=4, steps=6)
 
 
-WEIGHTS, _ = NET.model.init(jax.random.key(7), TOKENS)
 COMPONENTS = {
     "ewc": lambda: ewc(10.0, labels="loss", micro_batch=4),
     "replay": lambda: replay(8, batch_size=4),
@@ -155,31 +192,33 @@ def learner(*components: Any) -> Any:
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_components_act_on_adapters_and_hold_no_frozen_weights(name: str) -> None:
-    result = run_stream(learner(COMPONENTS[name]()), stream(), jax.random.key(0), weights=WEIGHTS)
-    rest, frozen = split_state(result.state)
-    same_bytes(frozen, WEIGHTS)
-    assert set(rest.model_state) == {"scale", "model"}
+    before = jax.tree.map(np.array, WEIGHTS)
+    result = run_stream(learner(COMPONENTS[name]()).bind(WEIGHTS), stream(), jax.random.key(0))
+    same_bytes(WEIGHTS, before)
     own = {leaf.shape for leaf in jax.tree.leaves(WEIGHTS) if leaf.size > 1000}
-    assert not own & {leaf.shape for leaf in jax.tree.leaves((result.state.parts, result.state.params))}
+    assert not own & {leaf.shape for leaf in jax.tree.leaves(result.state)}
     assert np.isfinite(result.accuracy[-1]).all()
     assert result.metrics["loss"][0, -1] < result.metrics["loss"][0, 0]
 
 
 @pytest.mark.parametrize("components", [(), (ema(0.9), ewc(1.0, labels="loss", micro_batch=4))])
-def test_a_program_holds_the_frozen_weights_once(components: Any) -> None:
-    """As an argument. Twice as wide, the weights are four times as large; all else grows as the width does, but for one
-    block of four that is at work."""
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_program_holds_the_frozen_weights_once(components: Any, bound: bool) -> None:
+    """As an argument, or drawn inside. Twice as wide, the weights are four times as large; all else grows as the width
+    does, but for one block of four that is at work."""
     source, found = stream(), []
     for width in (256, 512):
         net = decoder(256, [softmax_attention(width, 2)], layers=4, hidden=width)
         weights = jax.eval_shape(lambda net=net: net.model.init(jax.random.key(0), TOKENS)[0])
         one = compose(lora(net.model, 2), optax.adam(1e-2), supervised(next_token_loss), *components)
-        program = stream_program(one, source).lower(source.tasks, source.data, jax.random.key(0), weights)
+        one = one.bind(weights) if bound else one
+        program = stream_program(one, source).lower(one, source, jax.random.key(0))
         found.append((size(weights), program.compile().memory_analysis()))
     (small, before), (large, after) = found
-    assert after.argument_size_in_bytes < 1.05 * large
+    assert after.argument_size_in_bytes < (1.05 if bound else 0.05) * large
     assert after.output_size_in_bytes < 0.1 * large
-    assert after.temp_size_in_bytes - 2 * before.temp_size_in_bytes < 0.5 * (large - small)
+    drawn = 0 if bound else large - 2 * small
+    assert after.temp_size_in_bytes - 2 * before.temp_size_in_bytes < drawn + 0.5 * (large - small)
 
 
 def test_seeds_share_the_frozen_weights() -> None:
@@ -187,8 +226,9 @@ def test_seeds_share_the_frozen_weights() -> None:
     keys = jax.random.split(jax.random.key(0), 2)
     options = {"weights": WEIGHTS, "keep_states": True}
     result = sweep(make, jnp.array([1e-2, 0.0]), stream(), keys, batch_size=4, **options)
-    assert "frozen" not in result.state.model_state
-    alone = run_stream(make(1e-2), stream(), keys[1], weights=WEIGHTS)
+    own = {leaf.shape for leaf in jax.tree.leaves(WEIGHTS) if leaf.size > 1000}
+    assert not own & {leaf.shape[2:] for leaf in jax.tree.leaves(result.state)}
+    alone = run_stream(make(1e-2).bind(WEIGHTS), stream(), keys[1])
     np.testing.assert_allclose(result.accuracy[0, 1], alone.accuracy, atol=1e-4)
     np.testing.assert_allclose(result.accuracy[1, 0, 0], result.accuracy[1, 1, -1], atol=1e-6)
 
@@ -196,8 +236,9 @@ def test_seeds_share_the_frozen_weights() -> None:
 def test_checkpoints_hold_adapters_alone_and_runs_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cl_zoo.training.checkpoint import Checkpoints
 
-    one, arguments = learner(replay(8, batch_size=4)), {"progress": False, "weights": WEIGHTS, "checkpoint_every": 4}
-    whole = run_stream(one, stream(), jax.random.key(0), weights=WEIGHTS)
+    unbound, arguments = learner(replay(8, batch_size=4)), {"progress": False, "checkpoint_every": 4}
+    one = unbound.bind(WEIGHTS)
+    whole = run_stream(one, stream(), jax.random.key(0))
     save = Checkpoints.save
 
     def stopping(self: Any, step: int, tree: Any) -> None:
@@ -212,13 +253,9 @@ def test_checkpoints_hold_adapters_alone_and_runs_resume(tmp_path: Path, monkeyp
     monkeypatch.setattr(Checkpoints, "save", save)
     other = jax.tree.map(lambda leaf: leaf + 1, WEIGHTS)
     with pytest.raises(ConfigError, match="weights_crc32"):
-        fit(
-            learner(replay(8, batch_size=4)),
-            stream(),
-            jax.random.key(0),
-            tmp_path / "cut",
-            **(arguments | {"weights": other}),
-        )
+        fit(unbound.bind(other), stream(), jax.random.key(0), tmp_path / "cut", **arguments)
+    with pytest.raises(ConfigError, match="weights_crc32 was .* now it is 'absent'"):
+        fit(unbound, stream(), jax.random.key(0), tmp_path / "cut", **arguments)
     resumed = fit(one, stream(), jax.random.key(0), tmp_path / "cut", **arguments)
     uncut = fit(one, stream(), jax.random.key(0), tmp_path / "uncut", **arguments)
     same_bytes(resumed.state, uncut.state)
@@ -227,16 +264,30 @@ def test_checkpoints_hold_adapters_alone_and_runs_resume(tmp_path: Path, monkeyp
 
 
 def test_training_all_weights_leaves_the_callers_alone(tmp_path: Path) -> None:
-    full = compose(NET.model, optax.adam(1e-2), supervised(next_token_loss), ema(0.9))
     weights = jax.tree.map(jnp.copy, WEIGHTS)
-    found = fit(full, stream(), jax.random.key(0), tmp_path / "full", progress=False, weights=weights)
+    full = compose(NET.model, optax.adam(1e-2), supervised(next_token_loss), ema(0.9)).bind(weights)
+    found = fit(full, stream(), jax.random.key(0), tmp_path / "full", progress=False)
     same_bytes(weights, WEIGHTS)
     assert np.abs(np.asarray(found.state.params["embedding"] - WEIGHTS["embedding"])).max() > 1e-3
+    whole = run_stream(full, stream(), jax.random.key(0))
+    same_bytes(weights, WEIGHTS)
+    close(whole.state.params, found.state.params, rtol=1e-2, atol=1e-3)
+
+
+def test_weights_that_are_drawn_are_in_no_checkpoint_either(tmp_path: Path) -> None:
+    one, key = learner(ema(0.9)), jax.random.key(3)
+    whole = run_stream(one, stream(), key)
+    found = fit(one, stream(), key, tmp_path, progress=False)
+    np.testing.assert_allclose(found.accuracy, whole.accuracy, atol=1e-3)
+    for manifest in (tmp_path / "checkpoints").glob("*/manifest/metadata"):
+        shapes = [tuple(leaf["shape"]) for leaf in json.loads(manifest.read_text())["leaves"]]
+        assert shapes and WEIGHTS["embedding"].shape not in shapes
+    same_bytes(fit(one, stream(), key, tmp_path, progress=False), found)
 
 
 def test_weights_in_bfloat16_are_compared_too(tmp_path: Path) -> None:
     net = decoder(256, [softmax_attention(16, 2)], layers=1, hidden=24, dtype=jnp.bfloat16)
     weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), net.model.init(jax.random.key(0), TOKENS)[0])
-    one = compose(lora(net.model, 2), optax.adam(1e-2), supervised(next_token_loss), ema(0.9))
-    found = fit(one, stream(), jax.random.key(0), tmp_path / "half", progress=False, weights=weights)
+    one = compose(lora(net.model, 2), optax.adam(1e-2), supervised(next_token_loss), ema(0.9)).bind(weights)
+    found = fit(one, stream(), jax.random.key(0), tmp_path / "half", progress=False)
     assert np.isfinite(found.metrics["loss"]).all()

@@ -12,7 +12,7 @@ __all__ = ["RotaryScaling", "rotary"]
 
 
 class RotaryScaling(NamedTuple):
-    """How rotary wavelengths are stretched for longer rows than a model was first trained on.
+    """How rotary wavelengths are stretched for longer sequences than a model was first trained on.
 
     All are `factor` times as long ("linear"); or, with `original_length`, those longer than
     original_length / low_frequency are, those shorter than original_length / high_frequency stay, and between the two
@@ -34,13 +34,13 @@ def rotary(
     period: int | None = None,
     scaling: RotaryScaling | None = None,
 ) -> Array:
-    """Rotary positions: the pair (x_i, x_{i + d/2}) is turned by position * theta^(-2 i / d) radians.
+    """Rotary positions: the pair (x_i, x_{i + d/2}) is rotated by position * theta^(-2 i / d) radians.
 
     Args:
       x: `[..., T, d]`, d even.
       positions: `i32[T]`, or any shape that broadcasts to `x.shape[:-1]`.
       theta: the base of wavelengths.
-      period: positions are taken modulo this; None: as they are. So many sines are computed, and no more.
+      period: positions are taken modulo this; None: as they are. Only this many sines are computed.
       scaling: of the wavelengths.
 
     Raises:
@@ -49,13 +49,13 @@ def rotary(
     Source: Su et al. 2021, arXiv 2104.09864; halves instead of neighbours are paired, as in Llama's Hugging Face code.
     """
     if x.shape[-1] % 2:
-        raise ValueError(f"rotary: a head is {x.shape[-1]} wide, but it must be even, as pairs are turned")
+        raise ValueError(f"rotary: a head is {x.shape[-1]} wide, but it must be even, as pairs are rotated")
     half = x.shape[-1] // 2
     wide = jnp.promote_types(x.dtype, jnp.float32)
     table = positions if period is None else jnp.arange(period)
     frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
     if scaling is not None:
-        kept: Array | float = 0.0  # the share of the frequency as it was
+        kept: Array | float = 0.0  # the fraction of the frequency that stays
         if scaling.original_length is not None:
             turns = scaling.original_length * frequency / (2 * jnp.pi)
             low, high = scaling.low_frequency, scaling.high_frequency

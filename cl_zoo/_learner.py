@@ -1,0 +1,265 @@
+"""What `compose` returns: a continual learner, the one interface of runners, measures and experiments."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cl_zoo._model import of_arrays
+from cl_zoo.losses import mask_outputs
+from cl_zoo.models.rewriting import has_plain_convolutions
+from cl_zoo.types import Agent, Array, Batch, Component, Context, Key, Model, PyTree, Record, TaskInfo, TrainState
+
+__all__ = ["Learner"]
+
+Metrics = dict[str, Array]
+
+
+@of_arrays("model", "tasks")
+class Learner:
+    """A continual learner: pure functions over a `TrainState`; all transitions keep its tree, shapes and dtypes.
+
+    It is an argument of programs: weights bound to its model and `tasks` are data, all else is static.
+
+    Attributes:
+      model, optimiser, components, tasks: as composed.
+    """
+
+    model: Model
+    optimiser: optax.GradientTransformation
+    components: tuple[Component, ...]
+    tasks: TaskInfo | None
+
+    @property
+    def needs(self) -> frozenset[tuple[str, str]]:
+        """Pairs of a component's name and one of `NEEDS`."""
+        needs = {(component.name, need) for component in self.components for need in component.needs}
+        return frozenset(needs | ({("compose(tasks=None)", "open_outputs")} if self.tasks is None else set()))
+
+    def bind(self, weights: PyTree) -> Learner:
+        """The same learner with weights bound to its model, see `Model.bind`."""
+        return dataclasses.replace(self, model=self.model.bind(weights))
+
+    def draw_weights(self, key: Key, batch: Batch) -> PyTree:
+        """The frozen weights that `init` with this key uses where none are bound; None where nothing is frozen."""
+        draw = self.model.draw_function
+        return draw(_key(key, 0, "init", "model"), batch.x) if draw and self.model.weights is None else None
+
+    def init(self, key: Key, batch: Batch) -> TrainState:
+        """The first state, for batches like this one."""
+        if self.model.frozen and self.model.weights is None:
+            return self.bind(self.draw_weights(key, batch)).init(key, batch)
+        params, model_state = self.model.init(_key(key, 0, "init", "model"), batch.x)
+        zero, context = jnp.zeros((), jnp.int32), self._context()
+        _check_outputs(context, params, model_state, batch)
+        state = TrainState(zero, zero, key, params, model_state, self.optimiser.init(params), {})
+        parts = {c.name: c.init(context, state, batch, _key(key, 0, "init", c.name)) for c in self.components if c.init}
+        return state._replace(parts=parts)
+
+    def begin_task(self, state: TrainState, task: TaskInfo, sample: Batch | None = None) -> TrainState:
+        """Before the first update of a task."""
+        state = state._replace(task=jnp.asarray(task.index, jnp.int32))
+        return self._each("begin_task", state, task, _blank_all(sample))
+
+    def end_task(self, state: TrainState, sample: Batch | None = None) -> TrainState:
+        """After the last update of a task."""
+        return self._each("end_task", state, _blank_all(sample))
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One step, and its metrics, `f32[]` each."""
+        context, begun = self._context(), state
+        prepared = batch = _blank(batch)
+        for c, key in self._with("prepare", state):
+            prepared, part = c.prepare(context, state, state.parts.get(c.name), prepared, key)
+            state = _with_part(state, c, part)
+        # Without it, compilers fetch examples again wherever x is read: forward, and for the kernel's gradient.
+        prepared = prepared._replace(x=jax.lax.optimization_barrier(prepared.x))
+
+        old = state.params
+        (loss, (terms, aux, outputs, model_state, taps)), gradient = jax.value_and_grad(
+            lambda params: self._losses(context, state, params, prepared, state.key, state.step), has_aux=True
+        )(old)
+        metrics = {"loss": loss}
+        if len(terms) > 1:
+            metrics |= {f"{name}/loss": term for name, term in terms.items()}
+        for name, values in aux.items():
+            metrics |= {f"{name}/{field}": value for field, value in values.items() if jnp.ndim(value) == 0}
+
+        def penalties(params: PyTree) -> tuple[Array, Metrics]:
+            terms = {
+                c.name: c.penalty(context, state, state.parts.get(c.name), params) for c in self.components if c.penalty
+            }
+            return jnp.asarray(sum(terms.values())), terms
+
+        penalty_gradient = None
+        if any(c.penalty for c in self.components):
+            (_, penalty_terms), penalty_gradient = jax.value_and_grad(penalties, has_aux=True)(old)
+            metrics |= {f"{name}/penalty": term for name, term in penalty_terms.items()}
+
+        record = Record(
+            batch, prepared, outputs, taps, aux, gradient, penalty_gradient, old, state.opt_state, new_params=None
+        )
+        for c, key in self._with("transform", state):
+            gradient, part = c.transform(context, state, state.parts.get(c.name), record, gradient, key)
+            state = _with_part(state, c, part)
+        if penalty_gradient is not None:
+            gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
+
+        def step() -> tuple[PyTree, PyTree, PyTree, dict[str, PyTree]]:
+            updates, opt_state = self.optimiser.update(gradient, state.opt_state, old)
+            params, after = optax.apply_updates(old, updates), state
+            for c, key in self._with("constrain", state):
+                params, opt_state, part = c.constrain(
+                    context, after, after.parts.get(c.name), record, params, opt_state, key
+                )
+                after = _with_part(after, c, part)
+            return params, opt_state, model_state, changed(after)
+
+        def changed(after: TrainState) -> dict[str, PyTree]:
+            """Parts that `prepare`, `transform` or `constrain` may have changed; others need not pass a branch."""
+            return {
+                c.name: after.parts[c.name]
+                for c in self.components
+                if c.constrain or after.parts.get(c.name) is not begun.parts.get(c.name)
+                if c.init
+            }
+
+        # A batch of padding alone leaves everything but `step` as it was: Adam moves even if the gradient is zero.
+        kept = (old, begun.opt_state, begun.model_state, {name: begun.parts[name] for name in changed(state)})
+        new, opt_state, model_state, parts = jax.lax.cond(jnp.any(batch.weight > 0), step, lambda: kept)
+        after = state._replace(params=new, opt_state=opt_state, model_state=model_state, parts={**begun.parts, **parts})
+        after = self._each("observe", after, record._replace(new_params=new))
+        return after._replace(step=state.step + 1), metrics
+
+    def adapt(self, state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
+        """Learns from a test batch and predicts it."""
+        batch, outputs = _blank(batch), None
+        for c, key in self._with("adapt", state):
+            state, part, predicted = c.adapt(self._context(), state, state.parts.get(c.name), batch, key)
+            outputs = outputs if predicted is None else predicted
+            state = _with_part(state, c, part)
+        return state, self.predict(state, batch.x, batch.task) if outputs is None else outputs
+
+    def predict(self, state: TrainState, x: PyTree, task: Array | None = None) -> PyTree:
+        """Outputs for x, inactive ones masked."""
+        context = self._context()
+        for c in self.components:
+            if c.predict:
+                return c.predict(context, state, state.parts.get(c.name), x, task)
+        outputs, _, _ = self.model.apply(state.params, state.model_state, x, task=task)
+        active = context.active(state.task, task)
+        return outputs if active is None else mask_outputs(outputs, active)
+
+    def act(self, state: TrainState, x: PyTree, key: Key, *, greedy: bool = False) -> tuple[PyTree, PyTree]:
+        """`(action, info)`: of the component with the hook `act`; else a draw from the softmax of `predict`, or with
+        `greedy` its most probable action, `i32[B]`, and info `{"log_probability": f32[B]}`."""
+        for c in self.components:
+            if c.act:
+                key = _key(key, state.step, "act", c.name)
+                return c.act(self._context(), state, state.parts.get(c.name), x, key)
+        log_p = jax.nn.log_softmax(self.predict(state, x))
+        action = jnp.argmax(log_p, axis=-1) if greedy else jax.random.categorical(key, log_p)
+        return action, {"log_probability": jnp.take_along_axis(log_p, action[..., None], axis=-1)[..., 0]}
+
+    def agent(self, state: TrainState) -> Agent:
+        """The learner at a state, as streams and evaluations see it."""
+        return Agent(lambda x, task=None: self.predict(state, x, task), lambda x, key: self.act(state, x, key))
+
+    def _context(self) -> Context:
+        # A component that re-initialises parameters draws them, also where the model began from bound weights.
+        model = self.model if self.model.frozen else self.model.bind(None)
+
+        def objective(state: TrainState, params: PyTree, batch: Batch, key: Key) -> Array:
+            return self._losses(context, state, params, batch, key, 0)[0]
+
+        context = Context(model, self.optimiser, self.tasks, objective)
+        return context
+
+    def _with(self, hook: str, state: TrainState) -> Iterator[tuple[Any, Key]]:
+        """The components that have a hook, and its key at this step."""
+        for c in self.components:
+            if getattr(c, hook):
+                yield c, _key(state.key, state.step, hook, c.name)
+
+    def _each(self, hook: str, state: TrainState, *arguments: Any) -> TrainState:
+        """Runs `hook` of every component that has it, each on the state that the one before left."""
+        context = self._context()
+        for c, key in self._with(hook, state):
+            state, part = getattr(c, hook)(context, state, state.parts.get(c.name), *arguments, key)
+            state = _with_part(state, c, part)
+        return state
+
+    def _losses(
+        self, context: Context, state: TrainState, params: PyTree, batch: Batch, key: Key, step: Array | int
+    ) -> tuple[Array, tuple[Any, ...]]:
+        """The sum of all losses; each of them, its aux, and what the shared pass returned."""
+        shared: list[tuple[PyTree, PyTree, Any]] = []  # made on first use
+
+        def forward() -> PyTree:
+            if not shared:
+                options = {"task": batch.task, "weight": batch.weight, "key": _key(key, step, "forward", "model")}
+                shared.append(context.model.apply(params, state.model_state, batch.x, train=True, **options))
+            return shared[0][0]
+
+        terms, aux = {}, {}
+        for c in self.components:
+            if c.loss:
+                part, own = state.parts.get(c.name), _key(key, step, "loss", c.name)
+                terms[c.name], aux[c.name] = c.loss(context, state, part, params, forward, batch, own)
+        return jnp.asarray(sum(terms.values())), (terms, aux, *(shared[0] if shared else (None, state.model_state, {})))
+
+
+def _key(state_key: Key, step: Array | int, hook: str, name: str) -> Key:
+    """Every hook of every component draws from its own key at every step, whatever else is composed."""
+    return jax.random.fold_in(jax.random.fold_in(state_key, step), crc32(f"{name}/{hook}".encode()))
+
+
+def _with_part(state: TrainState, component: Component, part: PyTree) -> TrainState:
+    return state._replace(parts={**state.parts, component.name: part}) if component.init else state
+
+
+def _blank(batch: Batch) -> Batch:
+    """Examples of weight 0 become zeros before any arithmetic: 0 * NaN would be NaN."""
+
+    def blank(leaf: Array) -> Array:
+        present = (batch.weight > 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
+        return jnp.where(present, leaf, jnp.zeros_like(leaf))
+
+    return batch._replace(
+        x=jax.tree.map(blank, batch.x), y=jax.tree.map(blank, batch.y), task=jax.tree.map(blank, batch.task)
+    )
+
+
+def _blank_all(sample: Batch | None) -> Batch | None:
+    return None if sample is None else jax.vmap(_blank)(sample)
+
+
+def _check_outputs(context: Context, params: PyTree, model_state: PyTree, batch: Batch) -> None:
+    """One abstract forward pass: the model must take the batch, and have an output for every class."""
+    shapes = jax.tree.map(lambda leaf: leaf.shape, batch.x)
+    try:
+        jaxpr, (outputs, _, _) = jax.make_jaxpr(
+            lambda p, s, b: context.model.apply(p, s, b.x, task=b.task, weight=b.weight), return_shape=True
+        )(params, model_state, batch)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"compose: the model cannot take the stream's batches, x of shape {shapes}: {error}"
+        ) from error
+    if context.tasks is not None and outputs.shape[-1] != context.tasks.active.shape[-1]:
+        raise ValueError(
+            f"compose: the model has {outputs.shape[-1]} outputs, but the stream's tasks have"
+            f" {context.tasks.active.shape[-1]} classes; the two must be equal"
+        )
+    if jax.default_backend() == "cpu" and has_plain_convolutions(jaxpr.jaxpr):
+        warnings.warn(
+            "compose: the model convolves by lax, whose gradients take 10 to 30 times as long in compiled loops on a"
+            " CPU; give compose a Model of cl_zoo.models.fast_convolutions(apply)",
+            stacklevel=2,
+        )
