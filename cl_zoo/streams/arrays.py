@@ -143,8 +143,8 @@ def array_stream(
         check_whole("stream", "steps", count, 1)
         if count % updates_per_batch:
             raise ValueError(
-                f"stream: steps is {count}, but it must be a multiple of {updates_per_batch}, the updates_per_batch: it"
-                " counts every update"
+                f"stream: steps is {count} and updates_per_batch is {updates_per_batch}, but steps counts every update:"
+                f" it must be a multiple of {updates_per_batch}"
             )
     different = len(set(counts)) > 1
     ends = np.cumsum(counts, dtype=np.int32)
@@ -183,7 +183,7 @@ def array_stream(
         # Beyond its end, a stream continues with its last task.
         if different:
             task = jnp.minimum(jnp.sum(cursor.step >= ends), n_tasks - 1).astype(jnp.int32)
-            step = cursor.step - (ends - np.array(counts, np.int32))[task]
+            step = cursor.step - jnp.asarray(ends - np.array(counts, np.int32))[task]
         else:
             task = jnp.minimum(cursor.step // counts[0], n_tasks - 1)
             step = cursor.step - task * counts[0]

@@ -197,11 +197,11 @@ def rotated_mnist(
     check_range("rotated_mnist", "largest_angle", largest_angle, 0)
     if angles is not None and len(angles) != n_tasks:
         raise ValueError(f"rotated_mnist: angles has {len(angles)} values, but there are {n_tasks} tasks")
-    given = None if angles is None else jnp.asarray(angles, jnp.float32)
+    given = None if angles is None else np.asarray(angles, np.float32)
 
     def draw(data: ImageData, key: Key) -> ImageData:
         if given is not None:
-            return data._replace(angles=jax.random.permutation(key, given))
+            return data._replace(angles=jax.random.permutation(key, jnp.asarray(given)))
         return data._replace(angles=jax.random.uniform(key, (n_tasks,), maxval=largest_angle))
 
     stream = image_stream(
@@ -214,7 +214,9 @@ def rotated_mnist(
         pixels=lambda data, task, image: rotate(image, data.angles[task]),
         **options,
     )
-    return stream if given is None else dataclasses.replace(stream, data=stream.data._replace(angles=given))
+    if given is None:
+        return stream
+    return dataclasses.replace(stream, data=stream.data._replace(angles=jnp.asarray(given)))
 
 
 def rotate(image: Array, degrees: Array) -> Array:

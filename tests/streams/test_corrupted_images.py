@@ -213,7 +213,7 @@ def test_official_files_after_clean_images(official):
         ({"severities": [0]}, "severities is 0"),
         ({"severities": ()}, r"severities is \(\)"),
         ({"examples": 91}, r"examples is 91.*\[1, 90\]"),
-        ({"batch_size": 7}, "batch_size is 7, but a task has 24 rows.*divide 24"),
+        ({"batch_size": 7}, "batch_size is 7, but a task has 24 examples.*divide 24"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"epochs": 0}, "epochs is 0"),
         ({"validation": 1.0}, "validation is 1"),

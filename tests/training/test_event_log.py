@@ -113,7 +113,7 @@ def test_events_go_back_with_a_damaged_checkpoint(run: Any, tmp_path: Path) -> N
     for path in (tmp_path / "checkpoints" / "18" / "tree").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="going on from step 15"):
+    with pytest.warns(UserWarning, match="continuing from step 15"):
         run(tmp_path)
     assert told(tmp_path) == logged(tmp_path)
     assert len(event_files(tmp_path)) == 2
