@@ -1,9 +1,10 @@
 """What every entry of the catalogue, every layer and three studies give, kept.
 
-    python -m tests.goldens.make        writes tests/goldens/goldens.npz
+    python -m tests.goldens.make            adds what is new to tests/goldens/goldens.npz
+    python -m tests.goldens.make --all      writes it afresh
 
-Run it only if the mathematics changed, and say why in the commit. Everything is computed in float64, where the
-mathematics allows it, on the tiny stream of the tests; numbers are those of the JAX version that the file names.
+Update what is there only if the mathematics changed, and say why in the commit. Everything is computed in float64, where
+the mathematics allows it, on the tiny stream of the tests; numbers are those of the JAX version that the file names.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import importlib
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,11 +123,17 @@ def first_found(name: str, images: Any) -> tuple[dict[str, np.ndarray], bool]:
 
 
 def main() -> None:
-    """Writes the file."""
+    """Adds what is missing to the file; with --all, writes it afresh."""
     images = tiny_images.__wrapped__()  # type: ignore[attr-defined]
     arrays: dict[str, np.ndarray] = {"jax_version": np.array(jax.__version__)}
-    doubles = []
+    doubles: list[str] = []
+    if "--all" not in sys.argv[1:] and FILE.exists():
+        with np.load(FILE, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        doubles = arrays.pop("in_float64").tolist()
     for name in names():
+        if any(key.startswith(f"{name}/") for key in arrays):
+            continue
         new, double = first_found(name, images)
         doubles += [name] * double
         print(f"{name:40s} {len(new):4d} arrays, {sum(a.nbytes for a in new.values()):8d} bytes", flush=True)
