@@ -3,8 +3,9 @@
     python -m tests.goldens.make            adds what is new to tests/goldens/goldens.npz
     python -m tests.goldens.make --all      writes it afresh
 
-Update what is there only if the mathematics changed, and say why in the commit. Everything is computed in float64, where
-the mathematics allows it, on the tiny stream of the tests; numbers are those of the JAX version that the file names.
+Update what is there only if the mathematics changed, and say why in the commit. Everything is computed in float64,
+where the mathematics allows it, on the tiny stream of the tests; numbers are those of the JAX version that the file
+names.
 """
 
 from __future__ import annotations
