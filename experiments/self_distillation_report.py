@@ -62,7 +62,7 @@ def report(config: Config, found: Found) -> Report:
     )
     what = "A small language" if config.model is None else Path(config.model).stem
     return Report(
-        "\n".join([table(cells, best), *judged]),
+        table(cells, best) + "\n" + "\n".join(judged),
         f"{what} learns skills from demonstrations",
         rows,
         notes={key: note(cells, key[1], best[key[1]]) for key in rows},
