@@ -12,20 +12,14 @@ from cl_zoo.entries import FAMILIES, Entry, LayerEntry
 __all__ = ["catalogue", "cite", "layer_catalogue", "layer_table", "table"]
 
 
-def _entries(room: str) -> list[Any]:
+@functools.cache
+def _entries(room: str) -> tuple[Any, ...]:
     package = importlib.import_module(room)
     found: list[Any] = []
     for module in pkgutil.iter_modules(package.__path__, f"{room}."):
         entry = getattr(importlib.import_module(module.name), "ENTRY", ())
         found += entry if isinstance(entry, tuple) else (entry,)
-    return found
-
-
-@functools.cache
-def _algorithms() -> dict[str, Entry]:
-    found: list[Entry] = _entries("cl_zoo.algorithms")
-    found.sort(key=lambda entry: FAMILIES.index(entry.family))
-    return {entry.name: entry for entry in found}
+    return tuple(found)
 
 
 def catalogue() -> dict[str, Entry]:
@@ -35,7 +29,8 @@ def catalogue() -> dict[str, Entry]:
       >>> sorted(catalogue()["ewc"].needs)
       ['boundaries', 'end_sample']
     """
-    return dict(_algorithms())
+    found = sorted(_entries("cl_zoo.algorithms"), key=lambda entry: FAMILIES.index(entry.family))
+    return {entry.name: entry for entry in found}
 
 
 def layer_catalogue() -> dict[str, LayerEntry]:

@@ -47,17 +47,18 @@ class Learner:
         """The same learner with weights bound to its model, see `Model.bind`."""
         return dataclasses.replace(self, model=self.model.bind(weights))
 
-    def draw_weights(self, key: Key, batch: Batch) -> PyTree:
-        """The frozen weights that `init` with this key uses where none are bound; None where nothing is frozen."""
+    def drawn(self, key: Key, batch: Batch) -> Learner:
+        """The learner that `init` with this key begins: what is frozen and not bound yet is drawn and bound."""
         draw = self.model.draw_function
-        return draw(_key(key, 0, "init", "model"), batch.x) if draw and self.model.weights is None else None
+        if draw is None or self.model.weights is not None:
+            return self
+        return self.bind(draw(_key(key, 0, "init", "model"), batch.x))
 
     def init(self, key: Key, batch: Batch) -> TrainState:
         """The first state, for batches like this one."""
-        if self.model.frozen and self.model.weights is None:
-            return self.bind(self.draw_weights(key, batch)).init(key, batch)
-        params, model_state = self.model.init(_key(key, 0, "init", "model"), batch.x)
-        zero, context = jnp.zeros((), jnp.int32), self._context()
+        learner = self.drawn(key, batch)
+        params, model_state = learner.model.init(_key(key, 0, "init", "model"), batch.x)
+        zero, context = jnp.zeros((), jnp.int32), learner._context()
         _check_outputs(context, params, model_state, batch)
         state = TrainState(zero, zero, key, params, model_state, self.optimiser.init(params), {})
         parts = {c.name: c.init(context, state, batch, _key(key, 0, "init", c.name)) for c in self.components if c.init}
@@ -154,8 +155,7 @@ class Learner:
             if c.predict:
                 return c.predict(context, state, state.parts.get(c.name), x, task)
         outputs, _, _ = self.model.apply(state.params, state.model_state, x, task=task)
-        active = context.active(state.task, task)
-        return outputs if active is None else mask_outputs(outputs, active)
+        return mask_outputs(outputs, context.active(state.task, task))
 
     def act(self, state: TrainState, x: PyTree, key: Key, *, greedy: bool = False) -> tuple[PyTree, PyTree]:
         """`(action, info)`: of the component with the hook `act`; else a draw from the softmax of `predict`, or with

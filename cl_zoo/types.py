@@ -120,9 +120,9 @@ class Stream:
       provides: which of `NEEDS` it fulfils.
       init_function: `(key) -> cursor`, the place in the stream; it goes into checkpoints.
       next_function: `(data, cursor, agent) -> (Batch, cursor)`; the agent is the current learner, for environments.
-      sample_function: `(data, task, key) -> Batch[M, B, ...]`, a bounded sample of a task, for consolidation.
+      sample_function: `(data, task, key) -> Batch[M, B, ...]`, a bounded sample of a task, for consolidation; or None.
       reorder_function: `(data, key) -> data` with the tasks drawn again (class order, permutations, angles); it shares
-        the images, so a `vmap` over keys holds one copy of them.
+        the images, so a `vmap` over keys holds one copy of them. None: they have one order.
       evaluation_function: `(data, task, split) -> Batch[E, B, ...]`, split "validation" or "test"; None: no examples.
       score_function: `(outputs, batch) -> f32[B]`; None without examples.
       evaluate_function: `(data, agent, task, split, key) -> f32[]`, the score on a task; None is the mean of `score`
@@ -137,8 +137,8 @@ class Stream:
     provides: frozenset[str]
     init_function: Callable[[Key], PyTree]
     next_function: Callable[[PyTree, PyTree, Agent], tuple[Batch, PyTree]]
-    sample_function: Callable[[PyTree, Array, Key], Batch]
-    reorder_function: Callable[[PyTree, Key], PyTree]
+    sample_function: Callable[[PyTree, Array, Key], Batch] | None = None
+    reorder_function: Callable[[PyTree, Key], PyTree] | None = None
     evaluation_function: Callable[[PyTree, Array, str], Batch] | None = None
     score_function: Callable[[PyTree, Batch], Array] | None = None
     evaluate_function: Callable[[PyTree, Agent, Array, str, Key], Array] | None = None
@@ -160,7 +160,9 @@ class Stream:
         return self.next_function(self.data, cursor, agent)  # type: ignore[arg-type]
 
     def sample(self, task: Array | int, key: Key) -> Batch:
-        """A bounded sample of a task, `Batch[M, B, ...]`."""
+        """A bounded sample of a task, `Batch[M, B, ...]`. ValueError where there is none."""
+        if self.sample_function is None:
+            raise ValueError("the stream gives no samples of its tasks: it was made without a sample_function")
         return self.sample_function(self.data, jnp.asarray(task), key)
 
     def evaluation(self, task: Array | int, split: str) -> Batch:
@@ -179,12 +181,17 @@ class Stream:
         """The score on a task, `f32[]`."""
         if self.evaluate_function is not None:
             return self.evaluate_function(self.data, agent, jnp.asarray(task), split, key)
-        examples = self.evaluation(task, split)
+        return self.mean_score(agent, self.evaluation(task, split))
+
+    def mean_score(self, agent: Agent, examples: Batch) -> Array:
+        """The mean of `score` over examples, `Batch[E, B, ...]`."""
         scores = jax.lax.map(lambda batch: self.score(agent.predict(batch.x, batch.task), batch), examples)
         return weighted_mean(scores, examples.weight)
 
     def reorder(self, key: Key) -> Stream:
-        """The same stream with its tasks drawn again."""
+        """The same stream with its tasks drawn again. ValueError where they have one order."""
+        if self.reorder_function is None:
+            raise ValueError("the stream's tasks have one order: it was made without a reorder_function")
         return dataclasses.replace(self, data=self.reorder_function(self.data, key))
 
 

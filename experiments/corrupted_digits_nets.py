@@ -123,17 +123,12 @@ def cropped(protocol: Protocol, images: LabelledImages, kept: int, keys: Key) ->
         crops = augment(x[index], jax.random.fold_in(key, step))
         return Batch(crops, y[index], None, jnp.ones(protocol.batch)), (step + 1, order)
 
-    def never(*_: Any) -> Any:
-        raise NotImplementedError
-
     return Stream(
         n_tasks=1,
         steps=protocol.epochs * per_epoch,
         provides=frozenset({"open_outputs"}),
         init_function=init,
         next_function=next_batch,
-        sample_function=never,
-        reorder_function=never,
         tasks=scenario_tasks("domain", 1, 10),
         data=(
             jnp.asarray(images.train_images[:kept]),

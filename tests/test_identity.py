@@ -62,6 +62,22 @@ def test_alike_or_not(name: str) -> None:
     assert alike(one) != alike(other) and alike(one) != one
 
 
+def test_a_helper_that_is_defined_again_is_another() -> None:
+    """As in a notebook, where a cell is run again: what was made before keeps what it was."""
+    cell: dict[str, Any] = {"__name__": "__main__", "scale": 1}
+    exec("def inner(x): return 2 * x\ndef helper(x): return inner(x)\ndef measure(x): return helper(x)", cell)
+    before = alike(cell["measure"])
+    assert before == alike(cell["measure"])
+    exec("def inner(x): return 3 * x", cell)
+    assert before != alike(cell["measure"])
+    exec("def inner(x): return 2 * x", cell)
+    assert before == alike(cell["measure"])
+    exec("def measure(x): return scale * helper(x)", cell)
+    one = alike(cell["measure"])
+    exec("scale = 2", cell)
+    assert one != alike(cell["measure"])
+
+
 def test_what_cannot_be_compared_is_itself_alone() -> None:
     held = jnp.ones(3)
     assert identity(made(held)) == identity(made(held))

@@ -75,8 +75,7 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
 
     def predict(context: Context, state: TrainState, part: EmaState, x: PyTree, task: Array | None) -> PyTree:
         outputs, _, _ = context.model.apply(part.params, part.model_state, x, task=task)
-        active = context.active(state.task, task)
-        return outputs if active is None else mask_outputs(outputs, active)
+        return mask_outputs(outputs, context.active(state.task, task))
 
     return Component(name, init=init, observe=observe, predict=predict)
 

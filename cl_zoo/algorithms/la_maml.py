@@ -111,8 +111,7 @@ def la_maml(
         def loss_on(network: PyTree, rows: Batch) -> Array:
             whole = {**params, "params": network} if rate is None else network
             outputs, _, _ = context.model.apply(whole, state.model_state, rows.x, task=rows.task, weight=rows.weight)
-            active = context.active(state.task, rows.task)
-            outputs = outputs if active is None else mask_outputs(outputs, active)
+            outputs = mask_outputs(outputs, context.active(state.task, rows.task))
             return weighted_mean(loss(outputs, rows.y), rows.weight)
 
         def one_row(network: PyTree, j: Array) -> Array:

@@ -46,7 +46,7 @@ class Adaptation(NamedTuple):
     def answer(self, context: Context, state: TrainState, params: PyTree, x: PyTree, active: Array | None) -> Array:
         """Masked outputs of the network for examples, in evaluation mode."""
         outputs, _, _ = context.model.apply(params, state.model_state, x)
-        return outputs if active is None else mask_outputs(outputs, active)
+        return mask_outputs(outputs, active)
 
     def run(
         self,

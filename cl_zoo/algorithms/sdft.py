@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from cl_zoo.checks import check_choice, check_range, check_whole
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.teacher import moved_teacher
-from cl_zoo.language._decoder import check_decoder
 from cl_zoo.language._generate import check_stop, generate
 from cl_zoo.language.answers import Demonstrated, answer_logits, check_demonstrated
 from cl_zoo.losses import divergence, token_losses, weighted_mean
@@ -190,7 +189,8 @@ def _distillation(
     check_range(name, "temperature", temperature, 0)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SdftState:
-        check_decoder(name, context.model.decoder)
+        if context.model.decoder is None:
+            raise ValueError(f"{name}: the model is not made of a decoder, as answering(decoder(...)) is")
         check_demonstrated(name, batch.x, shown=True)
         return SdftState({} if teacher == "live" else state.params)
 

@@ -64,10 +64,7 @@ def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name:
     ) -> tuple[Array, dict[str, PyTree]]:
         if batch.y is None:
             raise ValueError(f"{name}: the batch has no labels (y is None), but a supervised loss needs them")
-        outputs = forward()
-        active = context.active(state.task, batch.task)
-        if active is not None:
-            outputs = mask_outputs(outputs, active)
+        outputs = mask_outputs(forward(), context.active(state.task, batch.task))
         return weighted_mean(loss(outputs, batch.y), batch.weight), {}
 
     return Component(name, loss=loss_hook)

@@ -13,12 +13,13 @@ from cl_zoo._learner import Learner
 from cl_zoo.checks import check_choice, check_whole
 from cl_zoo.evaluation.adaptation import evaluate_adapting
 from cl_zoo.identity import alike
-from cl_zoo.losses import mask_outputs, weighted_mean
-from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TrainState
+from cl_zoo.losses import mask_outputs
+from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
 
 __all__ = ["Measure", "accuracy", "adapted_accuracy", "at", "settled"]
 
 Function = Callable[[Learner, TrainState, Stream, Key], PyTree]
+Measures = Mapping[str, "Measure | Function"]
 
 
 class Measure(NamedTuple):
@@ -101,14 +102,12 @@ def accuracy(split: str = "test", *, batches: int | None = None, within_task: bo
         def on_examples(task: Array) -> Array:
             examples = jax.tree.map(lambda leaf: leaf[:batches], stream.evaluation(task, split))
 
-            def score(batch: Batch) -> Array:
-                outputs = agent.predict(batch.x, batch.task)
-                if within_task:
-                    label = jax.nn.one_hot(examples.y, outputs.shape[-1]) * examples.weight[..., None]
-                    outputs = mask_outputs(outputs, jnp.any(label > 0, axis=(0, 1)))
-                return stream.score(outputs, batch)
+            def within(x: PyTree, task: Array | None = None) -> Array:
+                outputs = agent.predict(x, task)
+                label = jax.nn.one_hot(examples.y, outputs.shape[-1]) * examples.weight[..., None]
+                return mask_outputs(outputs, jnp.any(label > 0, axis=(0, 1)))
 
-            return weighted_mean(jax.lax.map(score, examples), examples.weight)
+            return stream.mean_score(agent._replace(predict=within) if within_task else agent, examples)
 
         def on_task(task: Array) -> Array:
             if batches is not None or within_task:
@@ -137,7 +136,7 @@ def adapted_accuracy(split: str = "test", **options: Any) -> Measure:
     return Measure(alike(function), needs_examples=True)
 
 
-def settled(measure: Mapping[str, Measure | Function] | None, stream: Stream) -> tuple[tuple[str, Measure], ...]:
+def settled(measure: Measures | None, stream: Stream) -> tuple[tuple[str, Measure], ...]:
     """The measures of a run by name; R alone where none are given.
 
     Raises:

@@ -147,10 +147,7 @@ def online_score(
         batch: Batch,
         key: Key,
     ) -> tuple[Array, dict[str, PyTree]]:
-        outputs = jax.lax.stop_gradient(forward())
-        active = context.active(state.task, batch.task)
-        if active is not None:
-            outputs = mask_outputs(outputs, active)
+        outputs = mask_outputs(jax.lax.stop_gradient(forward()), context.active(state.task, batch.task))
         outputs, batch = jax.tree.map(lambda leaf: leaf[:batch_size], (outputs, batch))
         values = score(outputs, batch)
         return jnp.zeros((), values.dtype), {"score": weighted_mean(values, batch.weight)}

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from cl_zoo._learner import Learner
 from cl_zoo.checks import check_whole
 from cl_zoo.compilation import jit
-from cl_zoo.evaluation.measures import Function, Measure, settled
+from cl_zoo.evaluation.measures import Measure, Measures, settled
 from cl_zoo.files import write_arrays
 from cl_zoo.training.checkpoint import Checkpoints
 from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import (
     Carry,
+    Metrics,
     Result,
     begin,
     check_bound,
@@ -41,7 +42,9 @@ from cl_zoo.training.loop import (
     room,
     slots,
     start,
+    task_lengths,
     train_steps,
+    updates,
 )
 from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config
 from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
@@ -62,8 +65,8 @@ def fit(
     config: Any = None,
     checkpoint_every: int = 500,
     keep: int = 2,
-    measure: Mapping[str, Measure | Function] | None = None,
-    metrics: Sequence[str] | Mapping[str, int] | None = None,
+    measure: Measures | None = None,
+    metrics: Metrics | None = None,
     progress: bool = True,
     tensorboard: bool = False,
 ) -> Result:
@@ -143,10 +146,10 @@ def fit(
     log, checkpoints = MetricsLog(directory), Checkpoints(directory / "checkpoints", keep)
 
     learner, stream = jax.tree.map(jnp.asarray, (learner, stream))  # not to be sent to the device at every call
-    drawn = _programs(jax.tree.structure((learner, stream)))["draw"](learner, stream, key)
-    learner = learner if drawn is None else learner.bind(drawn)
+    if learner.model.frozen and learner.model.weights is None:
+        learner = learner.bind(_programs(jax.tree.structure((learner, stream)))["draw"](learner, stream, key))
     programs = _programs(jax.tree.structure((learner, stream)))
-    lengths = np.full(stream.n_tasks, stream.steps) if stream.task_steps is None else np.asarray(stream.task_steps)
+    lengths = np.asarray(task_lengths(stream))
     starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())
     grid = [checkpoint_every, *(one.when for _, one in measures if isinstance(one.when, int))]
     size = min(*grid, int(lengths.max()))
@@ -173,6 +176,8 @@ def fit(
     def save() -> None:
         numbers = {"step": done, "log": log.length()}
         arrays = {name: jnp.asarray(number, jnp.int32) for name, number in numbers.items()}
+        for name, found in taken.items():
+            write_arrays(directory, name, found)
         checkpoints.save(done, {"carry": carry, "measures": jax.tree.map(jnp.asarray, taken), **arrays})
 
     def take(name: str, one: Measure, where: tuple[int, ...]) -> None:
@@ -181,7 +186,6 @@ def fit(
         found = programs["measure"](learner, stream, key, carry[0], jnp.int32(number), name, one)
         found = jax.tree.map(np.asarray, found)
         jax.tree.map(lambda all_, now: all_.__setitem__(where, now), taken[name], found)
-        write_arrays(directory, name, taken[name])
         if one.report is not None:
             found = reports[name][number] = one.report(found)
         if isinstance(found, (np.ndarray, np.generic, float)) and np.ndim(found) < 2:
@@ -207,7 +211,9 @@ def fit(
             carry, history = programs["train"](learner, stream, carry, jnp.int32(n), size, chosen)
             history = {name: values[:n] for name, values in jax.device_get(history).items()}
             newest = f"; the last checkpoint before it is that of step {done}, in {checkpoints.directory}"
-            check_finite(history, carry[0].params, stream.steps, task * stream.steps + step, kept=newest)
+            ran = task * stream.steps + step + np.arange(n)
+            seen = {name: (ran, values) for name, values in history.items()}
+            check_finite(ran, seen, carry[0].params, stream.steps, newest)
             strides = dict.fromkeys(history, 1) if chosen is None else dict(chosen)
             numbers = {
                 name: {i: values[i].item() for i in range(n) if (step + i + 1) % strides[name] == 0}
@@ -238,8 +244,7 @@ def fit(
     measures_found = {
         name: reported(one, taken[name], len(slots(one, stream)), reports[name]) for name, one in measures
     }
-    updated = jnp.arange(stream.steps) < jnp.asarray(lengths)[:, None]
-    return Result(carry[0], _histories(directory, chosen, starts, stream.steps), measures_found, updated)
+    return Result(carry[0], _histories(directory, chosen, starts, stream.steps), measures_found, updates(stream))
 
 
 def _kept(learner: Learner, stream: Stream, key: Key, chosen: tuple[tuple[str, int], ...]) -> dict[str, Array]:
@@ -271,8 +276,7 @@ def _programs(structure: Any) -> dict[str, Callable[..., Any]]:
         return jax.tree.map(_copy, start(learner, stream, key)[1])
 
     def draw(learner: Learner, stream: Stream, key: Key) -> PyTree:
-        bound = start(learner, stream, key)[0].model.weights
-        return bound if learner.model.weights is None and learner.model.frozen else None
+        return start(learner, stream, key)[0].model.weights
 
     def begin_task(learner: Learner, stream: Stream, key: Key, carry: Carry, t: Array) -> Carry:
         return begin(learner, stream, key, carry[0], t), carry[1]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cl_zoo._learner import Learner
 from cl_zoo.checks import check_whole
 from cl_zoo.compilation import jit, staged
-from cl_zoo.evaluation.measures import Function, Measure, settled
+from cl_zoo.evaluation.measures import Measure, Measures, settled
 from cl_zoo.training.loop import (
     Carry,
+    Metrics,
     Result,
     begin,
     check_bound,
@@ -30,13 +32,11 @@ from cl_zoo.training.loop import (
     slots,
     start,
     train_steps,
+    updates,
 )
 from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
 
 __all__ = ["clear_programs", "run_stream", "stream_program", "sweep"]
-
-Measures = Mapping[str, Measure | Function]
-Metrics = Sequence[str] | Mapping[str, int]
 
 
 def run_stream(
@@ -79,20 +79,26 @@ def run_stream(
       >>> result.metrics["loss"].shape, result.accuracy.shape
       ((5, 20), (6, 5))
     """
-    measures = settled(measure, stream)
+    measures, chosen = settled(measure, stream), chosen_metrics(metrics)
     if staged() or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((learner, stream, key))):
-        return _run(learner, stream, key, measures, chosen_metrics(metrics))
+        return _run(learner, stream, key, measures, chosen)
     result = stream_program(learner, stream, measure=measure, metrics=metrics)(learner, stream, key)
-    check_result(result, stream)
+    _check_result(result, stream, dict(chosen or ()))
     return _with_reports(result, measures, stream)
 
 
-def check_result(result: Result, stream: Stream) -> None:
+def _check_result(result: Result, stream: Stream, strides: dict[str, int]) -> None:
     """Refuses a run whose metrics or parameters are not finite."""
-    whole = {name: value for name, value in result.metrics.items() if value.shape == result.updated.shape}
-    ran = jax.device_get(result.updated)
-    filled = {name: jnp.where(ran, value, 0) for name, value in whole.items()}
-    check_finite(filled, result.state.params, stream.steps)
+
+    def numbers(stride: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        task, place = np.nonzero(updates(stream, stride))
+        return task * stream.steps + (place + 1) * stride - 1, (task, place)
+
+    found = {}
+    for name, values in jax.device_get(result.metrics).items():
+        number, place = numbers(strides.get(name, 1))
+        found[name] = number, values[place]
+    check_finite(numbers(1)[0], found, result.state.params, stream.steps)
 
 
 def stream_program(
@@ -146,7 +152,7 @@ def _run(
     @jax.jit  # traced once, though its shapes are asked for before it is used
     def train(carry: Carry, t: Array) -> tuple[Carry, Any]:
         carry = begin(learner, stream, key, carry[0], t), carry[1]
-        carry, outputs = _task(learner, stream, key, carry, t, measures, metrics, take)
+        carry, outputs = _task(learner, stream, key, carry, t, measures, metrics)
         return (finish(learner, stream, key, carry[0], t), carry[1]), outputs
 
     def measure_then_train(carry: Carry, t: Array) -> tuple[Carry, Any]:
@@ -161,9 +167,7 @@ def _run(
     carry, (found, outputs) = jax.lax.scan(measure_then_train, carry, rounds)
     kept, points = jax.tree.map(lambda leaf: leaf[:-1], outputs)
     last = {name: take(name, one, carry[0], 0) for name, one in measures if one.when == "end"}
-    steps = jnp.full(stream.n_tasks, stream.steps) if stream.task_steps is None else stream.task_steps
-    updated = jnp.arange(stream.steps) < steps[:, None]
-    return Result(carry[0], kept, {**found, **points, **last}, updated)
+    return Result(carry[0], kept, {**found, **points, **last}, updates(stream))
 
 
 def _task(
@@ -174,7 +178,6 @@ def _task(
     t: Array,
     measures: tuple[tuple[str, Measure], ...],
     metrics: tuple[tuple[str, int], ...] | None,
-    take: Callable[..., PyTree],
 ) -> tuple[Carry, tuple[dict[str, Array], dict[str, PyTree]]]:
     """All updates of task t: `(carry, (metrics, measures within the task))`."""
     strides, kept = histories(learner, stream, carry, stream.steps, metrics)
@@ -208,7 +211,8 @@ def _task(
             slot = done // period - 1
 
             def add(points: PyTree, name: str = name, one: Measure = one, slot: Array = slot) -> PyTree:
-                new = take(name, one, carry[0], t * slots(one, stream)[1] + slot)
+                number = t * slots(one, stream)[1] + slot
+                new = measured(name, one, learner, stream, key, carry[0], number)
                 return jax.tree.map(
                     lambda all_, now: jax.lax.dynamic_update_index_in_dim(all_, now, slot, 0), points, new
                 )

@@ -17,6 +17,7 @@ from cl_zoo.evaluation.measures import Measure
 from cl_zoo.types import NEEDS, Agent, Array, Batch, Key, PyTree, Stream, TrainState
 
 __all__ = [
+    "Metrics",
     "NonFiniteError",
     "Result",
     "begin",
@@ -32,12 +33,15 @@ __all__ = [
     "room",
     "slots",
     "start",
+    "task_lengths",
     "train_steps",
     "update",
+    "updates",
 ]
 
 Carry = tuple[TrainState, PyTree]
 Histories = dict[str, Array]
+Metrics = Sequence[str] | Mapping[str, int]
 
 
 class Result(NamedTuple):
@@ -90,7 +94,7 @@ def check_bound(weights: PyTree) -> None:
             )
 
 
-def chosen_metrics(metrics: Sequence[str] | Mapping[str, int] | None) -> tuple[tuple[str, int], ...] | None:
+def chosen_metrics(metrics: Metrics | None) -> tuple[tuple[str, int], ...] | None:
     """Names and strides of the histories that are kept; None for all of them.
 
     Raises:
@@ -135,27 +139,38 @@ def start(learner: Learner, stream: Stream, key: Key) -> tuple[Learner, Carry]:
     learner_key, stream_key = jax.random.split(key)
     cursor = stream.init(stream_key)
     batch = example_batch(learner, stream, key)
-    if learner.model.frozen and learner.model.weights is None:
-        learner = learner.bind(learner.draw_weights(learner_key, batch))
+    learner = learner.drawn(learner_key, batch)
     return learner, (learner.init(learner_key, batch), cursor)
 
 
 def begin(learner: Learner, stream: Stream, key: Key, state: TrainState, t: Array) -> TrainState:
-    """Begins task `t`; the sample is dropped by the compiler where no component reads it.
-
-    On a stream without boundaries, neither this nor `finish` does anything.
-    """
+    """Begins task `t`. On a stream without boundaries, neither this nor `finish` does anything."""
     if "boundaries" not in stream.provides:
         return state
     task = jax.tree.map(lambda leaf: leaf[t], stream.tasks)
-    return learner.begin_task(state, task, stream.sample(t, jax.random.split(key)[1]))
+    return learner.begin_task(state, task, _sample(stream, key, t))
 
 
 def finish(learner: Learner, stream: Stream, key: Key, state: TrainState, t: Array) -> TrainState:
     """Ends task `t`, with the same sample of it."""
     if "boundaries" not in stream.provides:
         return state
-    return learner.end_task(state, stream.sample(t, jax.random.split(key)[1]))
+    return learner.end_task(state, _sample(stream, key, t))
+
+
+def _sample(stream: Stream, key: Key, t: Array) -> Batch | None:
+    """Of task `t`, where the stream gives any; dropped by the compiler where no component reads it."""
+    return stream.sample(t, jax.random.split(key)[1]) if stream.sample_function else None
+
+
+def task_lengths(stream: Stream) -> np.ndarray | Array:
+    """Updates of each task, `i32[T]`."""
+    return np.full(stream.n_tasks, stream.steps, np.int32) if stream.task_steps is None else stream.task_steps
+
+
+def updates(stream: Stream, stride: int = 1) -> Array:
+    """Which of the values of each stride-th update a run fills, `bool[T, steps // stride]`."""
+    return jnp.arange(stream.steps // stride) < jnp.asarray(task_lengths(stream))[:, None] // stride
 
 
 def histories(
@@ -251,38 +266,45 @@ def reported(measure: Measure, found: PyTree, leading: int, made: Mapping[int, P
     return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(shape + np.shape(leaves[0])), *each)
 
 
-def check_finite(metrics: dict[str, Any], params: PyTree, steps: int, first_step: int = 0, kept: str = "") -> None:
+def check_finite(
+    ran: np.ndarray,
+    metrics: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    params: PyTree,
+    steps: int,
+    kept: str = "",
+) -> None:
     """Refuses metrics, or parameters after the last update, that are not finite.
 
     Args:
-      metrics: `{name: [n]}` of consecutive updates.
-      params: after them.
-      steps: updates per task.
-      first_step: number of the first of them, from 0.
+      ran: `i[N]`, numbers of the updates, in order: i of task t has the number t * steps + i.
+      metrics: `{name: (i[n], f32[n])}`, numbers of those whose value was kept, and the values.
+      params: after the last of them.
+      steps: see `ran`.
       kept: what is left to continue from, for the message.
 
     Raises:
       NonFiniteError: names the task, the step and the likely cause.
     """
-    values = {name: np.ravel(np.asarray(value)) for name, value in metrics.items()}
-    bad = {
-        name: int(np.flatnonzero(~np.isfinite(value))[0])
-        for name, value in values.items()
-        if not np.isfinite(value).all()
-    }
+    bad = {}
+    for name, (number, value) in metrics.items():
+        if len(wrong := np.flatnonzero(~np.isfinite(value))):
+            bad[name] = int(number[wrong[0]]), value[wrong[0]]
     if not bad:
         if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params)):
             return
-        # The last update did it: no loss has seen these parameters yet.
-        last = max((len(value) for value in values.values()), default=1) - 1
-        values["parameters"] = np.append(np.zeros(last), np.nan)
-        bad["parameters"] = last
-    name = min(bad, key=lambda name: (bad[name], name != "loss"))
-    task, step = divmod(first_step + bad[name], steps)
-    last = max(bad[name] - 1, 0)
-    penalties = [value[last] for metric, value in values.items() if metric.endswith("/penalty")]
-    usual = max(values["loss"][0], 1.0) if "loss" in values else 1.0
-    if name.endswith("/penalty") or any(value > 100 * usual for value in penalties):
+        bad["parameters"] = int(ran[-1]), np.nan
+    name = min(bad, key=lambda name: (bad[name][0], name != "loss"))
+    found, value = bad[name]
+    task, step = divmod(found, steps)
+    # Which update did it is only known where something was kept of all of them.
+    known = any(len(number) == len(ran) for number, _ in metrics.values())
+    usual = max(metrics["loss"][1][:1], default=1.0) if "loss" in metrics else 1.0
+    before = [
+        value[max(int(np.searchsorted(number, found)) - 1, 0)]
+        for metric, (number, value) in metrics.items()
+        if metric.endswith("/penalty") and len(number)
+    ]
+    if name.endswith("/penalty") or any(penalty > 100 * max(usual, 1.0) for penalty in before):
         cause = (
             "a penalty grew until it overflowed: with plain SGD, strength x learning rate x largest Fisher value must"
             " stay below 2; lower the strength or the learning rate, or use Adam"
@@ -290,5 +312,5 @@ def check_finite(metrics: dict[str, Any], params: PyTree, steps: int, first_step
     else:
         cause = "too high a learning rate, or inputs that are not finite"
     raise NonFiniteError(
-        f"{name} is {values[name][bad[name]]} at task {task}, step {step}; likely cause: {cause}{kept}"
+        f"{name} is {value} at task {task}, step {step}{'' if known else ' or before'}; likely cause: {cause}{kept}"
     )

@@ -197,7 +197,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=field):
             sdft(**({"length": N} | wrong))
     bare = compose(NET.model, optax.sgd(0.1), sdft(length=N))
-    with pytest.raises(ValueError, match="sdft: decoder is NoneType, but it must be a Decoder"):
+    with pytest.raises(ValueError, match="sdft: the model is not made of a decoder, as answering"):
         bare.init(KEY, Batch(jnp.zeros((2, 3), jnp.int32), None, None, jnp.ones(2)))
     learner = compose(answering(NET), optax.sgd(0.1), sdft(length=N))
     with pytest.raises(ValueError, match="must be Demonstrated"):

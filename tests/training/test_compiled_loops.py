@@ -35,7 +35,9 @@ def test_loops_copy_neither_memory_nor_parameters(tiny_images, name: str) -> Non
         return train_steps(learner, stream, carry, 0, 3, strides, kept)
 
     def text(compiled) -> str:
-        return compiled(train).lower(learner, stream, carry).compile().as_text()
+        """As outside of the tests, which compile loops otherwise to save time."""
+        options = {"xla_cpu_use_fusion_emitters": True}
+        return compiled(train).lower(learner, stream, carry).compile(options).as_text()
 
     assert copies(text(jit), size=16 * 96) == []
     if name in ("replay", "der"):

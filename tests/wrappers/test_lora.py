@@ -101,16 +101,16 @@ def test_networks_of_dense_layers(made: Any) -> None:
 
 
 def test_without_weights_they_are_drawn() -> None:
-    """Those that the model would have begun from with this key; and a run draws those that `draw_weights` tells."""
+    """Those that the model would have begun from with this key; and a run draws those that `drawn` tells."""
     weights = MODEL.draw_function(jax.random.key(1), TOKENS)
     same_bytes(weights, NET.model.init(jax.random.key(1), TOKENS)[0])
     same_bytes(MODEL.init(jax.random.key(1), TOKENS), MODEL.bind(weights).init(jax.random.key(1), TOKENS))
     one, source, key = learner(), stream(), jax.random.key(4)
     batch, _ = source.next(source.init(key))
     learner_key = jax.random.split(key)[0]
-    weights = one.draw_weights(learner_key, batch)
+    weights = one.drawn(learner_key, batch).model.weights
     same_bytes(one.init(learner_key, batch), one.bind(weights).init(learner_key, batch))
-    assert one.bind(weights).draw_weights(learner_key, batch) is None
+    assert one.bind(weights).drawn(learner_key, batch).model.weights is weights
     drawn, bound = run_stream(one, source, key), run_stream(one.bind(weights), source, key)
     close((drawn.state, drawn.metrics), (bound.state, bound.metrics), rtol=1e-3, atol=1e-4)
     # So it can predict afterwards.
