@@ -55,7 +55,7 @@ def _identity(value: Any, functions: dict[int, int], inside: frozenset[int]) -> 
     if isinstance(value, functools.partial):
         return functools.partial, each((value.func,)), each(value.args), each(value.keywords.items())
     if isinstance(value, np.ndarray):
-        return np.ndarray, value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value)).digest()
+        return np.ndarray, value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).digest()
     if isinstance(value, (tuple, list)):
         return type(value), each(value)
     if isinstance(value, Mapping):
