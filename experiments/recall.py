@@ -1,18 +1,18 @@
-"""Which sequence layer answers from what the row itself has told, as it is told more? Multi-query associative recall.
+"""Which sequence layer answers from what its sequence has told, as it is told more? Multi-query associative recall.
 
 Command                                 hardware    time     expected
 python -m experiments.recall --record   1 CPU core  45 min   32 pairs: softmax attention 100.0 %, gated delta rule 64.1,
                                                               linear attention 63.2, delta rule 61.6, TTT-Linear 28.8;
                                                               16 pairs: 100.0, 91.1, 86.5, 90.5, 32.5
 
-Decoders of 2 blocks of width 32 with 2 heads, every layer with short convolutions of width 4, learn from rows of 4 n
-tokens: n keys with their values, then n questions among as many tokens of noise. Keys, values and noise come from 1024
-tokens. First there are few pairs; when a net has learned from those rows, and been tested on such, it goes on with more
-pairs. The first stage is the longest: until a net finds out how to recall at all it learns little, and from rows of 32
-pairs none of these found out in 600 updates. Each stage has its own AdamW (0.9, 0.95, decay 0.1), clipped at norm 1,
-warmed up over a tenth of the steps and then a cosine down to a tenth; rates, steps and sequences are the same for all.
-The score is the fraction of questions that are answered. Each head of a layer other than softmax attention remembers a
-sequence in d x d numbers, however long it is.
+Decoders of 2 blocks of width 32 with 2 heads, every layer with short convolutions of width 4, learn from sequences of 4
+n tokens: n keys with their values, then n questions among as many tokens of noise. Keys, values and noise come from
+1024 tokens. First there are few pairs; when a net has learned from those sequences, and been tested on such, it goes on
+with more pairs. The first stage is the longest: until a net finds out how to recall at all it learns little, and from
+sequences of 32 pairs none of these found out in 600 updates. Each stage has its own AdamW (0.9, 0.95, decay 0.1),
+clipped at norm 1, warmed up over a tenth of the steps and then a cosine down to a tenth; rates, steps and sequences are
+the same for all. The score is the fraction of questions that are answered. Each head of a layer other than softmax
+attention remembers a sequence in d x d numbers, however long it is.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Config:
 
     mixers: tuple[str, ...] = tuple(MIXERS)
     pairs: tuple[int, ...] = (4, 8, 16, 32)
-    """Keys and values of a row, which has four times as many tokens; one stage after the other."""
+    """Keys and values of a sequence, which has four times as many tokens; one stage after the other."""
     seeds: int = 1
     first_steps: int = 2000
     """Of the first stage, in which a net finds out how to recall at all."""
@@ -165,7 +165,7 @@ def figures(config: Config, found: Found, directory: Path) -> list[Path]:
                 right.plot(begin + np.arange(len(smooth)) + width, smooth, **look)
         left.axvline(d, color="grey", linewidth=0.8)
         left.annotate(f" d = {d}", (d, 2), color="grey", fontsize=8)
-        left.set(xlabel="pairs in the row", ylabel="accuracy, %", ylim=(0, 103), xscale="log")
+        left.set(xlabel="pairs in the sequence", ylabel="accuracy, %", ylim=(0, 103), xscale="log")
         left.set_xticks(config.pairs, [str(n) for n in config.pairs])
         left.minorticks_off()
         right.set(xlabel="updates", ylabel="training loss, bits per question", ylim=(0, None))

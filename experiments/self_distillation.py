@@ -16,7 +16,7 @@ not without; that is asserted before anything is learned. Two settings:
 
 - By default, a decoder of 2 blocks learns a small language of symbols in this script: two dozen known cues, each with
   its permutation, and to follow any permutation that a demonstration shows. Then come three new cues. What may be
-  forgotten are the known cues and the following of demonstrations; text is held-out rows of the language, but for
+  forgotten are the known cues and the following of demonstrations; text is held-out sequences of the language, but for
   those that the new cues are to change.
 - With --model, a published one learns words of an invented language with adapters of low rank. It is asked 'In Zorgish,
   cat is called "', where a demonstration is the line 'cat -> "boda"' of a dictionary before the question; and is tested

@@ -5,15 +5,15 @@ python -m experiments.text_domains --seeds 3 --record     1 CPU core     25 min 
                                                                                     ewc 0.52, replay 0.01
 python -m experiments.text_domains --text-dir TEXTS       1 CPU core                whatever lies in TEXTS
 
-A decoder of 2 blocks of width 128 with half a million parameters reads bytes in rows of 128: first the code of Python's
-library without docstrings and comments, then the docstrings; with --text-dir then also each local domain, see
-`read_text_domains`. 300 batches of 8 rows are read of each, less than one pass. Adam (0.9, 0.95), clipped at norm 1,
-warmed up once, then at a constant rate, so that no domain is met with a smaller one. No task is told.
+A decoder of 2 blocks of width 128 with half a million parameters reads bytes in sequences of 128: first the code of
+Python's library without docstrings and comments, then the docstrings; with --text-dir then also each local domain, see
+`read_text_domains`. 300 batches of 8 sequences are read of each, less than one pass. Adam (0.9, 0.95), clipped at norm
+1, warmed up once, then at a constant rate, so that no domain is met with a smaller one. No task is told.
 
-"naive" only learns; "ewc" has a penalty by the squared gradients of each row's loss, its strength the best of three by
-validation, with the first seed, on all domains at the end; "replay" keeps 500 rows and adds 8 of them to each batch;
-"joint" reads all domains at once with as many updates in all, which bounds what can be had. The score is bits per byte:
-lower is better. Nothing is published for this setting; what is asked is how the methods stand to each other. The best
+"naive" only learns; "ewc" has a penalty by the squared gradients of each sequence's loss, its strength the best of three
+by validation, with the first seed, on all domains at the end; "replay" keeps 500 sequences and adds 8 of them to each
+batch; "joint" reads all domains at once with as many updates in all, which bounds what can be had. The score is bits
+per byte: lower is better. Nothing is published for this setting; what is asked is how the methods stand to each other. The best
 strength for EWC was the smallest: more of it costs the docstrings more than it keeps of the code.
 """
 
