@@ -10,11 +10,11 @@ Python's library without docstrings and comments, then the docstrings; with --te
 `read_text_domains`. 300 batches of 8 sequences are read of each, less than one pass. Adam (0.9, 0.95), clipped at norm
 1, warmed up once, then at a constant rate, so that no domain is met with a smaller one. No task is told.
 
-"naive" only learns; "ewc" has a penalty by the squared gradients of each sequence's loss, its strength the best of three
-by validation, with the first seed, on all domains at the end; "replay" keeps 500 sequences and adds 8 of them to each
-batch; "joint" reads all domains at once with as many updates in all, which bounds what can be had. The score is bits
-per byte: lower is better. Nothing is published for this setting; what is asked is how the methods stand to each other. The best
-strength for EWC was the smallest: more of it costs the docstrings more than it keeps of the code.
+"naive" only learns; "ewc" has a penalty by the squared gradients of each sequence's loss, its strength the best of
+three by validation, with the first seed, on all domains at the end; "replay" keeps 500 sequences and adds 8 of them to
+each batch; "joint" reads all domains at once with as many updates in all, which bounds what can be had. The score is
+bits per byte: lower is better. Nothing is published for this setting; what is asked is how the methods stand to each
+other. The best strength for EWC was the smallest: more of it costs the docstrings more than it keeps of the code.
 """
 
 from __future__ import annotations
