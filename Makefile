@@ -15,10 +15,10 @@ demo: $(VENV)/ready-test
 	$(BIN)/python -m experiments.split_mnist
 
 test: $(VENV)/ready-test
-	NPROC=16 CL_ZOO_TEST_CACHE="$(CURDIR)/$(VENV)/compilation-cache" $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not long" --durations=10
+	NPROC=16 CL_ZOO_TEST_CACHE="$(CURDIR)/$(VENV)/compilation-cache" $(BIN)/python -m pytest -q -n 2 -m "not long" --durations=10
 
 test-all: $(VENV)/ready-test
-	NPROC=16 CL_ZOO_TEST_CACHE="$(CURDIR)/$(VENV)/compilation-cache" $(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=20
+	NPROC=16 CL_ZOO_TEST_CACHE="$(CURDIR)/$(VENV)/compilation-cache" $(BIN)/python -m pytest -q -n 2 --durations=20
 
 lint: $(VENV)/ready-test $(VENV)/ready-dev
 	$(BIN)/ruff check .

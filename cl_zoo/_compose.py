@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import optax
 
@@ -52,7 +53,19 @@ def compose(
       (6, 5)
     """
     if not isinstance(model, Model):
-        raise ValueError(f"compose: model is {type(model).__name__}, but it must be a Model")
+        hint = "; call it" if callable(model) and hasattr(model, "__name__") else ", as mlp(...) or from_nnx(...) gives"
+        raise ValueError(f"compose: model is {_called(model)}, but it must be a Model{hint}")
+    if not (callable(getattr(optimiser, "init", None)) and callable(getattr(optimiser, "update", None))):
+        raise ValueError(
+            f"compose: optimiser is {_called(optimiser)}, but it must be an optax one, as optax.adam(1e-3)"
+        )
+    for component in components:
+        if not isinstance(component, Component):
+            hint = f"; call it: {component.__name__}()" if hasattr(component, "__name__") else ", as supervised() is"
+            hint = "; give them one by one: *components" if isinstance(component, (list, tuple)) else hint
+            raise ValueError(f"compose: a component is {_called(component)}, but it must be a Component{hint}")
+    if tasks is not None and not isinstance(tasks, TaskInfo):
+        raise ValueError(f"compose: tasks is {_called(tasks)}, but it must be a TaskInfo, as stream.tasks is")
     names = [component.name for component in components]
     for name in names:
         if names.count(name) > 1:
@@ -68,6 +81,11 @@ def compose(
         if len(those) > 1:
             raise ValueError(f"compose: only one component may have the hook {hook}, but these do: {', '.join(those)}")
     return Learner(model, optimiser, components, tasks)
+
+
+def _called(value: Any) -> str:
+    """What the value is, for an error."""
+    return f"the function {value.__name__}" if hasattr(value, "__name__") else type(value).__name__
 
 
 def _check_hooks(component: Component) -> None:

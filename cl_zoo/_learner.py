@@ -10,10 +10,11 @@ from zlib import crc32
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cl_zoo._model import of_arrays
-from cl_zoo.losses import mask_outputs
+from cl_zoo.losses import mask_outputs, scored
 from cl_zoo.models.rewriting import has_plain_convolutions
 from cl_zoo.types import Agent, Array, Batch, Component, Context, Key, Model, PyTree, Record, TaskInfo, TrainState
 
@@ -76,7 +77,7 @@ class Learner:
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step, and its metrics, `f32[]` each."""
         context, begun = self._context(), state
-        prepared = batch = _blank(batch)
+        prepared = batch = _blank(_scored(batch))
         for c, key in self._with("prepare", state):
             prepared, part = c.prepare(context, state, state.parts.get(c.name), prepared, key)
             state = _with_part(state, c, part)
@@ -149,13 +150,20 @@ class Learner:
         return state, self.predict(state, batch.x, batch.task) if outputs is None else outputs
 
     def predict(self, state: TrainState, x: PyTree, task: Array | None = None) -> PyTree:
-        """Outputs for x, inactive ones masked."""
+        """Outputs for x, inactive ones masked; nan where `task` is none of the stream's (ValueError outside of
+        programs)."""
         context = self._context()
+        known = self._known(task)
         for c in self.components:
             if c.predict:
-                return c.predict(context, state, state.parts.get(c.name), x, task)
-        outputs, _, _ = self.model.apply(state.params, state.model_state, x, task=task)
-        return mask_outputs(outputs, context.active(state.task, task))
+                outputs = c.predict(context, state, state.parts.get(c.name), x, task)
+                break
+        else:
+            outputs, _, _ = self.model.apply(state.params, state.model_state, x, task=task)
+            outputs = mask_outputs(outputs, context.active(state.task, task))
+        if known is None:
+            return outputs
+        return jnp.where(known.reshape(known.shape + (1,) * (outputs.ndim - known.ndim)), outputs, jnp.nan)
 
     def act(self, state: TrainState, x: PyTree, key: Key, *, greedy: bool = False) -> tuple[PyTree, PyTree]:
         """`(action, info)`: of the component with the hook `act`; else a draw from the softmax of `predict`, or with
@@ -181,6 +189,17 @@ class Learner:
 
         context = Context(model, self.optimiser, self.tasks, objective)
         return context
+
+    def _known(self, task: Array | None) -> Array | None:
+        """Which examples are of a task that exists; None where none is told."""
+        if task is None or self.tasks is None:
+            return None
+        n = self.tasks.index.shape[0]
+        known = (jnp.asarray(task) >= 0) & (jnp.asarray(task) < n)
+        if not isinstance(known, jax.core.Tracer) and not known.all():
+            wrong = np.ravel(task)[~np.ravel(known)][0]
+            raise ValueError(f"predict: task is {wrong}, but the tasks are 0 to {n - 1}")
+        return known
 
     def _with(self, hook: str, state: TrainState) -> Iterator[tuple[Any, Key]]:
         """The components that have a hook, and its key at this step."""
@@ -213,7 +232,10 @@ class Learner:
             if c.loss:
                 part, own = state.parts.get(c.name), _key(key, step, "loss", c.name)
                 terms[c.name], aux[c.name] = c.loss(context, state, part, params, forward, batch, own)
-        return jnp.asarray(sum(terms.values())), (terms, aux, *(shared[0] if shared else (None, state.model_state, {})))
+        total, known = jnp.asarray(sum(terms.values())), self._known(batch.task)
+        if known is not None:  # another task's outputs would be trained
+            total = jnp.where(jnp.all(known | (batch.weight == 0)), total, jnp.nan)
+        return total, (terms, aux, *(shared[0] if shared else (None, state.model_state, {})))
 
 
 def _key(state_key: Key, step: Array | int, hook: str, name: str) -> Key:
@@ -237,8 +259,14 @@ def _blank(batch: Batch) -> Batch:
     )
 
 
+def _scored(batch: Batch) -> Batch:
+    """Examples without a target have weight 0."""
+    given = scored(batch.y)
+    return batch if given is None else batch._replace(weight=jnp.where(given, batch.weight, 0))
+
+
 def _blank_all(sample: Batch | None) -> Batch | None:
-    return None if sample is None else jax.vmap(_blank)(sample)
+    return None if sample is None else jax.vmap(lambda batch: _blank(_scored(batch)))(sample)
 
 
 def _check_outputs(context: Context, params: PyTree, model_state: PyTree, batch: Batch) -> None:
@@ -252,6 +280,11 @@ def _check_outputs(context: Context, params: PyTree, model_state: PyTree, batch:
         raise ValueError(
             f"compose: the model cannot take the stream's batches, x of shape {shapes}: {error}"
         ) from error
+    if context.tasks is not None and not hasattr(outputs, "shape"):
+        raise ValueError(
+            f"compose: the model's outputs are a {type(outputs).__name__}, but with tasks they must be one array,"
+            " [B, C]; give it a head that returns one, or tasks=None"
+        )
     if context.tasks is not None and outputs.shape[-1] != context.tasks.active.shape[-1]:
         raise ValueError(
             f"compose: the model has {outputs.shape[-1]} outputs, but the stream's tasks have"

@@ -2,35 +2,185 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-__all__ = ["check_choice", "check_range", "check_weights", "check_whole"]
+__all__ = ["check_choice", "check_key", "check_kind", "check_range", "check_weights", "check_whole", "checked"]
+
+
+LARGEST = 2**31 - 1
+"""The largest whole number that is allowed: what is counted is counted in int32."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def checked(function: F) -> F:
+    """The function, refusing arguments that are not what its annotations say, before anything else happens.
+
+    What an annotation means: `int`, a whole number up to `LARGEST`; `float`, a finite real number, and with `Array |`
+    a tracer or an array of them; `bool`, true or false; `str`, a word; `Callable`, what can be called; a class, its
+    instances; `Sequence[...]`, a list, tuple or array, not a word. Ranges are checked by the function itself.
+    """
+    parameters = inspect.signature(function).parameters
+
+    @functools.cache  # annotations are looked up at the first call: modules may import each other
+    def hints() -> dict[str, Any]:
+        return get_type_hints(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}: {error}") from None
+        named = "name" in parameters and isinstance(parameters["name"].default, str)
+        owner = given.get("name", "") if named and isinstance(given.get("name", ""), str) else ""
+        owner = owner or function.__name__
+        for field, value in given.items():
+            if field == "key" and value is not None:
+                check_key(owner, field, value)
+            elif field in hints() and parameters[field].kind not in (_VARIADIC, _KEYWORDS):
+                check_kind(owner, field, value, hints()[field])
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+_VARIADIC, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+
+def check_kind(owner: str, field: str, value: Any, hint: Any) -> None:
+    """Refuses a value that is not of the kind that an annotation says."""
+    if not _fits(value, hint):
+        told = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+        raise ValueError(f"{owner}: {field} is {told}, but it must be {_told(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return True
+    if hint is None or hint is type(None):
+        return value is None
+    if origin in (Union, UnionType):
+        kinds = set(get_args(hint))
+        if jax.Array in kinds and kinds & {int, float}:  # a number, which may be traced
+            kinds = kinds - {int, jax.Array} | {float}
+        return any(_fits(value, one) for one in kinds)
+    if hint is bool:
+        return isinstance(value, (bool, np.bool_))
+    if hint is int:
+        return _is_whole(value) and abs(int(value)) <= LARGEST
+    if hint is float:
+        return _is_real(value)
+    if hint is jax.Array:
+        return isinstance(value, (jax.Array, np.ndarray, np.number, int, float)) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str) and value != ""
+    if origin is Callable or hint is Callable:
+        return callable(value)
+    if origin in (Sequence, list, tuple):
+        if not isinstance(value, (list, tuple, range, np.ndarray, jax.Array)):
+            return False
+        inner = [one for one in get_args(hint) if one is not ...]
+        if origin is tuple and len(inner) > 1:
+            return len(value) == len(inner) and all(map(_fits, value, inner))
+        return all(_fits(one, inner[0]) for one in value) if inner else True
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    if hint is optax.GradientTransformation:
+        return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    kind = origin or hint
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    """A finite real number, or an array or a tracer of them."""
+    if isinstance(value, (bool, np.bool_, str, bytes)) or value is None:
+        return False
+    if isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
+        dtype = jnp.result_type(value) if not isinstance(value, int) else np.dtype(float)
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            return False
+        return isinstance(value, jax.core.Tracer) or bool(np.isfinite(np.asarray(value, np.float64)).all())
+    return False
+
+
+def _told(hint: Any) -> str:
+    """What an annotation means, in words."""
+    words: dict[Any, str] = {
+        None: "None",
+        type(None): "None",
+        bool: "True or False",
+        int: f"a whole number up to {LARGEST}",
+        float: "a finite number",
+        jax.Array: "an array",
+        str: "a word",
+        optax.GradientTransformation: "an optax optimiser, as optax.adam(1e-3)",
+    }
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        kinds = [one for one in get_args(hint) if one is not jax.Array or float not in get_args(hint)]
+        return " or ".join(dict.fromkeys(map(_told, kinds)))
+    if origin is Callable or hint is Callable:
+        return "a function"
+    if origin in (Sequence, list, tuple):
+        inner = [_told(one) for one in get_args(hint) if one is not ...]
+        many = f"{len(inner)} values" if origin is tuple and len(inner) > 1 else "a sequence"
+        return f"{many}, each {' and '.join(dict.fromkeys(inner))}" if inner else many
+    return words.get(hint) or f"a {getattr(origin or hint, '__name__', hint)}"
+
+
+def check_key(owner: str, field: str, key: Any, axes: int = 0) -> None:
+    """Refuses what is not a key of `jax.random`, or with `axes`, an array of keys."""
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and (dtype != np.uint32 or shape[-1:] != (2,)):
+        of = "jax.random.key(0)" if axes == 0 else "jax.random.split(jax.random.key(0), n)"
+        raise ValueError(f"{owner}: {field} is {type(key).__name__}, but it must be as {of} gives")
+    found = len(shape) - (not typed)
+    if found != axes:
+        wanted = "one key, of shape ()" if axes == 0 else "an array of keys, as jax.random.split(key, n) gives"
+        raise ValueError(f"{owner}: {field} has the shape {shape}, but it must be {wanted}")
 
 
 def check_range(owner: str, field: str, value: Any, low: float, high: float = float("inf")) -> None:
     """Refuses a concrete number outside `[low, high]`; a tracer (a value of a sweep) passes."""
     if isinstance(value, jax.core.Tracer):
         return
+    if not _is_real(value) and not (isinstance(value, (list, tuple)) and all(map(_is_real, value))):
+        raise ValueError(f"{owner}: {field} is {value!r}, but it must be a finite number")
     for number in np.ravel(np.asarray(value)):
         if not low <= float(number) <= high:
             allowed = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
             raise ValueError(f"{owner}: {field} is {float(number):g}, but it must be {allowed}")
 
 
-def check_whole(owner: str, field: str, value: Any, low: int, high: float = float("inf")) -> None:
+def check_whole(owner: str, field: str, value: Any, low: int, high: float = LARGEST) -> None:
     """Refuses what is not a whole number in `[low, high]`: sizes and counts set shapes."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+    if not _is_whole(value):
         raise ValueError(f"{owner}: {field} is {value!r}, but it must be a whole number")
-    check_range(owner, field, value, low, high)
+    if not low <= value <= high:
+        allowed = f"at least {low}" if value < low and high == LARGEST else f"in [{low}, {high}]"
+        raise ValueError(f"{owner}: {field} is {value}, but it must be {allowed}")
 
 
 def check_choice(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuses a value that is not one of `allowed`."""
-    if value not in allowed:
+    plain = value.item() if isinstance(value, np.generic) else value
+    if not any(type(one) is type(plain) and one == plain for one in allowed):  # True is not 1
         raise ValueError(f"{owner}: {field} is {value!r}, but it must be one of {', '.join(map(repr, allowed))}")
 
 

@@ -6,60 +6,127 @@ All return one number per example (or token); `weighted_mean` reduces them to on
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice
 
 __all__ = [
+    "IGNORED",
     "all_tokens_right",
     "cross_entropy",
     "divergence",
     "dynamic_fine_tuning_loss",
+    "label_accuracy",
     "mask_outputs",
     "next_token_loss",
+    "scored",
     "soft_cross_entropy",
     "squared_error",
+    "times_log",
     "token_accuracy",
     "token_losses",
     "weighted_mean",
 ]
 
 Array = jax.Array
+PyTree = Any
+
+IGNORED = -1
+"""The label of an example, or of a token, that has none: it counts as if it had weight 0."""
 
 
 def mask_outputs(outputs: Array, active: Array | None) -> Array:
     """Logits `[B, C]` with the inactive ones so low that they take no part in a softmax and get no gradient.
 
     They are finite, so that 0 times them is 0.
+
+    Args:
+      outputs: `[B, C]`, or of tokens `[B, L, C]`.
+      active: `bool[C]`, or `bool[B, C]` of each example's own; None for all.
+
+    Raises:
+      ValueError: a mask of another shape.
     """
     if active is None:
         return outputs
+    if active.shape not in (outputs.shape[-1:], (outputs.shape[0], outputs.shape[-1])):
+        raise ValueError(
+            f"mask_outputs: active is {active.shape} and outputs are {outputs.shape}, but it must be [C] or [B, C]"
+        )
+    if active.ndim == 2:
+        active = active.reshape((active.shape[0], *(1,) * (outputs.ndim - 2), active.shape[1]))
     return jnp.where(active, outputs, jnp.finfo(outputs.dtype).min / 2)
 
 
 def weighted_mean(values: Array, weight: Array) -> Array:
-    """sum(w v) / max(sum w, 1e-12): the mean over the examples that count, 0 where none does."""
-    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-12)
+    """sum(w v) / max(sum w, 1e-12): the mean over the examples that count, 0 where none does.
+
+    Args:
+      values, weight: `[B]` each, or both with more axes; what has weight 0 may be anything, also nan.
+
+    Raises:
+      ValueError: values that are not one for each weight: `[B, 1]` would be compared with everything.
+    """
+    if jnp.shape(values) != jnp.shape(weight):
+        raise ValueError(
+            f"weighted_mean: values are {jnp.shape(values)} and weights {jnp.shape(weight)}, but a loss or score must"
+            " give one number for each example"
+        )
+    present = jnp.where(weight > 0, values, jnp.zeros((), jnp.result_type(values)))
+    return jnp.sum(present * weight) / jnp.maximum(jnp.sum(weight), 1e-12)
+
+
+def scored(y: PyTree) -> Array | None:
+    """Which examples have a target, `bool[B]`: not those whose whole numbers are all `IGNORED`; None for targets of
+    another kind."""
+    leaves = jax.tree.leaves(y)
+    if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.signedinteger):
+        return None
+    return jnp.any((leaves[0] != IGNORED).reshape((leaves[0].shape[0], -1)), axis=1)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """- log softmax(logits)_label for each example: `[B, C]`, `i32[B]` -> `f32[B]`.
 
+    A label of `IGNORED` (-1) gives 0; another that is not an output, nan.
+
     Raises:
-      ValueError: other shapes.
+      ValueError: other shapes, labels that are not whole numbers.
     """
     if jnp.ndim(logits) != 2 or jnp.shape(labels) != logits.shape[:1]:
         raise ValueError(
             f"cross_entropy: outputs are {jnp.shape(logits)} and labels {jnp.shape(labels)}, but must be [B, C] and"
             " [B]; for tokens take supervised(next_token_loss)"
         )
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"cross_entropy: labels are {labels.dtype}, but must be whole numbers")
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[:, None], axis=1, mode="clip")
+    return _of_labels(-chosen[:, 0], labels, logits.shape[-1])
+
+
+def _of_labels(values: Array, labels: Array, n: int) -> Array:
+    """The values where labels are outputs, 0 where they are `IGNORED`, nan elsewhere."""
+    known = (labels >= 0) & (labels < n)
+    return jnp.where(known, values, jnp.where(labels == IGNORED, 0.0, jnp.nan))
 
 
 def squared_error(outputs: Array, y: Array) -> Array:
-    """(outputs - y)^2 for each example: `[B, 1]`, `[B]` -> `[B]`. A loss for `supervised`."""
-    return jnp.square(outputs[:, 0] - y)
+    """mean_d (outputs_bd - y_bd)^2 for each example: `[B, D]`, `[B, D]`, or `[B, 1]`, `[B]`, -> `[B]`. A loss for
+    `supervised`.
+
+    Raises:
+      ValueError: other shapes.
+    """
+    wanted = [jnp.shape(outputs)] + ([outputs.shape[:1]] if outputs.shape[1:] == (1,) else [])
+    if jnp.ndim(outputs) != 2 or jnp.shape(y) not in wanted:
+        raise ValueError(
+            f"squared_error: outputs are {jnp.shape(outputs)} and y is {jnp.shape(y)}, but must be [B, D] and [B, D],"
+            " or [B, 1] and [B]"
+        )
+    return jnp.mean(jnp.square(outputs - y.reshape(outputs.shape)), axis=1)
 
 
 def soft_cross_entropy(
@@ -90,7 +157,12 @@ def soft_cross_entropy(
     """
     targets = jax.nn.softmax(mask_outputs(teacher / temperature, teacher_active))
     predicted = jax.nn.log_softmax(mask_outputs(student / temperature, student_active))
-    return -jnp.sum(targets * predicted, axis=-1)
+    return -jnp.sum(times_log(targets, predicted), axis=-1)
+
+
+def times_log(p: Array, log_q: Array) -> Array:
+    """p log q, with 0 log 0 = 0: a logit of -inf is a probability of 0."""
+    return jnp.where(p > 0, p * jnp.where(p > 0, log_q, 0.0), 0.0)
 
 
 def divergence(student: Array, teacher: Array, direction: str) -> Array:
@@ -122,7 +194,7 @@ def divergence(student: Array, teacher: Array, direction: str) -> Array:
     p, q = (jax.nn.log_softmax(logits.astype(wide)) for logits in (student, teacher))
 
     def kl(a: Array, b: Array) -> Array:
-        return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+        return jnp.sum(times_log(jnp.exp(a), a - b), axis=-1)
 
     if direction == "jsd":
         m = jnp.logaddexp(p, q) - jnp.log(2.0)
@@ -131,11 +203,12 @@ def divergence(student: Array, teacher: Array, direction: str) -> Array:
 
 
 def token_losses(outputs: Array, y: Array) -> Array:
-    """- log softmax(outputs_bl)_{y_bl} in nats at each position, and 0 where y is negative.
+    """- log softmax(outputs_bl)_{y_bl} in nats at each position, 0 where y is `IGNORED` (-1), and nan where it is
+    another number that is no output.
 
     Args:
       outputs: logits `[B, L, V]`; the softmax is taken in float32, whatever their type.
-      y: `i32[B, L]`, the target at each position; negative (-1) where none is scored.
+      y: `i32[B, L]`, the target at each position; -1 where none is scored.
 
     Returns:
       `f32[B, L]`.
@@ -150,8 +223,8 @@ def token_losses(outputs: Array, y: Array) -> Array:
     """
     _check(outputs, y)
     outputs = outputs.astype(jnp.float32)
-    chosen = jnp.take_along_axis(outputs, jnp.maximum(y, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(y >= 0, jax.nn.logsumexp(outputs, axis=-1) - chosen, 0.0)
+    chosen = jnp.take_along_axis(outputs, jnp.maximum(y, 0)[..., None], axis=-1, mode="clip")[..., 0]
+    return _of_labels(jax.nn.logsumexp(outputs, axis=-1) - chosen, y, outputs.shape[-1])
 
 
 def next_token_loss(outputs: Array, y: Array) -> Array:
@@ -202,7 +275,7 @@ def dynamic_fine_tuning_loss(outputs: Array, y: Array) -> Array:
 
 def all_tokens_right(outputs: Array, y: Array) -> Array:
     """1 for an example whose largest output is right at every scored position, else 0: whether greedy decoding gives
-    y.
+    y. Nan where an output is.
 
     Args:
       outputs, y: see `token_losses`.
@@ -219,11 +292,11 @@ def all_tokens_right(outputs: Array, y: Array) -> Array:
       [0.0, 1.0]
     """
     _check(outputs, y)
-    return jnp.all((jnp.argmax(outputs, axis=-1) == y) | (y < 0), axis=-1).astype(jnp.float32)
+    return jnp.min(jnp.where(y == IGNORED, 1.0, label_accuracy(outputs, y)), axis=-1)
 
 
 def token_accuracy(outputs: Array, y: Array) -> Array:
-    """The fraction of an example's scored positions at which the largest output is right.
+    """The fraction of an example's scored positions at which the largest output is right; nan where an output is.
 
     Args:
       outputs, y: see `token_losses`.
@@ -240,12 +313,19 @@ def token_accuracy(outputs: Array, y: Array) -> Array:
       [0.5]
     """
     _check(outputs, y)
-    return _mean((jnp.argmax(outputs, axis=-1) == y).astype(jnp.float32), y)
+    return _mean(label_accuracy(outputs, y), y)
+
+
+def label_accuracy(outputs: Array, labels: Array) -> Array:
+    """1 where the largest output is that of the label, else 0: `[..., C]`, `i32[...]` -> `f32[...]`. Nan where one of
+    the outputs is: what has diverged predicts nothing, not class 0."""
+    right = (jnp.argmax(outputs, axis=-1) == labels).astype(jnp.float32)
+    return jnp.where(jnp.any(jnp.isnan(outputs), axis=-1), jnp.nan, right)
 
 
 def _mean(values: Array, y: Array) -> Array:
-    scored = y >= 0
-    return jnp.sum(jnp.where(scored, values, 0.0), axis=-1) / jnp.maximum(jnp.sum(scored, axis=-1), 1)
+    given = y != IGNORED
+    return jnp.sum(jnp.where(given, values, 0.0), axis=-1) / jnp.maximum(jnp.sum(given, axis=-1), 1)
 
 
 def _check(outputs: Array, y: Array) -> None:

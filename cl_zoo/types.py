@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from cl_zoo._model import Array, Key, Model, PyTree, Taps, of_arrays
 from cl_zoo.checks import check_choice
 from cl_zoo.identity import alike
-from cl_zoo.losses import mask_outputs, weighted_mean
+from cl_zoo.losses import mask_outputs, scored, weighted_mean
 
 NEEDS = {
     "boundaries": "task boundaries (calls of begin_task and end_task)",
@@ -184,9 +184,15 @@ class Stream:
         return self.mean_score(agent, self.evaluation(task, split))
 
     def mean_score(self, agent: Agent, examples: Batch) -> Array:
-        """The mean of `score` over examples, `Batch[E, B, ...]`."""
-        scores = jax.lax.map(lambda batch: self.score(agent.predict(batch.x, batch.task), batch), examples)
-        return weighted_mean(scores, examples.weight)
+        """The mean of `score` over examples, `Batch[E, B, ...]`; nan where there are none."""
+
+        def one(batch: Batch) -> tuple[Array, Array]:
+            given = scored(batch.y)
+            weight = batch.weight if given is None else jnp.where(given, batch.weight, 0)
+            return self.score(agent.predict(batch.x, batch.task), batch), weight
+
+        scores, weight = jax.lax.map(one, examples)
+        return jnp.where(jnp.any(weight > 0), weighted_mean(scores, weight), jnp.nan)
 
     def reorder(self, key: Key) -> Stream:
         """The same stream with its tasks drawn again. ValueError where they have one order."""

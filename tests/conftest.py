@@ -18,6 +18,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,9 +75,22 @@ def programs_of_one_module() -> Iterator[None]:
     forget_programs()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shared out over workers by entry where a test says so (its laws), else by file, as what they set up is shared."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    """What lies beside the rooms first: studies and notebooks are few and long, and would keep one worker alone."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests are shared out over workers by file, as what a file sets up is shared; laws by entry, and what is long one
+    by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            if file.endswith("test_laws.py") and "[" in test:
+                return "law " + test.split("[")[1].rstrip("]").split("-")[0]
+            return nodeid if file.endswith(("test_notebooks.py", "_studies.py", "_study.py")) else file
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)

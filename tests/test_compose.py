@@ -14,7 +14,7 @@ import pytest
 from cl_zoo import Component, Learner, Stream, accuracy, compose, ewc, lwf, replay, run_stream, supervised
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
-from cl_zoo.training.loop import check_needs
+from cl_zoo.training.loop import check_run
 from tests.tiny import same_bytes, tiny_learner, tiny_stream
 
 MODEL = mlp((4, 4), 6, hidden=(5,))
@@ -85,7 +85,7 @@ def test_model_of_another_shape_is_refused(tiny_images: Any) -> None:
 def test_component_that_needs_boundaries_is_refused_by_name(tiny_images: Any) -> None:
     stream = dataclasses.replace(tiny_stream(tiny_images), provides=frozenset({"open_outputs"}))
     with pytest.raises(ValueError, match="ewc needs 'boundaries', task boundaries"):
-        check_needs(tiny_learner(stream, supervised(), ewc(1.0)), stream)
+        check_run("run_stream", tiny_learner(stream, supervised(), ewc(1.0)), stream, jax.random.key(0))
 
 
 def test_forgotten_tasks_are_noticed(tiny_images: Any) -> None:

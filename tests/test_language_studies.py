@@ -16,6 +16,7 @@ def no_cache_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
 
 
+@pytest.mark.long
 def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     mixers = ("linear attention", "ttt-linear")
     sizes = {"vocabulary": 12, "width": 8, "heads": 2, "layers": 1, "hidden": 8, "mini_batch": 4}

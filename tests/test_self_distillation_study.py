@@ -74,6 +74,7 @@ def test_methods_run_and_a_finished_run_is_not_run_again(
         study.main(dataclasses.replace(config, steps=4))
 
 
+@pytest.mark.long
 def test_a_published_model_with_adapters(helpful: None, tmp_path: Path) -> None:
     few = {"methods": ("sft", "sdft forward"), "rates": (1e-3,), "steps": 2, "batch_size": 4}
     config = study.Config(model=str(PRETRAINED), directory=str(tmp_path), **few)  # type: ignore[arg-type]

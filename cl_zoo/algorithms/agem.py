@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.projection import project_conflict
 from cl_zoo.types import Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -17,6 +17,7 @@ AgemState = Reservoir
 """The memory: examples of finished tasks, as they came from the stream."""
 
 
+@checked
 def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Component:
     """Removes the part of the gradient that would raise the loss on examples drawn from finished tasks.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range
+from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.units import (
     check_units,
@@ -41,6 +41,7 @@ class ContinualBackpropState(NamedTuple):
     replaced: tuple[Array, ...]
 
 
+@checked
 def continual_backprop(
     replacement_rate: Array | float,
     *,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
-from cl_zoo.checks import check_range, check_whole
+from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -19,6 +19,7 @@ DerState = Reservoir
 """The memory: examples as they came from the stream, each with the network's outputs when it came."""
 
 
+@checked
 def der(
     capacity: int,
     *,
@@ -90,7 +91,8 @@ def der(
             params, state.model_state, x, task=task, weight=weight, key=jax.random.fold_in(key, 2), train=True
         )
         first, second = slice(0, batch_size), slice(batch_size, None)
-        error = jnp.mean(jnp.square(now[first] - then[first]), axis=-1)
+        squares = jnp.square(now[first] - then[first])
+        error = jnp.mean(squares, axis=tuple(range(1, squares.ndim)))  # over tokens too, where an example has many
         terms = {"outputs": alpha * weighted_mean(error, weight[first])}
         if beta is not None:
             active = context.active(state.task, None if task is None else task[second])

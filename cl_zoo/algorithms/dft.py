@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cl_zoo.algorithms.supervised import supervised
+from cl_zoo.checks import checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import dynamic_fine_tuning_loss
 from cl_zoo.types import Component
@@ -10,6 +11,7 @@ from cl_zoo.types import Component
 __all__ = ["ENTRY", "dft"]
 
 
+@checked
 def dft(*, name: str = "dft") -> Component:
     """L = mean over b, t of - stop(p_bt) log p_bt,   p_bt the probability of answer b's token t.
 

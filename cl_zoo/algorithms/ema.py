@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range
+from cl_zoo.checks import check_range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.teacher import moved_teacher
 from cl_zoo.losses import mask_outputs
@@ -26,6 +26,7 @@ class EmaState(NamedTuple):
     updates: Array
 
 
+@checked
 def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Component:
     """The network learns as usual, but its moving average predicts.
 

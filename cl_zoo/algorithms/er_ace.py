@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.algorithms.replay import ReplayState, replay
-from cl_zoo.checks import check_choice
+from cl_zoo.checks import check_choice, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Aux, Batch, Component, Context, Forward, Key, PyTree, Record, TrainState
@@ -26,6 +26,7 @@ class ErAceState(NamedTuple):
     seen: Array
 
 
+@checked
 def er_ace(
     capacity: int,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.estimators.moments import row_gradient_square
@@ -18,6 +18,7 @@ EwcState = Quadratic
 """The penalty of all finished tasks as one quadratic: Fisher, anchor, residual."""
 
 
+@checked
 def ewc(
     strength: Array | float,
     *,

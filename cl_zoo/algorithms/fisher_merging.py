@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import interpolate
 from cl_zoo.estimators.fisher import fisher_diagonal
@@ -29,6 +29,7 @@ class FisherMergingState(NamedTuple):
     finished: Array
 
 
+@checked
 def fisher_merging(
     balance: Array | float = 0.5,
     *,

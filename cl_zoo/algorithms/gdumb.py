@@ -11,7 +11,7 @@ import optax
 
 from cl_zoo.algorithms.supervised import no_loss
 from cl_zoo.buffers import ClassBalanced, batch_rows, class_balanced_memory
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.shuffle import shuffled_index
@@ -23,6 +23,7 @@ GdumbState = ClassBalanced
 """The memory."""
 
 
+@checked
 def gdumb(
     capacity: int,
     n_classes: int,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.buffers import batch_rows, joined
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.herding import herding_ranks, unit_rows
 from cl_zoo.losses import mask_outputs, weighted_mean
@@ -42,6 +42,7 @@ class IcarlState(NamedTuple):
     model_state: PyTree
 
 
+@checked
 def icarl(
     capacity: int,
     n_classes: int,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import optax
 
-from cl_zoo.checks import check_range
+from cl_zoo.checks import check_range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["ENTRY", "l2_init"]
 
 
+@checked
 def l2_init(strength: Array | float, *, name: str = "l2_init") -> Component:
     """Keeps the network able to learn: parameters that a task does not need return to their initial values.
 

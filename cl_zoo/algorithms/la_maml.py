@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
@@ -29,6 +29,7 @@ class LaMamlState(NamedTuple):
     updates: Array
 
 
+@checked
 def la_maml(
     capacity: int,
     *,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range
+from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import soft_cross_entropy, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
@@ -25,6 +25,7 @@ class LwfState(NamedTuple):
     model_state: PyTree
 
 
+@checked
 def lwf(
     strength: Array | float = 1.0,
     *,
@@ -92,11 +93,11 @@ def lwf(
             heads = context.tasks.active
             finished = (jnp.arange(heads.shape[0]) < state.task).astype(student.dtype)
             per_head = jax.vmap(lambda head: soft_cross_entropy(student, teacher, temperature, head, head))(heads)
-            rows = jnp.tensordot(finished, per_head, 1) / jnp.maximum(jnp.sum(finished), 1)
+            each = jnp.tensordot(finished, per_head, 1) / jnp.maximum(jnp.sum(finished), 1)
         else:
             before = context.active(jnp.maximum(state.task - 1, 0))
             each = soft_cross_entropy(student, teacher, temperature, context.active(state.task), before)
-            rows = jnp.mean(each.reshape((each.shape[0], -1)), axis=1)  # over tokens, where an example has many
+        rows = jnp.mean(each.reshape((each.shape[0], -1)), axis=1)  # over tokens, where an example has many
         factor = state.task if weighting == "tasks" else jnp.minimum(state.task, 1)
         scale = strength * factor.astype(student.dtype)
         if temperature_squared:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
@@ -135,6 +135,7 @@ def check_adaptation(
         check_whole(owner, "inner_batch_size", inner_batch_size, 1)
 
 
+@checked
 def maml(
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
     *,
@@ -216,7 +217,7 @@ def maml(
 
         def one(support: tuple[PyTree, PyTree, Array], query: PyTree, active: Array | None, y: PyTree) -> Array:
             def query_loss(phi: PyTree) -> Array:
-                return jnp.mean(loss(training.answer(context, state, phi, query, active), y))
+                return mean(loss(training.answer(context, state, phi, query, active), y), query)
 
             options: dict[str, Any] = {"order": order, "rematerialise": rematerialise}
             if step_weights is None:
@@ -229,6 +230,11 @@ def maml(
         ), {}
 
     return Component(name, loss=loss_hook, adapt=answering.adapt, predict=answering.predict)
+
+
+def mean(values: Array, x: PyTree) -> Array:
+    """Of a loss over the examples x; refused where it does not give one number for each."""
+    return weighted_mean(values, jnp.ones(jax.tree.leaves(x)[0].shape[0], values.dtype))
 
 
 def check_episodes(owner: str, batch: Batch) -> None:

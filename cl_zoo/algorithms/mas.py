@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range, check_whole
+from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.moments import gradient_moment
 from cl_zoo.estimators.quadratic import Quadratic, quadratic_penalty, zero_quadratic
@@ -17,6 +17,7 @@ MasState = Quadratic
 """Importance of the finished tasks, and the parameters when the last one ended."""
 
 
+@checked
 def mas(
     strength: Array | float, *, decay: Array | float | None = None, micro_batch: int = 16, name: str = "mas"
 ) -> Component:

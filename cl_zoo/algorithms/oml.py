@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import optax
 
 from cl_zoo.algorithms.maml import maml
+from cl_zoo.checks import checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import cross_entropy
 from cl_zoo.types import Array, Component, PyTree
@@ -14,6 +15,7 @@ from cl_zoo.types import Array, Component, PyTree
 __all__ = ["ENTRY", "oml"]
 
 
+@checked
 def oml(
     inner_rate: Array | float,
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.checks import check_range, check_whole
+from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -29,6 +29,7 @@ class PackNetState(NamedTuple):
     model_state: PyTree
 
 
+@checked
 def packnet(
     prune: Array | float = 0.5, retrain_steps: int = 100, *, pack_outputs: bool = False, name: str = "packnet"
 ) -> Component:

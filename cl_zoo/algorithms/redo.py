@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range, check_whole
+from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.units import check_units, reset_units, row_mean, unit_activations
 from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState
@@ -24,6 +24,7 @@ class RedoState(NamedTuple):
     recycled: Array
 
 
+@checked
 def redo(threshold: Array | float, every: int = 1000, *, name: str = "redo") -> Component:
     """From time to time, units that are hardly active on the current batch are re-initialised.
 

@@ -14,7 +14,7 @@ from cl_zoo.buffers import (
     reservoir_memory,
     ring_memory,
 )
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Batch, Component, Context, Key, Record, TrainState
 
@@ -24,6 +24,7 @@ ReplayState = Reservoir | Ring | ClassBalanced
 """The memory: examples as they came from the stream (uint8 images stay uint8), and how many were seen."""
 
 
+@checked
 def replay(
     capacity: int,
     *,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.algorithms.maml import Adaptation, check_adaptation, check_episodes
+from cl_zoo.algorithms.maml import Adaptation, check_adaptation, check_episodes, mean
+from cl_zoo.checks import checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree, TrainState
@@ -16,6 +17,7 @@ from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree,
 __all__ = ["ENTRY", "reptile"]
 
 
+@checked
 def reptile(
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
     *,
@@ -88,7 +90,7 @@ def reptile(
 
         def one(every: tuple[PyTree, PyTree, Array], _: PyTree, active: Array | None) -> tuple[PyTree, Array]:
             phi, _ = training.run(context, state, theta, every, active, order=1)
-            return phi, jnp.mean(loss(training.answer(context, state, theta, every[0], active), every[1]))
+            return phi, mean(loss(training.answer(context, state, theta, every[0], active), every[1]), every[0])
 
         phi, before = training.over_episodes(context, state, Episode(x, y, batch.x.query_x), batch.task, one)
         share = batch.weight / jnp.maximum(jnp.sum(batch.weight), 1e-12)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from cl_zoo.checks import checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Batch, Component, Context, Key, TaskInfo, TrainState
 
 __all__ = ["ENTRY", "reset_optimiser"]
 
 
+@checked
 def reset_optimiser(*, name: str = "reset_optimiser") -> Component:
     """opt_state = optimiser.init(p) when a task begins, so that no momentum of the last task acts on the new one.
 

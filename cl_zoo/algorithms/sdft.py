@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.teacher import moved_teacher
 from cl_zoo.language._generate import check_stop, generate
@@ -27,6 +27,7 @@ class SdftState(NamedTuple):
     teacher: PyTree
 
 
+@checked
 def sdft(
     *,
     length: int,
@@ -85,6 +86,7 @@ def sdft(
     return _distillation("student", learn, length, teacher, decay, skip, temperature, stop, name)
 
 
+@checked
 def context_distillation(
     *,
     length: int,
@@ -123,6 +125,7 @@ def context_distillation(
     return _distillation("teacher", learn, length, "frozen", 1.0, 0, temperature, stop, name)
 
 
+@checked
 def offline_distillation(
     *,
     length: int,

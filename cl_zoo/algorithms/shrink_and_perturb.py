@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range
+from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TaskInfo, TrainState
 
 __all__ = ["ENTRY", "shrink_and_perturb"]
 
 
+@checked
 def shrink_and_perturb(
     shrink: Array | float,
     noise: Array | float,

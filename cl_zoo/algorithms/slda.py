@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.algorithms.supervised import no_loss
-from cl_zoo.checks import check_choice, check_range
+from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -28,6 +28,7 @@ class SldaState(NamedTuple):
     covariance: Array
 
 
+@checked
 def slda(
     *,
     shrinkage: Array | float = 1e-4,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from cl_zoo.checks import checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
@@ -26,6 +27,7 @@ def no_loss(
     return jnp.zeros(()), {}
 
 
+@checked
 def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name: str = "supervised") -> Component:
     """L = sum_b w_b loss(outputs_b, y_b) / sum_b w_b.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range
+from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.quadratic import Quadratic, quadratic_penalty, zero_quadratic
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -25,6 +25,7 @@ class SynapticIntelligenceState(NamedTuple):
     quadratic: Quadratic
 
 
+@checked
 def synaptic_intelligence(
     strength: Array | float,
     *,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.checks import check_range, check_whole
+from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import inner_loop
 from cl_zoo.losses import cross_entropy, weighted_mean
@@ -76,6 +76,7 @@ def crop_and_flip(pad: int = 4, flip: bool = True) -> Callable[[Array, Key], Arr
     return augment
 
 
+@checked
 def ttt(
     learning_rate: Array | float = 1e-3,
     *,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.alignment import match_activations, match_weights, permute, permute_statistics, readers
 from cl_zoo.estimators.averaging import floating, interpolate, recompute_statistics
@@ -32,6 +32,7 @@ class WeightInterpolationState(NamedTuple):
     distance: Array
 
 
+@checked
 def weight_interpolation(
     old_weight: Array | float,
     *,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range
+from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import interpolate
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
@@ -26,6 +26,7 @@ class WiseFtState(NamedTuple):
     finished: Array
 
 
+@checked
 def wise_ft(
     old_weight: Array | float, *, anchor: str = "last", pretrained: bool = False, name: str = "wise_ft"
 ) -> Component:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cl_zoo.checks import check_choice
+from cl_zoo.checks import check_choice, checked
 from cl_zoo.datasets.corruptions import CORRUPTIONS
 from cl_zoo.datasets.images import LabelledImages, tfds_splits
 
@@ -20,6 +20,7 @@ _ROWS = 10_000
 _FILES = (*CORRUPTIONS, "speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
+@checked
 def load_cifar10(data_dir: str | os.PathLike[str] | None, source: str | None = None) -> LabelledImages:
     """Photographs of ten classes of things, 32 x 32, in colour.
 
@@ -84,6 +85,7 @@ def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(rows[:, 1:].reshape(_ROWS, 3, 32, 32).transpose(0, 2, 3, 1)), labels
 
 
+@checked
 def load_cifar10_c(data_dir: str | os.PathLike[str], corruption: str, severity: int) -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-10's test images after one corruption, as its authors publish them.
 

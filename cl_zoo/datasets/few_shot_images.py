@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole, checked
 from cl_zoo.datasets.images import tfds_splits
 
 __all__ = ["FewShotImages", "load_mini_imagenet", "load_omniglot"]
@@ -33,6 +33,7 @@ class FewShotImages(NamedTuple):
     test_classes: np.ndarray
 
 
+@checked
 def load_omniglot(
     data_dir: str | os.PathLike[str] | None,
     source: str | None = None,
@@ -109,6 +110,7 @@ def _drawn(images: FewShotImages, drawn: tuple[int, int], seed: int, owner: str)
     )
 
 
+@checked
 def load_mini_imagenet(data_dir: str | os.PathLike[str], *, size: int = 84) -> FewShotImages:
     """A hundred classes of ImageNet, 600 images of each, in colour.
 

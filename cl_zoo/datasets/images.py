@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cl_zoo.checks import check_choice
+from cl_zoo.checks import check_choice, checked
 
-__all__ = ["LabelledImages", "load_digits", "read_idx"]
+__all__ = ["LabelledImages", "check_images", "check_labels", "check_pixels", "load_digits", "read_idx"]
 
 
 class LabelledImages(NamedTuple):
     """Attributes:
-    train_images, test_images: `uint8[N, height, width]` or with channels last.
-    train_labels, test_labels: `[N]` whole numbers from 0.
+    train_images, test_images: `uint8[N, height, width]` or with channels last; or floating point, scaled already.
+    train_labels, test_labels: `[N]` whole numbers from 0, each class with training images.
     """
 
     train_images: np.ndarray
@@ -31,6 +31,78 @@ class LabelledImages(NamedTuple):
     test_labels: np.ndarray
 
 
+def check_images(owner: str, images: Any) -> None:
+    """Refuses what is not `LabelledImages` as described there.
+
+    Raises:
+      ValueError: names the field, what it is, and what is allowed.
+    """
+    if not isinstance(images, LabelledImages):
+        raise ValueError(f"{owner}: images is {type(images).__name__}, but it must be LabelledImages")
+    parts = {}
+    for split in ("train", "test"):
+        pixels, labels = (np.asarray(getattr(images, f"{split}_{field}")) for field in ("images", "labels"))
+        check_pixels(owner, f"{split}_images", pixels)
+        check_labels(owner, f"{split}_labels", labels, f"{split}_images", len(pixels))
+        parts[split] = pixels, labels
+    (train, known), (test, asked) = parts["train"], parts["test"]
+    if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
+        raise ValueError(
+            f"{owner}: test_images are {test.dtype}{list(test.shape[1:])}, but they must be as train_images,"
+            f" {train.dtype}{list(train.shape[1:])}"
+        )
+    count = np.bincount(known, minlength=int(asked.max()) + 1)
+    if not count.all():
+        raise ValueError(
+            f"{owner}: train_labels has no {int(np.argmin(count))}, but the classes must be 0 to K - 1, each with"
+            f" training images; the largest label is {len(count) - 1}"
+        )
+
+
+def check_pixels(owner: str, field: str, pixels: np.ndarray) -> None:
+    """Refuses what is not `uint8[N, height, width]`, with channels last, or finite floating point of a usual scale."""
+    if pixels.ndim not in (3, 4) or 0 in pixels.shape:
+        raise ValueError(
+            f"{owner}: {field} has the shape {pixels.shape}, but it must be [N, height, width] or with channels last,"
+            " none of them 0"
+        )
+    if pixels.ndim == 4 and pixels.shape[1] in (1, 3, 4) and pixels.shape[3] not in (1, 2, 3, 4):
+        raise ValueError(
+            f"{owner}: {field} has the shape {pixels.shape}, channels first, but they must be last: take"
+            " images.transpose(0, 2, 3, 1)"
+        )
+    if pixels.dtype == np.uint8:
+        return
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise ValueError(f"{owner}: {field} is {pixels.dtype}, but it must be uint8, or floating point in [0, 1]")
+    low, high = float(pixels.min()), float(pixels.max())
+    if not -LARGEST_PIXEL <= low <= high <= LARGEST_PIXEL:  # nan compares as false
+        raise ValueError(
+            f"{owner}: {field} is {pixels.dtype} from {low:g} to {high:g}, which is not scaled; it must be uint8, or"
+            " floating point in [0, 1], or standardised"
+        )
+
+
+LARGEST_PIXEL = 32.0
+"""More standard deviations than a standardised image has, and fewer than the 255 of one that is not scaled."""
+
+
+def check_labels(owner: str, field: str, labels: np.ndarray, of: str, n: int) -> None:
+    """Refuses what is not one whole number from 0 for each of n examples."""
+    if labels.shape != (n,):
+        raise ValueError(f"{owner}: {field} has the shape {labels.shape}, but it must be ({n},), one for each of {of}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{owner}: {field} is {labels.dtype}, but it must be whole numbers from 0")
+    if labels.min() < 0:
+        raise ValueError(f"{owner}: {field} has {labels.min()}, but it must be whole numbers from 0")
+    if labels.max() > LARGEST_LABEL:
+        raise ValueError(f"{owner}: {field} has {labels.max()}, but it must be whole numbers from 0 to {LARGEST_LABEL}")
+
+
+LARGEST_LABEL = 10**6
+
+
+@checked
 def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | None = None) -> LabelledImages:
     """Handwritten digits, 28 x 28.
 

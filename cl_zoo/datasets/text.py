@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 
 __all__ = ["bare_code", "docstrings", "python_library", "read_text_domains"]
 
@@ -23,6 +23,7 @@ _TABLES = {"encodings", "pydoc_data"}  # characters, and help pages in one liter
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+@checked
 def python_library(limit: int | None = 1_000_000) -> dict[str, bytes]:
     """Two domains that every machine has: Python's standard library as installed, its code and its documentation.
 
@@ -147,6 +148,7 @@ def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.Fu
             yield node
 
 
+@checked
 def read_text_domains(directory: str | os.PathLike[str]) -> dict[str, bytes]:
     """Local text: each folder in a directory is a domain, of all files in it and below; each file is one too.
 

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole, checked
 from cl_zoo.losses import weighted_mean
 from cl_zoo.types import Array, Batch, Stream, TrainState
 
 __all__ = ["evaluate_adapting"]
 
 
+@checked
 def evaluate_adapting(
     learner: Learner,
     stream: Stream,
@@ -79,7 +80,9 @@ def evaluate_adapting(
         return state, stream.score(outputs, batch)
 
     def summary(scores: Array, batches: Batch, n: int) -> Array:
-        return (scores * (batches.weight > 0)).ravel()[:n] if by_example else weighted_mean(scores, batches.weight)
+        if by_example:
+            return jnp.where(batches.weight > 0, scores, 0).ravel()[:n]
+        return jnp.where(jnp.any(batches.weight > 0), weighted_mean(scores, batches.weight), jnp.nan)
 
     def on_task(start: TrainState, task: Array) -> tuple[TrainState, Array]:
         given = stream.evaluation(task, split)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole, checked
 from cl_zoo.evaluation.adaptation import evaluate_adapting
 from cl_zoo.identity import alike
 from cl_zoo.losses import mask_outputs
@@ -43,6 +43,7 @@ class Measure(NamedTuple):
         return self.function(learner, state, stream, jax.random.key(0) if key is None else key)
 
 
+@checked
 def at(when: str | int, measure: Measure | Function) -> Measure:
     """The measure, taken at other times.
 
@@ -65,6 +66,7 @@ def at(when: str | int, measure: Measure | Function) -> Measure:
     return whole._replace(function=alike(whole.function), when=when)
 
 
+@checked
 def accuracy(split: str = "test", *, batches: int | None = None, within_task: bool = False) -> Measure:
     """The score on every task, `f32[T]`: `stream.evaluate`. At "task" it is the matrix R, `f32[T + 1, T]`.
 
@@ -119,6 +121,7 @@ def accuracy(split: str = "test", *, batches: int | None = None, within_task: bo
     return Measure(alike(function), needs_examples=batches is not None or within_task)
 
 
+@checked
 def adapted_accuracy(split: str = "test", **options: Any) -> Measure:
     """The score on every task where each test batch is first learned from, `f32[T]`.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cl_zoo.checks import checked
 from cl_zoo.losses import mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
@@ -109,6 +110,7 @@ def weight_norm(params: PyTree) -> Array:
     return optax.tree.norm(params)
 
 
+@checked
 def online_score(
     score: Callable[[Any, Batch], Array], *, batch_size: int | None = None, name: str = "online_score"
 ) -> Component:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.layers.mixer import Mixer, linear
 from cl_zoo.layers.norms import EPSILON, rms_norm
 from cl_zoo.types import Array, Key, Model, PyTree
@@ -64,6 +64,7 @@ def unstacked(params: PyTree) -> PyTree:
     return {name: blocks if isinstance(blocks, list) else rows(blocks) for name, blocks in params.items()}
 
 
+@checked
 def decoder(
     vocabulary: int,
     mixers: Sequence[Mixer],

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_range, check_whole
+from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.compilation import jit
 from cl_zoo.language._decoder import Decoder, check_decoder, unstacked
 from cl_zoo.types import Array, Key, PyTree
@@ -54,6 +54,7 @@ def keep_likely(logits: Array, *, top_k: int | None = None, top_p: Array | float
     return logits
 
 
+@checked
 def generate(
     decoder: Decoder,
     params: PyTree,

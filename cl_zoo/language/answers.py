@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from cl_zoo.checks import checked
 from cl_zoo.language._decoder import Decoder, check_decoder
 from cl_zoo.types import Array, Key, Model, PyTree
 
@@ -63,6 +64,7 @@ def answer_logits(decoder: Decoder, params: PyTree, prompt: Array, padding: Arra
     return decoder.logits(params, h)
 
 
+@checked
 def answering(decoder: Decoder, *, shown: bool = False) -> Model:
     """A decoder as a network from questions to answers.
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from cl_zoo.checks import checked
 from cl_zoo.language._decoder import Decoder, decoder
 from cl_zoo.layers._rotary import RotaryScaling
 from cl_zoo.layers.attention import softmax_attention
@@ -70,6 +71,7 @@ class DecoderConfig(NamedTuple):
         )
 
 
+@checked
 def config_of(settings: dict[str, Any]) -> DecoderConfig:
     """The shape that a Hugging Face config.json describes.
 

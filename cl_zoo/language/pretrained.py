@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_weights
+from cl_zoo.checks import check_weights, checked
 from cl_zoo.files import write_json
 from cl_zoo.language._decoder import Decoder
 from cl_zoo.language.config import DecoderConfig, config_of, settings_of
@@ -77,6 +77,7 @@ def _path(keys: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(key.key for key in keys)
 
 
+@checked
 def load_pretrained(
     path: str | Path, *, rematerialise: bool = False, dtype: Any = jnp.float32, weights_dtype: Any = None
 ) -> Pretrained:
@@ -224,6 +225,7 @@ def _open_safetensors(folder: Path) -> Tensors:
     return Tensors(frozenset(where), lambda name: tuple(where[name].get_slice(name).get_shape()), tensor)
 
 
+@checked
 def save_pretrained(
     folder: str | Path, params: PyTree, config: DecoderConfig, *, tokenizer: TextTokenizer | None = None
 ) -> None:

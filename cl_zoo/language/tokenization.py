@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 
 __all__ = ["TextTokenizer", "from_bpe", "left_padded", "load_tokenizer", "optional"]
 
@@ -82,6 +82,7 @@ class TextTokenizer(NamedTuple):
         return str(made)
 
 
+@checked
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
     """The tokenizer of a Hugging Face folder: tokenizer.json, and what tokenizer_config.json, chat_template.jinja and
     generation_config.json say about it.
@@ -195,6 +196,7 @@ def from_bpe(
     return TextTokenizer(backend, stop, template, names)
 
 
+@checked
 def left_padded(rows: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Sequences of tokens in one array, for `generate` to continue: zeros before each.
 

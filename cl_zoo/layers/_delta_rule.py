@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen, zero_matrix
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, to_chunks
@@ -125,6 +125,7 @@ def _unit(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     return normalise(q), normalise(k), v
 
 
+@checked
 def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32) -> Mixer:
     """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;   z_t = q_t S_t,   beta_t = sigmoid(x_t w + b).
 
@@ -178,6 +179,7 @@ def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32)
     )
 
 
+@checked
 def gated_delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32) -> Mixer:
     """S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;   z_t = q_t S_t.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers._rotary import rotary
@@ -151,6 +151,7 @@ def lact_chunked(
     return from_chunks(z, time)
 
 
+@checked
 def lact(
     width: int,
     heads: int,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, to_chunks
 from cl_zoo.types import Array, Key, PyTree
@@ -88,6 +88,7 @@ def widen(*arrays: Array) -> list[Array]:
     return [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
 
 
+@checked
 def linear_attention(width: int, heads: int, *, convolution: int = 0, chunk: int = 64) -> Mixer:
     """S_t = S_{t-1} + k_t v_t^T;   z_t = q_t S_t / sqrt(d).
 
@@ -140,6 +141,7 @@ def linear_attention(width: int, heads: int, *, convolution: int = 0, chunk: int
     )
 
 
+@checked
 def gated_linear_attention(
     width: int, heads: int, *, convolution: int = 0, rank: int = 16, temperature: float = 16.0
 ) -> Mixer:

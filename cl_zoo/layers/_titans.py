@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers.fast_weights import (
@@ -141,6 +141,7 @@ def titans_step(
     return z, TitansCache(start, memory, surprise)
 
 
+@checked
 def titans(
     width: int,
     heads: int,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._rotary import RotaryScaling, rotary
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, to_chunks
@@ -101,6 +101,7 @@ def window_step(cache: KeyValues, position: Array, q: Array, k: Array, v: Array)
     return _attend_cache(q, cache, jnp.arange(size) <= position), cache
 
 
+@checked
 def softmax_attention(
     width: int,
     heads: int,
@@ -201,6 +202,7 @@ def softmax_attention(
     )
 
 
+@checked
 def window_attention(
     width: int,
     heads: int,

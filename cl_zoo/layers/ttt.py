@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers._rotary import rotary
@@ -119,6 +119,7 @@ def _ttt(
     )
 
 
+@checked
 def ttt_linear(
     width: int,
     heads: int,
@@ -187,6 +188,7 @@ def ttt_linear(
     )
 
 
+@checked
 def ttt_mlp(
     width: int,
     heads: int,

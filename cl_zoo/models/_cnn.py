@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from flax import nnx
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.normalisation import check_norm, normalise, normalising
 from cl_zoo.models.pooling import max_pool
@@ -64,6 +64,7 @@ class Cnn(nnx.Module):
         return tap("output", self.output, x)
 
 
+@checked
 def cnn(
     input_shape: Sequence[int],
     outputs: int,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole, checked
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.normalisation import check_norm, normalise, normalising
 from cl_zoo.models.preprocess import scale_images
@@ -63,6 +63,7 @@ class Mlp(nnx.Module):
         return tap("output", getattr(self, self.names[-1]), x)
 
 
+@checked
 def mlp(
     input_shape: Sequence[int],
     outputs: int,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cl_zoo.checks import checked
 from cl_zoo.models.rewriting import fast_convolutions
 from cl_zoo.types import Array, Key, Model, PyTree
 
@@ -45,6 +46,7 @@ def _check_shape(x: PyTree, input_shape: tuple[int, ...] | None) -> None:
         )
 
 
+@checked
 def from_nnx(
     make: Callable[[nnx.Rngs], nnx.Module],
     *,
@@ -127,6 +129,7 @@ def from_nnx(
     return Model(init, fast_convolutions(apply), units)
 
 
+@checked
 def from_linen(
     module: Any,
     *,

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.normalisation import check_norm, normalise, normalising
 from cl_zoo.models.pooling import mean_pool
@@ -99,6 +99,7 @@ def _blocks(owner: str, depth: int, **sizes: int) -> int:
     return (depth - 2) // 6
 
 
+@checked
 def resnet26(
     input_shape: Sequence[int],
     outputs: int,
@@ -161,6 +162,7 @@ def resnet26(
     )
 
 
+@checked
 def resnet_tail(outputs: int, *, norm: str = "group", width: int = 1, groups: int = 8, depth: int = 26) -> Model:
     """The part of `resnet26` from its last group on, for the input that `taps["group_3"]` of such a network holds.
 

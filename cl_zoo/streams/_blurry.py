@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_range
+from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.arrays import Cursor, locate
 from cl_zoo.types import Array, Key, PyTree
@@ -36,6 +36,7 @@ class Mixing(NamedTuple):
     draw: Callable[[PyTree, Array, PyTree, int, int], tuple[Array, Array, PyTree]]
 
 
+@checked
 def blurry(fraction: float = 0.1, *, disjoint: float = 0.0) -> Mixing:
     """Soft boundaries: a fraction of each class's examples comes in the periods of other tasks.
 
@@ -130,6 +131,7 @@ class DriftCursor(NamedTuple):
     shown: Array
 
 
+@checked
 def drifting(schedule: str = "gaussian", *, width: float = 0.5, over: str = "class") -> Mixing:
     """No task boundaries at all: each class, or each task, comes and goes gradually.
 

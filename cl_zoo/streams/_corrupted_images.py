@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.datasets.cifar import load_cifar10_c
 from cl_zoo.datasets.corruptions import CORRUPTIONS, NOISES, corrupt
-from cl_zoo.datasets.images import LabelledImages, load_digits
+from cl_zoo.datasets.images import LabelledImages, check_labels, check_pixels, load_digits
 from cl_zoo.streams.arrays import array_stream, scenario_tasks
 from cl_zoo.types import Array, Key, PyTree, Stream
 
@@ -39,6 +39,7 @@ class CorruptedData(NamedTuple):
     condition: Array
 
 
+@checked
 def conditions(
     corruptions: Sequence[str] = CORRUPTIONS,
     severities: Sequence[int] = (1, 2, 3, 4, 5),
@@ -81,6 +82,7 @@ def conditions(
     return (*clean, *((name, severity) for name in corruptions for severity in turns))
 
 
+@checked
 def corrupted_images(
     images: LabelledImages | None = None,
     *,
@@ -152,8 +154,11 @@ def corrupted_images(
     if data_dir is None:
         for name in corruptions:
             check_choice(owner, "each of corruptions", name, tuple(dict.fromkeys(CORRUPTIONS + NOISES)))
+        if images is not None:
+            check_pixels(owner, "test_images", np.asarray(images.test_images))
+            check_labels(owner, "test_labels", images.test_labels, "test_images", len(images.test_images))
         images = load_digits() if images is None else images
-        labels = images.test_labels
+        labels = np.asarray(images.test_labels)
     else:
         labels = load_cifar10_c(data_dir, *next(pair for pair in different if pair[1] > 0))[1]
         if images is not None and not np.array_equal(images.test_labels, labels):

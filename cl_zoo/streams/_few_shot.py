@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.datasets.few_shot_images import FewShotImages
-from cl_zoo.datasets.images import LabelledImages, load_digits
+from cl_zoo.datasets.images import LabelledImages, check_labels, check_pixels, load_digits
+from cl_zoo.losses import label_accuracy
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.episodes import episode_stream
 from cl_zoo.types import Array, Batch, Episode, Key, Stream
@@ -34,6 +35,7 @@ class FewShotData(NamedTuple):
     test: Array
 
 
+@checked
 def few_shot(
     images: LabelledImages | FewShotImages | None = None,
     *,
@@ -146,7 +148,7 @@ def few_shot(
         return Episode(support_x, support_y, query_x), query_y
 
     def score(outputs: Array, batch: Batch) -> Array:
-        return jnp.mean((jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32), axis=1)
+        return jnp.mean(label_accuracy(outputs, batch.y), axis=1)
 
     order = np.argsort(labels, kind="stable")
     start = np.cumsum(count) - count
@@ -155,6 +157,7 @@ def few_shot(
     return episode_stream(owner, data, draw, n_outputs=n_way, score=score, reorder=deal, **sizes, **options)
 
 
+@checked
 def trajectories(
     images: LabelledImages | FewShotImages | None = None,
     *,
@@ -245,7 +248,7 @@ def trajectories(
         return Episode(data.images[walked], walked_y, data.images[asked]), asked_y
 
     def score(outputs: Array, batch: Batch) -> Array:
-        return jnp.mean((jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32), axis=1)
+        return jnp.mean(label_accuracy(outputs, batch.y), axis=1)
 
     order = np.argsort(labels, kind="stable")
     groups = [jnp.asarray(splits[split], jnp.int32)[None] for split in ("train", "validation", "test")]
@@ -281,8 +284,9 @@ def _pooled(images: LabelledImages | FewShotImages) -> tuple[np.ndarray, np.ndar
     else:
         pixels, own = np.concatenate([images.train_images, images.test_images]), {}
         labels = np.concatenate([images.train_labels, images.test_labels])
-    if len(pixels) != len(labels):
-        raise ValueError(f"few_shot: images has {len(labels)} labels for {len(pixels)} images, but each must have one")
+    pixels, labels = np.asarray(pixels), np.asarray(labels)
+    check_pixels("few_shot", "images", pixels)
+    check_labels("few_shot", "labels", labels, "images", len(pixels))
     return pixels, labels.astype(np.int64), own
 
 

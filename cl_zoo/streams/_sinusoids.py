@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_range, check_whole
+from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.streams.episodes import episode_stream
 from cl_zoo.types import Array, Batch, Episode, Key, Stream
 
@@ -30,6 +30,7 @@ class SinusoidData(NamedTuple):
     x_range: Array
 
 
+@checked
 def sinusoids(
     n_tasks: int = 1,
     *,

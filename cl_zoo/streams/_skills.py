@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole, checked
 from cl_zoo.language.answers import Demonstrated
 from cl_zoo.language.tokenization import left_padded
 from cl_zoo.losses import all_tokens_right, token_accuracy
@@ -47,6 +47,7 @@ class SkillData(NamedTuple):
     size: Array
 
 
+@checked
 def skills(
     tasks: Sequence[Mapping[str, Sequence[Example]]],
     *,

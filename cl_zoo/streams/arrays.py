@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.losses import label_accuracy
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
 
@@ -35,6 +36,7 @@ def locate(counts: Array, position: Array) -> tuple[Array, Array]:
     return run, position - (ends - counts)[run]
 
 
+@checked
 def scenario_tasks(scenario: str, n_tasks: int, classes_per_task: int, outputs: str = "seen") -> TaskInfo:
     """The active outputs of each task.
 
@@ -66,11 +68,12 @@ def scenario_tasks(scenario: str, n_tasks: int, classes_per_task: int, outputs: 
     return TaskInfo(jnp.asarray(index), jnp.asarray(active))
 
 
-def label_accuracy(outputs: Array, batch: Batch) -> Array:
-    """1 for each example whose largest output is that of its label, else 0: `[B, C]` -> `f32[B]`."""
-    return (jnp.argmax(outputs, axis=-1) == batch.y).astype(jnp.float32)
+def score_labels(outputs: Array, batch: Batch) -> Array:
+    """`label_accuracy` of each example: `[B, C]` -> `f32[B]`."""
+    return label_accuracy(outputs, batch.y)
 
 
+@checked
 def array_stream(
     data: PyTree,
     tasks: TaskInfo,
@@ -89,7 +92,7 @@ def array_stream(
     sample_size: int | None = None,
     sample_batch: int = 500,
     evaluation_batch: int = 1000,
-    score: Callable[[PyTree, Batch], Array] = label_accuracy,
+    score: Callable[[PyTree, Batch], Array] = score_labels,
 ) -> Stream:
     """A stream over any labelled data of which one example can be fetched by task and index.
 

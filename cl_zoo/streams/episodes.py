@@ -8,13 +8,14 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_whole, checked
 from cl_zoo.streams.arrays import Cursor
 from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
 
 __all__ = ["episode_stream"]
 
 
+@checked
 def episode_stream(
     owner: str,
     data: PyTree,

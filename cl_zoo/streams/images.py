@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_range, check_whole
-from cl_zoo.datasets.images import LabelledImages, load_digits
+from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.datasets.images import LabelledImages, check_images, load_digits
 from cl_zoo.streams._blurry import Mixing
 from cl_zoo.streams.arrays import array_stream, locate, scenario_tasks
 from cl_zoo.types import Array, Key, PyTree, Stream
@@ -43,6 +43,7 @@ class ImageData(NamedTuple):
     mixing: Any = None
 
 
+@checked
 def split_mnist(
     n_tasks: int = 5,
     scenario: str = "task",
@@ -78,7 +79,7 @@ def split_mnist(
       >>> stream.n_tasks, stream.tasks.active.shape
       (5, (5, 10))
     """
-    images = load_digits() if images is None else images
+    images = _images("split_mnist", images)
     n_classes = _n_classes(images)
     check_whole("split_mnist", "n_tasks", n_tasks, 1, n_classes)
     per_task = n_classes // n_tasks
@@ -100,6 +101,7 @@ def split_mnist(
     )
 
 
+@checked
 def permuted_mnist(
     n_tasks: int = 10,
     scenario: str = "domain",
@@ -131,7 +133,7 @@ def permuted_mnist(
       >>> permuted_mnist(n_tasks=3, steps=10).tasks.active.shape
       (3, 10)
     """
-    images = load_digits() if images is None else images
+    images = _images("permuted_mnist", images)
     check_whole("permuted_mnist", "n_tasks", n_tasks, 1)
     n_pixels = math.prod(images.train_images.shape[1:3])
 
@@ -157,6 +159,7 @@ def permuted_mnist(
     )
 
 
+@checked
 def rotated_mnist(
     n_tasks: int = 10,
     scenario: str = "domain",
@@ -181,7 +184,7 @@ def rotated_mnist(
       **options: see `image_stream`.
 
     Returns:
-      A `Stream` of `uint8` images. With given `angles`, `reorder` shuffles them over the tasks.
+      A `Stream` of images as given. With given `angles`, `reorder` shuffles them over the tasks.
 
     Raises:
       ValueError: an impossible value, named.
@@ -192,7 +195,7 @@ def rotated_mnist(
       >>> rotated_mnist(n_tasks=2, angles=[0.0, 90.0], steps=10).data.angles.tolist()
       [0.0, 90.0]
     """
-    images = load_digits() if images is None else images
+    images = _images("rotated_mnist", images)
     check_whole("rotated_mnist", "n_tasks", n_tasks, 1)
     check_range("rotated_mnist", "largest_angle", largest_angle, 0)
     if angles is not None and len(angles) != n_tasks:
@@ -220,7 +223,8 @@ def rotated_mnist(
 
 
 def rotate(image: Array, degrees: Array) -> Array:
-    """`uint8[height, width]` (channels may follow) rotated anticlockwise about its centre, bilinear, black outside."""
+    """`[height, width]` (channels may follow) rotated anticlockwise about its centre, bilinear, 0 outside. Pixels that
+    are whole numbers stay whole."""
     if image.ndim == 3:
         return jax.vmap(lambda channel: rotate(channel, degrees), in_axes=2, out_axes=2)(image)
     height, width = image.shape
@@ -229,8 +233,9 @@ def rotate(image: Array, degrees: Array) -> Array:
     )
     sin, cos = jnp.sin(jnp.deg2rad(degrees)), jnp.cos(jnp.deg2rad(degrees))
     source = [cos * row + sin * column + (height - 1) / 2, cos * column - sin * row + (width - 1) / 2]
-    turned = jax.scipy.ndimage.map_coordinates(image.astype(jnp.float32), source, order=1, mode="constant")
-    return jnp.round(turned).astype(image.dtype)
+    rotated = jax.scipy.ndimage.map_coordinates(image.astype(jnp.float32), source, order=1, mode="constant")
+    whole = jnp.issubdtype(image.dtype, jnp.integer)
+    return (jnp.round(rotated) if whole else rotated).astype(image.dtype)
 
 
 def image_stream(
@@ -340,6 +345,14 @@ def image_stream(
         sample_batch=sample_batch,
         evaluation_batch=evaluation_batch,
     )
+
+
+def _images(owner: str, images: LabelledImages | None) -> LabelledImages:
+    """The embedded digits where none are given; others are checked."""
+    if images is None:
+        return load_digits()
+    check_images(owner, images)
+    return LabelledImages(*(np.asarray(part) for part in images))
 
 
 def _n_classes(images: LabelledImages) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.losses import token_accuracy
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.episodes import episode_stream
@@ -25,6 +25,7 @@ class RecallData(NamedTuple):
     alpha: Array
 
 
+@checked
 def associative_recall(
     *,
     steps: int = 10_000,
@@ -108,6 +109,7 @@ def associative_recall(
     return _one_task(owner, data, draw, vocabulary, **sizes, **options)
 
 
+@checked
 def fresh_dictionaries(
     *,
     steps: int = 10_000,
@@ -164,6 +166,7 @@ def fresh_dictionaries(
     return _one_task(owner, None, draw, words + values, **sizes, **options)
 
 
+@checked
 def best_dictionary_scores(length: int, words: int, values: int) -> tuple[np.ndarray, np.ndarray]:
     """The lowest expected loss, and the highest expected accuracy, at each value of a document of `fresh_dictionaries`.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.losses import squared_error
 from cl_zoo.streams.arrays import Cursor
 from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
@@ -31,6 +31,7 @@ class RegressionData(NamedTuple):
     slow: Array
 
 
+@checked
 def slowly_changing_regression(
     n_tasks: int = 100,
     *,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_range, check_whole
+from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.datasets.text import python_library
 from cl_zoo.losses import next_token_loss
 from cl_zoo.streams.arrays import array_stream, scenario_tasks
@@ -32,6 +32,7 @@ class TextData(NamedTuple):
     size: Array
 
 
+@checked
 def text_domains(
     domains: Mapping[str, bytes] | None = None,
     *,

@@ -30,13 +30,13 @@ from cl_zoo.training.loop import (
     Metrics,
     Result,
     begin,
-    check_bound,
     check_finite,
-    check_needs,
+    check_run,
     chosen_metrics,
     example_batch,
     finish,
     histories,
+    is_finite,
     measured,
     reported,
     room,
@@ -101,7 +101,7 @@ def fit(
       ImportError: tensorboard without the package tensorboardX.
       ConfigError: the directory holds a run of another configuration; names the field.
       CheckpointError: there are checkpoints, but none is whole.
-      NonFiniteError: names task, step and likely cause; the last good checkpoint stays.
+      NonFiniteError: names what is not finite, task, step and likely cause; the last good checkpoint stays.
       Stopped: on Ctrl-C or SIGTERM, after saving.
 
     Example:
@@ -115,8 +115,7 @@ def fit(
       ...     fit(learner, stream, jax.random.key(0), directory, progress=False).accuracy.shape
       (3, 2)
     """
-    check_needs(learner, stream)
-    check_bound(learner.model.weights)
+    check_run("fit", learner, stream, key)
     check_whole("fit", "checkpoint_every", checkpoint_every, 1)
     check_whole("fit", "keep", keep, 1)
     described = isinstance(config, Mapping) or (dataclasses.is_dataclass(config) and not isinstance(config, type))
@@ -213,7 +212,7 @@ def fit(
             newest = f"; the last checkpoint before it is that of step {done}, in {checkpoints.directory}"
             ran = task * stream.steps + step + np.arange(n)
             seen = {name: (ran, values) for name, values in history.items()}
-            check_finite(ran, seen, carry[0].params, stream.steps, newest)
+            check_finite(ran, seen, carry[0], {int(ran[-1]): programs["finite"](carry[0])}, stream.steps, newest)
             strides = dict.fromkeys(history, 1) if chosen is None else dict(chosen)
             numbers = {
                 name: {i: values[i].item() for i in range(n) if (step + i + 1) % strides[name] == 0}
@@ -228,6 +227,7 @@ def fit(
                     take(name, one, (task, step // one.when - 1))
             if step == end:
                 carry = programs["finish"](learner, stream, key, carry, jnp.int32(task))
+                check_finite(ran, {}, carry[0], {int(ran[-1]): programs["finite"](carry[0])}, stream.steps, newest)
                 for name, one in measures:
                     if one.when == "task":
                         take(name, one, (task + 1,))
@@ -244,7 +244,8 @@ def fit(
     measures_found = {
         name: reported(one, taken[name], len(slots(one, stream)), reports[name]) for name, one in measures
     }
-    return Result(carry[0], _histories(directory, chosen, starts, stream.steps), measures_found, updates(stream))
+    kept = _histories(directory, chosen, starts, stream.steps)
+    return Result(carry[0], kept, measures_found, updates(stream), jnp.ones(stream.n_tasks, bool))
 
 
 def _kept(learner: Learner, stream: Stream, key: Key, chosen: tuple[tuple[str, int], ...]) -> dict[str, Array]:
@@ -302,6 +303,7 @@ def _programs(structure: Any) -> dict[str, Callable[..., Any]]:
         "begin": jit(begin_task, donate_argnums=3),
         "train": jit(train, static_argnums=(4, 5), donate_argnums=2),
         "finish": jit(end_task, donate_argnums=3),
+        "finite": jit(is_finite),
         "measure": jit(measure, static_argnums=(5, 6)),
     }
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_key, check_whole
 from cl_zoo.compilation import jit, staged
 from cl_zoo.evaluation.measures import Measure, Measures, settled
 from cl_zoo.training.loop import (
@@ -22,10 +22,11 @@ from cl_zoo.training.loop import (
     begin,
     check_bound,
     check_finite,
-    check_needs,
+    check_run,
     chosen_metrics,
     finish,
     histories,
+    is_finite,
     measured,
     reported,
     room,
@@ -79,6 +80,7 @@ def run_stream(
       >>> result.metrics["loss"].shape, result.accuracy.shape
       ((5, 20), (6, 5))
     """
+    check_run("run_stream", learner, stream, key)
     measures, chosen = settled(measure, stream), chosen_metrics(metrics)
     if staged() or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((learner, stream, key))):
         return _run(learner, stream, key, measures, chosen)
@@ -88,7 +90,7 @@ def run_stream(
 
 
 def _check_result(result: Result, stream: Stream, strides: dict[str, int]) -> None:
-    """Refuses a run whose metrics or parameters are not finite."""
+    """Refuses a run whose metrics or states are not finite."""
 
     def numbers(stride: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         task, place = np.nonzero(updates(stream, stride))
@@ -98,7 +100,10 @@ def _check_result(result: Result, stream: Stream, strides: dict[str, int]) -> No
     for name, values in jax.device_get(result.metrics).items():
         number, place = numbers(strides.get(name, 1))
         found[name] = number, values[place]
-    check_finite(numbers(1)[0], found, result.state.params, stream.steps)
+    ran, (task, place) = numbers(1)
+    last = {int(t): int(ran[task == t][-1]) for t in range(stream.n_tasks)}
+    finite = {last[t]: bool(fine) for t, fine in enumerate(jax.device_get(result.finite))}
+    check_finite(ran, found, result.state, finite, stream.steps)
 
 
 def stream_program(
@@ -109,8 +114,7 @@ def stream_program(
     Args and errors are those of `run_stream`, except that a loss that is not finite raises nothing, and that measures
     are not reported.
     """
-    check_needs(learner, stream)
-    check_bound(learner.model.weights)
+    check_run("run_stream", learner, stream, None)
     return _program(jax.tree.structure((learner, stream)), settled(measure, stream), chosen_metrics(metrics))
 
 
@@ -153,7 +157,8 @@ def _run(
     def train(carry: Carry, t: Array) -> tuple[Carry, Any]:
         carry = begin(learner, stream, key, carry[0], t), carry[1]
         carry, outputs = _task(learner, stream, key, carry, t, measures, metrics)
-        return (finish(learner, stream, key, carry[0], t), carry[1]), outputs
+        state = finish(learner, stream, key, carry[0], t)
+        return (state, carry[1]), (*outputs, is_finite(state))
 
     def measure_then_train(carry: Carry, t: Array) -> tuple[Carry, Any]:
         """One more round than tasks, the last without training: a measure is compiled once, not twice."""
@@ -165,9 +170,9 @@ def _run(
 
     rounds = jnp.arange(stream.n_tasks + 1, dtype=jnp.int32)
     carry, (found, outputs) = jax.lax.scan(measure_then_train, carry, rounds)
-    kept, points = jax.tree.map(lambda leaf: leaf[:-1], outputs)
+    kept, points, finite = jax.tree.map(lambda leaf: leaf[:-1], outputs)
     last = {name: take(name, one, carry[0], 0) for name, one in measures if one.when == "end"}
-    return Result(carry[0], kept, {**found, **points, **last}, updates(stream))
+    return Result(carry[0], kept, {**found, **points, **last}, updates(stream), finite)
 
 
 def _task(
@@ -279,6 +284,11 @@ def sweep(
       >>> result.accuracy.shape
       (3, 2, 6, 5)
     """
+    if not callable(make):
+        raise ValueError(f"sweep: make is {type(make).__name__}, but it must be a function, settings -> Learner")
+    check_key("sweep", "keys", keys, 1)
+    if orders is not None and not isinstance(orders, str):
+        check_key("sweep", "orders", orders, 1)
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(settings)}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(f"sweep: settings need one common leading axis, but their leaves begin with {sorted(lengths)}")
@@ -286,7 +296,7 @@ def sweep(
     paired = isinstance(orders, str)
     if paired and orders != "per_seed":
         raise ValueError(f"sweep: orders is {orders!r}, but it must be None, 'per_seed' or an array of keys")
-    jax.eval_shape(lambda s: check_needs(make(jax.tree.map(lambda leaf: leaf[0], s)), stream), settings)
+    jax.eval_shape(lambda s: check_run("sweep", make(jax.tree.map(lambda leaf: leaf[0], s)), stream, None), settings)
     check_bound(weights)
     shape = (*lengths.pop(), len(keys), *(() if orders is None or paired else (len(orders),)))
     if batch_size is None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_key, check_whole
 from cl_zoo.evaluation.measures import Measure
 from cl_zoo.types import NEEDS, Agent, Array, Batch, Key, PyTree, Stream, TrainState
 
@@ -23,11 +23,12 @@ __all__ = [
     "begin",
     "check_bound",
     "check_finite",
-    "check_needs",
+    "check_run",
     "chosen_metrics",
     "example_batch",
     "finish",
     "histories",
+    "is_finite",
     "measured",
     "reported",
     "room",
@@ -52,12 +53,15 @@ class Result(NamedTuple):
       metrics: per update, `{name: f32[T, steps]}`, or `[T, steps // n]` of each n-th; nan beyond the end of a task.
       measures: what was measured, by name.
       updated: `bool[T, steps]`, false beyond the end of a task that is shorter than others.
+      finite: `bool[T]`, whether the state after each task was finite (where it was not, `run_stream` and `fit` raise,
+        `sweep` does not).
     """
 
     state: PyTree
     metrics: dict[str, Array]
     measures: dict[str, PyTree]
     updated: Array
+    finite: Array
 
     @property
     def accuracy(self) -> Array:
@@ -70,18 +74,35 @@ class NonFiniteError(FloatingPointError):
     """A loss or penalty became infinite or not a number."""
 
 
-def check_needs(learner: Learner, stream: Stream) -> None:
-    """Refuses a learner that needs what the stream does not provide, before anything compiles.
+def check_run(owner: str, learner: Learner, stream: Stream, key: Key | None) -> None:
+    """Refuses what cannot be run, before anything compiles.
 
     Raises:
-      ValueError: names the component, what it needs, and what the stream provides.
+      ValueError: what is no learner, stream or key; a learner that needs what the stream does not provide, or that was
+        composed with the tasks of another one; weights that are not a tree of arrays.
     """
+    if not isinstance(learner, Learner):
+        raise ValueError(f"{owner}: learner is {type(learner).__name__}, but it must be what compose returns")
+    if not isinstance(stream, Stream):
+        raise ValueError(f"{owner}: stream is {type(stream).__name__}, but it must be a Stream, as split_mnist() is")
+    if key is not None:
+        check_key(owner, "key", key)
     for name, need in sorted(learner.needs):
         if need not in stream.provides:
             raise ValueError(
                 f"{name} needs {need!r}, {NEEDS[need]}, which this stream does not provide;"
                 f" it provides {', '.join(sorted(stream.provides))}"
             )
+    if learner.tasks is not None:
+        own, theirs = learner.tasks.active, stream.tasks.active
+        traced = isinstance(own, jax.core.Tracer) or isinstance(theirs, jax.core.Tracer)
+        if own.shape != theirs.shape or not (traced or np.array_equal(own, theirs)):
+            raise ValueError(
+                f"{owner}: the learner was composed with tasks of another stream, active {list(own.shape)} where this"
+                f" one has {list(theirs.shape)}{'' if own.shape != theirs.shape else ' with other outputs active'};"
+                " give compose tasks=stream.tasks"
+            )
+    check_bound(learner.model.weights)
 
 
 def check_bound(weights: PyTree) -> None:
@@ -266,33 +287,59 @@ def reported(measure: Measure, found: PyTree, leading: int, made: Mapping[int, P
     return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(shape + np.shape(leaves[0])), *each)
 
 
+def is_finite(state: TrainState) -> Array:
+    """Whether parameters and model state are finite, and nothing of optimiser and parts is nan (some keep an infinity
+    to begin with), `bool[]`."""
+
+    def every(tree: PyTree, test: Callable[[Array], Array]) -> Array:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return jnp.all(jnp.array([jnp.all(test(leaf)) for leaf in leaves]))
+
+    kept = every((state.opt_state, state.parts), lambda leaf: ~jnp.isnan(leaf))
+    return kept & every((state.params, state.model_state), jnp.isfinite)
+
+
+def _what_is_not_finite(state: TrainState) -> str:
+    """Names the part of a state that is not finite."""
+    empty = state._replace(params=(), model_state=(), opt_state=(), parts={})
+    fields = {name: {name: getattr(state, name)} for name in ("params", "model_state", "opt_state")}
+    parts = {f"parts[{name!r}]": {"parts": {name: part}} for name, part in state.parts.items()}
+    for name, field in {**fields, **parts}.items():
+        if not is_finite(empty._replace(**field)):
+            return f"state.{name}"
+    return "the state"
+
+
 def check_finite(
     ran: np.ndarray,
     metrics: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    params: PyTree,
+    state: TrainState,
+    finite: Mapping[int, bool],
     steps: int,
     kept: str = "",
 ) -> None:
-    """Refuses metrics, or parameters after the last update, that are not finite.
+    """Refuses metrics, or a state, that are not finite.
 
     Args:
       ran: `i[N]`, numbers of the updates, in order: i of task t has the number t * steps + i.
       metrics: `{name: (i[n], f32[n])}`, numbers of those whose value was kept, and the values.
-      params: after the last of them.
+      state: the last.
+      finite: `is_finite` of the states after some of the updates, by number.
       steps: see `ran`.
       kept: what is left to continue from, for the message.
 
     Raises:
-      NonFiniteError: names the task, the step and the likely cause.
+      NonFiniteError: names what it is, the task, the step and the likely cause.
     """
     bad = {}
     for name, (number, value) in metrics.items():
         if len(wrong := np.flatnonzero(~np.isfinite(value))):
-            bad[name] = int(number[wrong[0]]), value[wrong[0]]
-    if not bad:
-        if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params)):
-            return
-        bad["parameters"] = int(ran[-1]), np.nan
+            bad[name] = int(number[wrong[0]]), f"{value[wrong[0]]}"
+    spoilt = [number for number, fine in finite.items() if not fine]
+    if not bad and not spoilt:
+        return
+    if not bad or (spoilt and spoilt[0] < min(number for number, _ in bad.values())):
+        bad = {_what_is_not_finite(state): (spoilt[0], "not finite")}
     name = min(bad, key=lambda name: (bad[name][0], name != "loss"))
     found, value = bad[name]
     task, step = divmod(found, steps)
@@ -300,8 +347,8 @@ def check_finite(
     known = any(len(number) == len(ran) for number, _ in metrics.values())
     usual = max(metrics["loss"][1][:1], default=1.0) if "loss" in metrics else 1.0
     before = [
-        value[max(int(np.searchsorted(number, found)) - 1, 0)]
-        for metric, (number, value) in metrics.items()
+        values[max(int(np.searchsorted(number, found)) - 1, 0)]
+        for metric, (number, values) in metrics.items()
         if metric.endswith("/penalty") and len(number)
     ]
     if name.endswith("/penalty") or any(penalty > 100 * max(usual, 1.0) for penalty in before):
@@ -309,8 +356,10 @@ def check_finite(
             "a penalty grew until it overflowed: with plain SGD, strength x learning rate x largest Fisher value must"
             " stay below 2; lower the strength or the learning rate, or use Adam"
         )
+    elif found == ran[0] and known and ran[0] == 0:
+        cause = "inputs that are not finite, or a label that is none of the outputs"
     else:
-        cause = "too high a learning rate, or inputs that are not finite"
+        cause = "too high a learning rate, inputs that are not finite, or a label that is none of the outputs"
     raise NonFiniteError(
         f"{name} is {value} at task {task}, step {step}{'' if known else ' or before'}; likely cause: {cause}{kept}"
     )

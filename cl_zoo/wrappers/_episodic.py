@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import checked
 from cl_zoo.types import Episode, Key, Model, PyTree, Taps
 
 __all__ = ["episodic"]
 
 
+@checked
 def episodic(model: Model) -> Model:
     """A model that takes batches of examples as before, and an `Episode` too, of which it predicts all queries.
 

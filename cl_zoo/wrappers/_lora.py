@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range, check_whole
+from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.layers.mixer import linear
 from cl_zoo.types import Array, Key, Model, PyTree, Taps
 
@@ -44,6 +44,7 @@ class AdaptedKernel:
         return AdaptedKernel(*(leaf.astype(dtype) for leaf in (self.kernel, self.down, self.up)))
 
 
+@checked
 def lora(
     model: Model,
     rank: int,
@@ -173,6 +174,7 @@ def _merge(kernel: Array, down: Array, up: Array) -> Array:
     return kernel + (down @ up).astype(kernel.dtype)
 
 
+@checked
 def merge_adapters(model: Model, params: PyTree, weights: PyTree) -> PyTree:
     """W + (alpha / r) A B in the place of each kernel: the parameters of the model that was adapted.
 
@@ -187,6 +189,7 @@ def merge_adapters(model: Model, params: PyTree, weights: PyTree) -> PyTree:
     return _merged(model, params, weights, _merge)
 
 
+@checked
 def unmerge_adapters(model: Model, params: PyTree, merged: PyTree) -> PyTree:
     """The inverse of `merge_adapters`: W from W + (alpha / r) A B, up to rounding.
 

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range
+from cl_zoo.checks import check_range, checked
 from cl_zoo.types import Array, Key, Model, PyTree, Taps
 
 __all__ = ["with_learning_rates"]
 
 
+@checked
 def with_learning_rates(model: Model, low: float, high: float | None = None) -> Model:
     """Every parameter gets a learning rate of its own, which is a parameter too.
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.checks import checked
 from cl_zoo.types import Array, Key, Model, PyTree, Taps
 
 __all__ = ["with_rotation_head"]
@@ -15,6 +16,7 @@ __all__ = ["with_rotation_head"]
 Group = tuple[tuple[tuple[str, ...], int, str], ...]
 
 
+@checked
 def with_rotation_head(model: Model, head: Model, reads: str) -> Model:
     """Two branches on one trunk: the outputs are the model's, and `head` predicts the rotation.
 

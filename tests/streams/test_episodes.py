@@ -16,7 +16,7 @@ from cl_zoo.datasets import FewShotImages, LabelledImages
 from cl_zoo.models import mlp
 from cl_zoo.streams import few_shot, sinusoids, trajectories
 from tests.streams.test_images import largest_constant
-from tests.tiny import raw, same_bytes
+from tests.tiny import close, raw, same_bytes
 
 KEY = jax.random.key(7)
 PER_CLASS = 12  # images of each class of `marked`
@@ -341,7 +341,7 @@ def test_many_keys_are_the_single_ones(stream: Stream) -> None:
 def test_evaluation_is_fixed_and_differs_by_split_and_task(stream: Stream) -> None:
     sets = {(task, split): held_out(stream, task, split) for task in (0, 1) for split in ("validation", "test")}
     for (task, split), rows in sets.items():
-        same_bytes(rows, stream.evaluation(task, split))
+        close(rows, stream.evaluation(task, split), rtol=1e-5, atol=1e-5)  # another program
         assert rows.y.shape[:2] == (3, 4) == rows.weight.shape
         assert np.ravel(rows.weight).tolist() == [1.0] * 10 + [0.0] * 2
     each = [*map(flat, sets.values()), *(first(stream, step=i) for i in range(6))]
@@ -407,9 +407,9 @@ def test_no_program_holds_the_images(digits: LabelledImages) -> None:
         ({"amplitude": (2, 1)}, r"amplitude is \(2, 1\), but it must be \(low, high\), low at most high"),
         ({"phase": (0, float("nan"))}, r"phase is \(0, nan\)"),
         ({"x_range": (0, float("inf"))}, r"x_range is \(0, inf\)"),
-        ({"amplitude": 5}, r"amplitude is 5, but it must be a pair \(low, high\)$"),
+        ({"amplitude": 5}, "amplitude is 5, but it must be 2 values, each a finite number"),
         ({"n_tasks": 3, "phase": [(0, 1), (1, 2)]}, r"phase is \[.*a pair \(low, high\), or 3 such pairs"),
-        ({"phase": [(0, 1), (1,)]}, "phase is .* it must be a pair"),
+        ({"phase": [(0, 1), (1,)]}, "phase is .*, but it must be 2 values"),
     ],
 )
 def test_impossible_sinusoids_are_refused(options: dict[str, Any], said: str) -> None:
@@ -433,9 +433,12 @@ def test_impossible_sinusoids_are_refused(options: dict[str, Any], said: str) ->
         ({"validation_classes": float("nan")}, "validation_classes is nan"),
         ({"n_way": 2, "test_classes": 0.2}, "n_way is 2, but each of 1 tasks has 1 test classes"),
         ({"n_way": 2, "validation_classes": 0.2}, "n_way is 2, but each of 1 tasks has 1 validation classes"),
-        ({"train_classes": 0.5}, "train_classes is 0.5, but it must be a sequence of classes"),
+        ({"train_classes": 0.5}, "train_classes is 0.5, but it must be a sequence"),
         ({"test_classes": [3, 4, 6]}, "test_classes has 6, but there are images of 6 classes, from 0 to 5"),
-        ({"test_classes": [3, 4, 1.5]}, "test_classes has 1.5"),
+        (
+            {"test_classes": [3, 4, 1.5]},
+            r"test_classes is \[3, 4, 1.5\], but it must be a sequence, each a whole number",
+        ),
         ({"test_classes": [3, 4, 4]}, "test_classes has 4, but a class must be in one split only, and once"),
         ({"train_classes": [0, 1, 4]}, "train_classes has 4, but a class must be in one split only"),
     ],
@@ -450,7 +453,7 @@ def test_images_that_cannot_be_used_are_refused() -> None:
     images = marked(6)
     with pytest.raises(ValueError, match=r"images of \(2, 1\) pixels are not square"):
         few_shot(LabelledImages(*[a[:, :, :1] if a.ndim == 3 else a for a in images]), rotations=True)
-    with pytest.raises(ValueError, match="71 labels for 72 images"):
+    with pytest.raises(ValueError, match=r"labels has the shape \(71,\), but it must be \(72,\)"):
         few_shot(images._replace(test_labels=images.test_labels[1:]), queries=2)
 
 

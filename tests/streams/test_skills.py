@@ -68,9 +68,9 @@ def test_all_tokens_right() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"tasks": []}, "must be a sequence of"),
-        ({"tasks": {"train": [Example([1], [1], [1])]}}, "must be a sequence of"),
-        ({"tasks": [[Example([1], [1], [1])]]}, "must be a sequence of"),
+        ({"tasks": []}, "must be a sequence"),
+        ({"tasks": {"train": [Example([1], [1], [1])]}}, "must be a sequence"),
+        ({"tasks": [[Example([1], [1], [1])]]}, "must be a sequence"),
         ({"tasks": [{"train": [Example([1], [1], [1])]}]}, "task 0 has no test examples; it has train"),
         (
             {"tasks": [{"train": [], "validate": []}]},

@@ -272,7 +272,9 @@ def uninterrupted(tmp_path_factory: Any) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_killed_process_resumes_to_the_same_bytes(uninterrupted: Path, number: signal.Signals) -> None:
     killed = uninterrupted.parent / f"killed-{number.name}"
     process = start_process(killed)

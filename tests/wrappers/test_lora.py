@@ -201,8 +201,9 @@ def test_components_act_on_adapters_and_hold_no_frozen_weights(name: str) -> Non
     assert result.metrics["loss"][0, -1] < result.metrics["loss"][0, 0]
 
 
-@pytest.mark.parametrize("components", [(), (ema(0.9), ewc(1.0, labels="loss", micro_batch=4))])
-@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize(
+    ("components", "bound"), [((), False), ((ema(0.9), ewc(1.0, labels="loss", micro_batch=4)), True)]
+)
 def test_a_program_holds_the_frozen_weights_once(components: Any, bound: bool) -> None:
     """As an argument, or drawn inside. Twice as wide, the weights are four times as large; all else grows as the width
     does, but for one block of four that is at work."""
