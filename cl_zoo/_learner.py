@@ -115,7 +115,9 @@ class Learner:
             gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
 
         def step() -> tuple[PyTree, PyTree, PyTree, dict[str, PyTree]]:
-            updates, opt_state = self.optimiser.update(gradient, state.opt_state, old)
+            # Some optimisers also read the loss (reduce_on_plateau).
+            optimiser = optax.with_extra_args_support(self.optimiser)
+            updates, opt_state = optimiser.update(gradient, state.opt_state, old, value=loss, grad=gradient)
             params, after = optax.apply_updates(old, updates), state
             for c, key in self._with("constrain", state):
                 params, opt_state, part = c.constrain(
@@ -184,8 +186,8 @@ class Learner:
         # A component that re-initialises parameters draws them, also where the model began from bound weights.
         model = self.model if self.model.frozen else self.model.bind(None)
 
-        def objective(state: TrainState, params: PyTree, batch: Batch, key: Key) -> Array:
-            return self._losses(context, state, params, batch, key, 0)[0]
+        def objective(state: TrainState, params: PyTree, batch: Batch, key: Key, *, train: bool = True) -> Array:
+            return self._losses(context, state, params, batch, key, 0, train)[0]
 
         context = Context(model, self.optimiser, self.tasks, objective)
         return context
@@ -216,15 +218,26 @@ class Learner:
         return state
 
     def _losses(
-        self, context: Context, state: TrainState, params: PyTree, batch: Batch, key: Key, step: Array | int
+        self,
+        context: Context,
+        state: TrainState,
+        params: PyTree,
+        batch: Batch,
+        key: Key,
+        step: Array | int,
+        train: bool = True,
     ) -> tuple[Array, tuple[Any, ...]]:
         """The sum of all losses; each of them, its aux, and what the shared pass returned."""
         shared: list[tuple[PyTree, PyTree, Any]] = []  # made on first use
 
         def forward() -> PyTree:
             if not shared:
-                options = {"task": batch.task, "weight": batch.weight, "key": _key(key, step, "forward", "model")}
-                shared.append(context.model.apply(params, state.model_state, batch.x, train=True, **options))
+                options = {"key": _key(key, step, "forward", "model"), "train": True} if train else {}
+                shared.append(
+                    context.model.apply(
+                        params, state.model_state, batch.x, task=batch.task, weight=batch.weight, **options
+                    )
+                )
             return shared[0][0]
 
         terms, aux = {}, {}

@@ -276,12 +276,24 @@ def class_balanced_memory(capacity: int, n_classes: int) -> Memory:
 
 
 def joined(batch: Batch, replayed: Batch) -> Batch:
-    """The batch, then the replayed examples, marked as such."""
+    """The batch, then the replayed examples, marked as such.
+
+    Where the memory has none yet, an incoming example stands in with weight 0: a model that mixes examples without
+    reading their weights (batch normalisation of one's own) sees nothing strange.
+    """
 
     def marked(part: Batch, mark: bool) -> Batch:
         given = part.replayed is not None
         return part if given else part._replace(replayed=jnp.full(part.weight.shape[0], mark))
 
+    present = replayed.weight > 0
+    stand_in = jnp.arange(present.shape[0]) % batch.weight.shape[0]
+
+    def filled(now: Array, then: Array) -> Array:
+        return jnp.where(present.reshape((-1,) + (1,) * (then.ndim - 1)), then, now[stand_in])
+
+    rows = jax.tree.map(filled, batch_rows(batch), batch_rows(replayed))
+    replayed = replayed._replace(x=rows[0], y=rows[1], task=rows[2])
     parts = marked(batch, False), marked(replayed, True)
     return jax.tree.map(lambda now, then: jnp.concatenate([now, then]), *parts)
 

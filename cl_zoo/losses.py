@@ -155,9 +155,19 @@ def soft_cross_entropy(
       >>> round(float(soft_cross_entropy(jnp.zeros((1, 2)), jnp.zeros((1, 2)), 2.0)[0]), 4)  # log 2
       0.6931
     """
+    check_several("soft_cross_entropy", student)
     targets = jax.nn.softmax(mask_outputs(teacher / temperature, teacher_active))
     predicted = jax.nn.log_softmax(mask_outputs(student / temperature, student_active))
     return -jnp.sum(times_log(targets, predicted), axis=-1)
+
+
+def check_several(owner: str, outputs: Array) -> None:
+    """Refuses outputs whose softmax is always 1."""
+    if outputs.shape[-1] == 1:
+        raise ValueError(
+            f"{owner}: there is one output, of shape {outputs.shape}, whose softmax is always 1; for regression take"
+            " what does not need a softmax, as ewc(labels='loss'), mas or synaptic_intelligence"
+        )
 
 
 def times_log(p: Array, log_q: Array) -> Array:

@@ -201,20 +201,24 @@ class Stream:
         return dataclasses.replace(self, data=self.reorder_function(self.data, key))
 
 
+class Objective(Protocol):
+    def __call__(self, state: TrainState, params: PyTree, batch: Batch, key: Key, *, train: bool = True) -> Array: ...
+
+
 class Context(NamedTuple):
     """What never changes in a run: given to every hook of a component.
 
     Attributes:
       model, optimiser: as composed.
       tasks: `TaskInfo` with a leading axis `T`, or None where all outputs are active for every example.
-      objective: `(state, params, batch, key) -> f32[]`, the sum of all `loss` hooks on a batch, without the
-        penalties.
+      objective: `(state, params, batch, key, train=True) -> f32[]`, the sum of all `loss` hooks on a batch, without
+        the penalties; with `train=False` the shared pass is that of the network as it predicts.
     """
 
     model: Model
     optimiser: Any
     tasks: TaskInfo | None
-    objective: Callable[[TrainState, PyTree, Batch, Key], Array]
+    objective: Objective
 
     def active(self, current: Array, task: Array | None = None) -> Array | None:
         """The active outputs: those of each example's own task where that is given (`bool[B, C]`, a multi-head

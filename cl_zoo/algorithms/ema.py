@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from cl_zoo.checks import check_range, checked
 from cl_zoo.entries import Entry, Null
+from cl_zoo.estimators.averaging import as_in, wide
 from cl_zoo.estimators.teacher import moved_teacher
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -62,7 +63,7 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
     check_range(name, "decay", decay, 0, 1)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> EmaState:
-        return EmaState(state.params, state.model_state, jnp.zeros((), jnp.int32))
+        return EmaState(wide(state.params), wide(state.model_state), jnp.zeros((), jnp.int32))
 
     def observe(
         context: Context, state: TrainState, part: EmaState, record: Record, key: Key
@@ -75,7 +76,8 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
         return state, EmaState(params, model_state, part.updates + learned)
 
     def predict(context: Context, state: TrainState, part: EmaState, x: PyTree, task: Array | None) -> PyTree:
-        outputs, _, _ = context.model.apply(part.params, part.model_state, x, task=task)
+        params, model_state = as_in((part.params, part.model_state), (state.params, state.model_state))
+        outputs, _, _ = context.model.apply(params, model_state, x, task=task)
         return mask_outputs(outputs, context.active(state.task, task))
 
     return Component(name, init=init, observe=observe, predict=predict)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.estimators.moments import row_gradient_square
-from cl_zoo.estimators.quadratic import Quadratic, add_quadratic, quadratic_penalty, zero_quadratic
+from cl_zoo.estimators.quadratic import Quadratic, add_quadratic, quadratic, quadratic_penalty, zero_quadratic
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["ENTRY", "EwcState", "ewc"]
@@ -94,7 +93,10 @@ def ewc(
     ) -> tuple[TrainState, EwcState]:
         if labels == "loss":
             fisher = row_gradient_square(
-                lambda params, row: context.objective(state, params, row, key), state.params, sample, micro_batch
+                lambda params, row: context.objective(state, params, row, key, train=False),
+                state.params,
+                sample,
+                micro_batch,
             )
         else:
             fisher = fisher_diagonal(
@@ -109,7 +111,7 @@ def ewc(
         if decay is None:
             return state, add_quadratic(part, fisher, state.params)
         faded = jax.tree.map(lambda old, new: decay * old + new, part.precision, fisher)
-        return state, EwcState(faded, state.params, jnp.zeros(()))
+        return state, quadratic(faded, state.params)
 
     return Component(name, frozenset({"boundaries", "end_sample"}), init=init, penalty=penalty, end_task=end_task)
 

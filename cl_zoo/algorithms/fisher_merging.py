@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
-from cl_zoo.estimators.averaging import interpolate
+from cl_zoo.estimators.averaging import interpolate, wide
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
@@ -82,7 +82,7 @@ def fisher_merging(
     check_whole(name, "micro_batch", micro_batch, 1)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> FisherMergingState:
-        nothing = jax.tree.map(jnp.zeros_like, state.params)
+        nothing = wide(jax.tree.map(jnp.zeros_like, state.params))
         return FisherMergingState(state.params, state.model_state, nothing, jnp.zeros((), jnp.int32))
 
     def end_task(

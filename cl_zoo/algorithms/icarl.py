@@ -12,6 +12,7 @@ import optax
 from cl_zoo.buffers import batch_rows, joined
 from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry
+from cl_zoo.estimators.averaging import wide
 from cl_zoo.estimators.herding import herding_ranks, unit_rows
 from cl_zoo.losses import mask_outputs, weighted_mean
 from cl_zoo.shuffle import shuffled_index
@@ -199,7 +200,7 @@ def icarl(
 
         def feature(row: PyTree) -> Array:
             x, _, told = jax.tree.map(lambda leaf: leaf[None], row)
-            return unit_rows(context.features(state, x, told))[0]
+            return unit_rows(wide(context.features(state, x, told)))[0]
 
         features = jax.lax.map(feature, rows, batch_size=min(feature_batch, capacity))
         held = jnp.sum(member, axis=0).astype(jnp.int32)
@@ -209,9 +210,10 @@ def icarl(
         )
 
     def predict(context: Context, state: TrainState, part: IcarlState, x: PyTree, task: Array | None) -> Array:
-        features = unit_rows(context.features(state, x, task))
+        features = unit_rows(wide(context.features(state, x, task)))
         distance = jnp.sum(features**2, -1, keepdims=True) - 2 * features @ part.means.T + jnp.sum(part.means**2, -1)
-        return mask_outputs(-distance, part.held > 0)
+        known = mask_outputs(-distance, part.held > 0)
+        return known if task is None else mask_outputs(known, context.active(state.task, task))
 
     needs = {"boundaries", "end_sample"} | ({"begin_sample"} if task_size is None else set())
     return Component(

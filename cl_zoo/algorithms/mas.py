@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.moments import gradient_moment
-from cl_zoo.estimators.quadratic import Quadratic, quadratic_penalty, zero_quadratic
+from cl_zoo.estimators.quadratic import Quadratic, quadratic, quadratic_penalty, zero_quadratic
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["ENTRY", "MasState", "mas"]
@@ -79,7 +79,7 @@ def mas(
         new = gradient_moment(forward, state.params, sample, cotangents, moment=jnp.abs, micro_batch=micro_batch)
         kept, added = (1, 1) if decay is None else (decay, 1 - decay)
         omega = jax.tree.map(lambda o, n: kept * o + added * n, part.precision, new)
-        return state, MasState(omega, state.params, part.residual)
+        return state, quadratic(omega, state.params)
 
     return Component(name, frozenset({"boundaries", "end_sample"}), init=init, penalty=penalty, end_task=end_task)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range, check_whole, checked
 from cl_zoo.entries import Entry
+from cl_zoo.estimators.averaging import as_in, wide
 from cl_zoo.estimators.teacher import moved_teacher
 from cl_zoo.language._generate import check_stop, generate
 from cl_zoo.language.answers import Demonstrated, answer_logits, check_demonstrated
@@ -195,7 +196,7 @@ def _distillation(
         if context.model.decoder is None:
             raise ValueError(f"{name}: the model is not made of a decoder, as answering(decoder(...)) is")
         check_demonstrated(name, batch.x, shown=True)
-        return SdftState({} if teacher == "live" else state.params)
+        return SdftState({} if teacher == "live" else wide(state.params) if teacher == "ema" else state.params)
 
     def loss(
         context: Context,
@@ -208,7 +209,10 @@ def _distillation(
     ) -> tuple[Array, dict[str, PyTree]]:
         x: Demonstrated = batch.x
         decoder, whole = context.model.decoder, context.model.inner_params
-        theta, phi = whole(state.params), whole(state.params if teacher == "live" else part.teacher)
+        theta, phi = (
+            whole(state.params),
+            whole(state.params if teacher == "live" else as_in(part.teacher, state.params)),
+        )
         asked, shown = (x.prompt, x.padding), (x.shown, x.shown_padding)
         who, (prompt, padding) = (theta, asked) if answers == "student" else (phi, shown)
         said = generate(decoder, who, prompt, key, length=length, padding=padding, temperature=temperature, stop=stop)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from cl_zoo.algorithms.supervised import no_loss
 from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.entries import Entry
+from cl_zoo.estimators.averaging import wide
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
@@ -85,12 +86,12 @@ def slda(
 
     def extract(context: Context, state: TrainState, x: PyTree, task: Array | None) -> Array:
         if features == "penultimate":
-            return context.features(state, x, task)
+            return wide(context.features(state, x, task))
         _, _, taps = context.model.apply(state.params, state.model_state, x, task=task)  # all but its start is dropped
         if not taps:
             raise ValueError(f"{name}: the model records no taps, but its features are the input of a tapped layer")
         first = next(iter(taps.values()))[0]
-        return first.reshape(first.shape[0], -1)
+        return wide(first.reshape(first.shape[0], -1))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SldaState:
         if batch.y is None:

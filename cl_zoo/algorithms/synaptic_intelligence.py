@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_range, checked
 from cl_zoo.entries import Entry, Null
-from cl_zoo.estimators.quadratic import Quadratic, quadratic_penalty, zero_quadratic
+from cl_zoo.estimators.averaging import wide
+from cl_zoo.estimators.quadratic import Quadratic, quadratic, quadratic_penalty, zero_quadratic
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["ENTRY", "SynapticIntelligenceState", "synaptic_intelligence"]
@@ -73,7 +74,8 @@ def synaptic_intelligence(
     check_choice(name, "gradient", gradient, ("task", "total"))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SynapticIntelligenceState:
-        return SynapticIntelligenceState(jax.tree.map(jnp.zeros_like, state.params), zero_quadratic(state.params))
+        zero = zero_quadratic(state.params)
+        return SynapticIntelligenceState(zero.precision, zero)
 
     def penalty(context: Context, state: TrainState, part: SynapticIntelligenceState, params: PyTree) -> Array:
         return strength * quadratic_penalty(part.quadratic, params)
@@ -84,9 +86,8 @@ def synaptic_intelligence(
         g = record.task_gradient
         if gradient == "total":
             g = jax.tree.map(jnp.add, g, record.penalty_gradient)
-        path = jax.tree.map(
-            lambda w, g, new, old: w - g * (new - old), part.path, g, record.new_params, record.old_params
-        )
+        g, new_params, old_params = wide((g, record.new_params, record.old_params))
+        path = jax.tree.map(lambda w, g, new, old: w - g * (new - old), part.path, g, new_params, old_params)
         return state, part._replace(path=path)
 
     def end_task(
@@ -99,7 +100,7 @@ def synaptic_intelligence(
         old = part.quadratic
         omega = jax.tree.map(add, old.precision, part.path, state.params, old.anchor)
         zero = jax.tree.map(jnp.zeros_like, part.path)
-        return state, SynapticIntelligenceState(zero, Quadratic(omega, state.params, old.residual))
+        return state, SynapticIntelligenceState(zero, quadratic(omega, state.params))
 
     return Component(name, frozenset({"boundaries"}), init=init, penalty=penalty, observe=observe, end_task=end_task)
 

@@ -7,7 +7,19 @@ import jax.numpy as jnp
 
 from cl_zoo.types import Array, Batch, Key, Model, PyTree
 
-__all__ = ["floating", "interpolate", "recompute_statistics"]
+__all__ = ["as_in", "floating", "interpolate", "recompute_statistics", "wide"]
+
+
+def wide(tree: PyTree) -> PyTree:
+    """Floating-point numbers in float32 at least, for what is summed or averaged: 0.999 a + 0.001 b = a in bfloat16."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if floating(leaf) else leaf, tree
+    )
+
+
+def as_in(tree: PyTree, like: PyTree) -> PyTree:
+    """The tree in the types of another."""
+    return jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), tree, like)
 
 
 def interpolate(new: PyTree, old: PyTree, old_weight: Array | float) -> PyTree:
@@ -23,8 +35,8 @@ def interpolate(new: PyTree, old: PyTree, old_weight: Array | float) -> PyTree:
     def mean(a: Array, b: Array) -> Array:
         if not floating(a):
             return a
-        wide = jnp.promote_types(a.dtype, jnp.float32)  # bfloat16 cannot represent 0.99
-        return ((1 - old_weight) * a.astype(wide) + old_weight * b.astype(wide)).astype(a.dtype)
+        kind = jnp.promote_types(a.dtype, jnp.float32)  # bfloat16 cannot represent 0.99
+        return ((1 - old_weight) * a.astype(kind) + old_weight * b.astype(kind)).astype(a.dtype)
 
     return jax.tree.map(mean, new, old)
 
@@ -93,7 +105,7 @@ def recompute_statistics(model: Model, params: PyTree, model_state: PyTree, batc
         added = [jnp.where(share > 0, share * after, 0) for after in trained(zero, batch)]
         return [(t + a).astype(t.dtype) for t, a in zip(total, added, strict=True)], None
 
-    means, _ = jax.lax.scan(step, [jnp.zeros_like(leaf) for leaf in current], batches)
+    means, _ = jax.lax.scan(step, wide([jnp.zeros_like(leaf) for leaf in current]), batches)
 
     low = trained(zero, fullest)
     # On the scale of the statistics, so that neither drowns in the other's rounding.

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.estimators.averaging import wide
 from cl_zoo.estimators.moments import Forward, gradient_moment
-from cl_zoo.losses import weighted_mean
+from cl_zoo.losses import check_several, weighted_mean
 from cl_zoo.types import Array, Batch, Key, PyTree
 
 __all__ = ["fisher_diagonal"]
@@ -79,6 +80,7 @@ def fisher_diagonal(
                 f"fisher_diagonal: labels is {labels!r}, for outputs [B, C], but these are {logits.shape}; for others,"
                 ' such as those of tokens, give ewc labels="loss"'
             )
+        check_several("fisher_diagonal", logits)
         p = jax.nn.softmax(logits)
         if labels == "expected":
             return jnp.sqrt(p.T)[:, :, None] * (jnp.eye(p.shape[-1], dtype=p.dtype)[:, None] - p)
@@ -110,8 +112,8 @@ def _square_of_batch_means(forward: Forward, params: PyTree, batches: Batch, lab
 
         gradient = jax.grad(mean_log_likelihood)(params)
         count = count + jnp.any(batch.weight > 0).astype(count.dtype)
-        return (jax.tree.map(lambda t, g: t + jnp.square(g), total, gradient), count), None
+        return (jax.tree.map(lambda t, g: t + jnp.square(wide(g)), total, gradient), count), None
 
-    start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), batches.weight.dtype))
+    start = (wide(jax.tree.map(jnp.zeros_like, params)), jnp.zeros((), batches.weight.dtype))
     (total, count), _ = jax.lax.scan(step, start, (jnp.arange(batches.weight.shape[0]), batches))
     return jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1e-12), total)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.estimators.averaging import wide
 from cl_zoo.types import Array, Batch, Key, PyTree
 
 __all__ = ["Forward", "gradient_moment", "row_gradient_square"]
@@ -47,7 +48,7 @@ def gradient_moment(
       micro_batch: examples whose gradients the slow path computes at once.
 
     Returns:
-      A tree like `params`.
+      A tree like `params`, in float32 at least.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,12 +78,12 @@ def gradient_moment(
 
         def add(total: dict[str, Array], cotangent: Array) -> tuple[dict[str, Array], None]:
             (g,) = pull(cotangent)
-            return jax.tree.map(lambda t, leaf: t + moment(leaf), total, g), None
+            return jax.tree.map(lambda t, leaf: t + moment(wide(leaf)), total, g), None
 
         # One k after another: memory stays that of one backward pass.
-        total, _ = jax.lax.scan(add, zeros, cotangents(outputs, batch, key))
+        total, _ = jax.lax.scan(add, wide(zeros), cotangents(outputs, batch, key))
         total = jax.tree.map(lambda leaf: leaf * batch.weight[:, None], total)
-        return {name: (moment(seen[name][0]).T @ total[name], jnp.sum(total[name], axis=0)) for name in dense}
+        return {name: (moment(wide(seen[name][0])).T @ total[name], jnp.sum(total[name], axis=0)) for name in dense}
 
     def slow_moments(batch: Batch, key: Key | None) -> list[Array]:
         """The slow path: per-example gradients, `micro_batch` examples at a time."""
@@ -93,7 +94,7 @@ def gradient_moment(
             _, pull = jax.vjp(lambda p: forward(with_slow(p), one, None)[0], part)
             (gradients,) = jax.vmap(lambda c: pull(c[None]))(r)
             # As a product: XLA's CPU backend is many times slower at a sum over the first axis.
-            return [jnp.tensordot(jnp.full(r.shape[:1], row.weight), moment(g), 1) for g in gradients]
+            return [jnp.tensordot(jnp.full(r.shape[:1], row.weight), moment(wide(g)), 1) for g in gradients]
 
         r = cotangents(forward(params, batch, None)[0], batch, key)
         rows = batch.weight.shape[0]
@@ -106,7 +107,7 @@ def gradient_moment(
             return [t + jnp.sum(s, axis=0) for t, s in zip(total, jax.vmap(example)(*chunk), strict=True)], None
 
         chunks = jax.tree.map(split, (batch, jnp.swapaxes(r, 0, 1)))
-        return jax.lax.scan(step, [jnp.zeros_like(p) for p in part], chunks)[0]
+        return jax.lax.scan(step, wide([jnp.zeros_like(p) for p in part]), chunks)[0]
 
     def moments(batch: Batch, key: Key | None) -> PyTree:
         full: list[Array | None] = [None] * len(values)
@@ -127,7 +128,7 @@ def gradient_moment(
         drawn = None if key is None else jax.random.fold_in(key, index)
         return (jax.tree.map(jnp.add, total, moments(batch, drawn)), count + jnp.sum(batch.weight)), None
 
-    start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), batches.weight.dtype))
+    start = (wide(jax.tree.map(jnp.zeros_like, params)), jnp.zeros((), batches.weight.dtype))
     (total, count), _ = jax.lax.scan(step, start, (jnp.arange(batches.weight.shape[0]), batches))
     return jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1e-12), total)
 

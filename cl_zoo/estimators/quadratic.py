@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cl_zoo.estimators.averaging import wide
 from cl_zoo.types import Array, PyTree
 
-__all__ = ["Quadratic", "add_quadratic", "quadratic_penalty", "zero_quadratic"]
+__all__ = ["Quadratic", "add_quadratic", "quadratic", "quadratic_penalty", "zero_quadratic"]
 
 
 class Quadratic(NamedTuple):
@@ -28,7 +29,12 @@ class Quadratic(NamedTuple):
 
 def zero_quadratic(params: PyTree) -> Quadratic:
     """No penalty at all."""
-    return Quadratic(jax.tree.map(jnp.zeros_like, params), params, jnp.zeros(()))
+    return quadratic(jax.tree.map(jnp.zeros_like, params), params)
+
+
+def quadratic(precision: PyTree, anchor: PyTree) -> Quadratic:
+    """sum_i F_i (p_i - a_i)^2, in float32 at least."""
+    return Quadratic(wide(precision), wide(anchor), jnp.zeros(()))
 
 
 def add_quadratic(old: Quadratic, precision: PyTree, anchor: PyTree) -> Quadratic:
@@ -42,6 +48,7 @@ def add_quadratic(old: Quadratic, precision: PyTree, anchor: PyTree) -> Quadrati
         total = f + f_new
         return jnp.where(total > 0, f_new / jnp.where(total > 0, total, 1), 0)
 
+    precision, anchor = wide(precision), wide(anchor)
     shares = jax.tree.map(share, old.precision, precision)
     moved = jax.tree.map(lambda a, s, b: a + s * (b - a), old.anchor, shares, anchor)
     spread = jax.tree.map(
@@ -51,7 +58,7 @@ def add_quadratic(old: Quadratic, precision: PyTree, anchor: PyTree) -> Quadrati
     return Quadratic(total, moved, old.residual + sum(jax.tree.leaves(spread)))
 
 
-def quadratic_penalty(quadratic: Quadratic, params: PyTree) -> Array:
+def quadratic_penalty(own: Quadratic, params: PyTree) -> Array:
     """residual + sum_i F_i (p_i - a_i)^2, `f32[]`."""
-    terms = jax.tree.map(lambda f, p, a: jnp.sum(f * jnp.square(p - a)), quadratic.precision, params, quadratic.anchor)
-    return quadratic.residual + sum(jax.tree.leaves(terms))
+    terms = jax.tree.map(lambda f, p, a: jnp.sum(f * jnp.square(p - a)), own.precision, params, own.anchor)
+    return own.residual + sum(jax.tree.leaves(terms))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.estimators.averaging import interpolate
+from cl_zoo.estimators.averaging import as_in, interpolate
 from cl_zoo.types import Array, Batch, PyTree
 
 __all__ = ["moved_teacher"]
@@ -17,7 +17,8 @@ def moved_teacher(teacher: PyTree, student: PyTree, decay: Array | float, batch:
     Whole numbers (counters) are those of the student.
 
     Args:
-      teacher, student: trees of one structure.
+      teacher: in float32 at least, see `wide`.
+      student: a tree of the same structure.
       decay: in [0, 1]; 1 leaves the teacher as it is, 0 makes it the student.
       batch: the one just learned from.
 
@@ -33,6 +34,6 @@ def moved_teacher(teacher: PyTree, student: PyTree, decay: Array | float, batch:
       >>> float(moved_teacher(jnp.array(1.0), jnp.array(0.0), 0.75, batch))
       0.75
     """
-    moved = interpolate(student, teacher, decay)
+    moved = interpolate(as_in(student, teacher), teacher, decay)
     learned = jnp.any(batch.weight > 0)
     return jax.tree.map(lambda new, old: jnp.where(learned, new, old), moved, teacher)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 
 from cl_zoo.checks import checked
 from cl_zoo.models.rewriting import fast_convolutions
@@ -57,10 +57,11 @@ def from_nnx(
     """A `Model` from a Flax NNX module: split once, merged at each trace.
 
     `nnx.Param` variables become `params`, all others but keys (normalisation statistics, ...) `model_state`; both are
-    nested dicts. A module whose `__call__` takes `tap` calls its dense and convolution layers as
-    `tap("path/to/layer", self.layer, x)`, and so gives taps; any other module simply has none. One that takes `task`
-    or `weight` is given them. Dropout draws from the key of the call. Inside a program on a CPU, convolutions are
-    made fast (`fast_convolutions`): what `__call__` stores outside variables and outputs is lost there.
+    nested dicts. A module whose `__call__` takes `tap` calls its dense and convolution layers as `tap("path/to/layer",
+    self.layer, x)`, and so gives taps; any other module simply has none. One that takes `task` or `weight` is given
+    them. Its switches are set, as arguments of `__call__` or as attributes: `train`, `training`, `deterministic`,
+    `use_running_average`. Dropout draws from the key of the call. Inside a program on a CPU, convolutions are made fast
+    (`fast_convolutions`): what `__call__` stores outside variables and outputs is lost there.
 
     Args:
       make: `(rngs) -> module`.
@@ -72,7 +73,8 @@ def from_nnx(
       A `Model`.
 
     Raises:
-      ValueError: an input of another shape.
+      ValueError: a module where a function that makes one is meant; an input of another shape; at `init`, batch
+        normalisation that no switch turns.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,14 +84,25 @@ def from_nnx(
       >>> model.apply(params, model_state, jnp.ones((5, 3)))[0].shape
       (5, 2)
     """
+    if isinstance(make, nnx.Module):
+        raise ValueError(
+            f"from_nnx: make is a {type(make).__name__}, but it must be a function that makes one, as"
+            f" lambda rngs: {type(make).__name__}(..., rngs=rngs)"
+        )
     abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    if not isinstance(abstract, nnx.Module):
+        raise ValueError(f"from_nnx: make gives a {type(abstract).__name__}, but it must give an NNX module")
     graph, abstract_params, abstract_keys, abstract_rest = _split(abstract)
     extra = _accepted(type(abstract).__call__)
+    statistics = any(isinstance(module, nnx.BatchNorm) for _, module in abstract.iter_modules())
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         _check_shape(x, input_shape)
         _, params, _, rest = _split(make(nnx.Rngs(key)))
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+        made = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+        if statistics:
+            _check_switch("from_nnx", apply, made, x)
+        return made
 
     def apply(
         params: PyTree,
@@ -120,8 +133,12 @@ def from_nnx(
         if train and key is not None:
             nnx.reseed(module, default=key)
         module.set_attributes(deterministic=not train, use_running_average=not train, raise_if_not_found=False)
+        for _, each in module.iter_modules():
+            for name in ("train", "training"):
+                if isinstance(vars(each).get(name), bool):  # every module has a method `train`
+                    setattr(each, name, train)
         tap = _Tap(perturb)
-        given = {"tap": tap, "task": task, "weight": weight}
+        given: dict[str, Any] = {"tap": tap, "task": task, "weight": weight, **_switches(train)}
         outputs = module(preprocess(x), **{name: given[name] for name in extra})
         _, _, _, rest = _split(module)
         return outputs, nnx.to_pure_dict(rest), tap.taps
@@ -139,8 +156,7 @@ def from_linen(
 ) -> Model:
     """A `Model` from a Flax Linen module, by the conventions of `from_nnx`.
 
-    The collection "params" becomes `params`, all others `model_state`. A module whose `__call__` takes `train` is given
-    it; dropout draws from the key of the call.
+    The collection "params" becomes `params`, all others `model_state`. Dropout draws from the key of the call.
 
     Args:
       module: a `flax.linen.Module`.
@@ -150,7 +166,7 @@ def from_linen(
       A `Model`.
 
     Raises:
-      ValueError: an input of another shape.
+      ValueError: what is no Linen module; an input of another shape; at `init`, statistics that no switch turns.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -160,13 +176,22 @@ def from_linen(
       >>> model.apply(params, model_state, jnp.ones((5, 3)))[0].shape
       (5, 2)
     """
-    extra = _accepted(type(module).__call__, "train")
+    if not isinstance(module, linen.Module):
+        name = getattr(module, "__name__", type(module).__name__)
+        raise ValueError(f"from_linen: module is {name}, but it must be an instance of a Linen module, as {name}(...)")
+    extra = _accepted(type(module).__call__)
+    switches = [name for name in _switches(True) if isinstance(getattr(module, name, None), bool)]
+    switches += [name for name in _switches(True) if name in module.__dataclass_fields__ and name not in switches]
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         _check_shape(x, input_shape)
-        given = {"tap": _Tap(None), "task": None, "weight": None, "train": False}
-        variables = module.init(key, preprocess(x), **{name: given[name] for name in extra})
-        return variables["params"], {name: value for name, value in variables.items() if name != "params"}
+        given: dict[str, Any] = {"tap": _Tap(None), "task": None, "weight": None, **_switches(False)}
+        own = module.clone(**{name: given[name] for name in switches})
+        variables = own.init(key, preprocess(x), **{name: given[name] for name in extra})
+        made = variables.get("params", {}), {name: value for name, value in variables.items() if name != "params"}
+        if "batch_stats" in made[1]:
+            _check_switch("from_linen", apply, made, x)
+        return made
 
     def apply(
         params: PyTree,
@@ -181,8 +206,8 @@ def from_linen(
     ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
         _check_shape(x, input_shape)
         tap = _Tap(perturb)
-        given = {"tap": tap, "task": task, "weight": weight, "train": train}
-        outputs, changed = module.apply(
+        given: dict[str, Any] = {"tap": tap, "task": task, "weight": weight, **_switches(train)}
+        outputs, changed = module.clone(**{name: given[name] for name in switches}).apply(
             {"params": params, **model_state},
             preprocess(x),
             **{name: given[name] for name in extra},
@@ -194,10 +219,28 @@ def from_linen(
     return Model(init, fast_convolutions(apply), units)
 
 
-def _accepted(call: Callable[..., Any], *more: str) -> tuple[str, ...]:
+def _switches(train: bool) -> dict[str, bool]:
+    """What Flax modules call the switch between training and evaluation."""
+    return {"train": train, "training": train, "deterministic": not train, "use_running_average": not train}
+
+
+def _accepted(call: Callable[..., Any]) -> tuple[str, ...]:
     """Which of our keyword arguments a module's `__call__` names."""
     named = inspect.signature(call).parameters
-    return tuple(name for name in ("tap", "task", "weight", *more) if name in named)
+    return tuple(name for name in ("tap", "task", "weight", *_switches(True)) if name in named)
+
+
+def _check_switch(owner: str, apply: Callable[..., Any], made: tuple[PyTree, PyTree], x: PyTree) -> None:
+    """Refuses normalisation statistics that training would never move, or evaluation would not read."""
+    train, evaluate = (
+        str(jax.make_jaxpr(lambda p, s, x, on=on: apply(p, s, x, train=on, key=jax.random.key(0)))(*made, x))
+        for on in (True, False)
+    )
+    if train == evaluate:
+        raise ValueError(
+            f"{owner}: the module has batch statistics, but training and evaluation are the same pass; its switch must"
+            f" be one of {', '.join(_switches(True))}, as an argument of __call__ or an attribute"
+        )
 
 
 def _split(module: nnx.Module) -> Any:

@@ -32,6 +32,7 @@ from cl_zoo.training.loop import (
     room,
     slots,
     start,
+    task_lengths,
     train_steps,
     updates,
 )
@@ -100,10 +101,9 @@ def _check_result(result: Result, stream: Stream, strides: dict[str, int]) -> No
     for name, values in jax.device_get(result.metrics).items():
         number, place = numbers(strides.get(name, 1))
         found[name] = number, values[place]
-    ran, (task, place) = numbers(1)
-    last = {int(t): int(ran[task == t][-1]) for t in range(stream.n_tasks)}
-    finite = {last[t]: bool(fine) for t, fine in enumerate(jax.device_get(result.finite))}
-    check_finite(ran, found, result.state, finite, stream.steps)
+    last = np.arange(stream.n_tasks) * stream.steps + np.asarray(task_lengths(stream)) - 1
+    finite = dict(zip(last.tolist(), jax.device_get(result.finite).tolist(), strict=True))
+    check_finite(numbers(1)[0], found, result.state, finite, stream.steps)
 
 
 def stream_program(

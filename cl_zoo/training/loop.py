@@ -341,7 +341,7 @@ def check_finite(
     if not bad or (spoilt and spoilt[0] < min(number for number, _ in bad.values())):
         bad = {_what_is_not_finite(state): (spoilt[0], "not finite")}
     name = min(bad, key=lambda name: (bad[name][0], name != "loss"))
-    found, value = bad[name]
+    found, told = bad[name]
     task, step = divmod(found, steps)
     # Which update did it is only known where something was kept of all of them.
     known = any(len(number) == len(ran) for number, _ in metrics.values())
@@ -361,5 +361,5 @@ def check_finite(
     else:
         cause = "too high a learning rate, inputs that are not finite, or a label that is none of the outputs"
     raise NonFiniteError(
-        f"{name} is {value} at task {task}, step {step}{'' if known else ' or before'}; likely cause: {cause}{kept}"
+        f"{name} is {told} at task {task}, step {step}{'' if known else ' or before'}; likely cause: {cause}{kept}"
     )

@@ -95,6 +95,11 @@ def lora(
     check_whole("lora", "rank", rank, 1)
     if isinstance(targets, str):
         raise ValueError(f"lora: targets is {targets!r}, but it must be a sequence of names")
+    if "embedding" in targets:
+        raise ValueError(
+            "lora: targets has 'embedding', a table of which rows are looked up, but it must name kernels, which are"
+            " multiplied by"
+        )
     if alpha is not None:
         check_range("lora", "alpha", alpha, 0)
     if model.frozen:
