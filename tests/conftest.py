@@ -28,6 +28,10 @@ import pytest
 from cl_zoo import clear_programs, enable_compilation_cache
 from cl_zoo.datasets import LabelledImages, load_digits
 
+# Tracing makes many small objects that stay, and no test reads where an operation was traced: a fifth of the time.
+gc.set_threshold(200_000, 50, 50)
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 if cache := os.environ.get("CL_ZOO_TEST_CACHE"):
     enable_compilation_cache(cache)
 
@@ -75,8 +79,16 @@ def programs_of_one_module() -> Iterator[None]:
     forget_programs()
 
 
+LONG = frozenset((Path(__file__).parent / "long.txt").read_text().split("\n"))
+"""Tests that take seconds and of which others have the kind: `make test` leaves them out."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What lies beside the rooms first: studies and notebooks are few and long, and would keep one worker alone."""
+    for item in items:
+        if item.nodeid in LONG:
+            item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -294,6 +295,9 @@ def image_stream(
     data = ImageData(
         jnp.asarray(sorted_images), jnp.asarray(start), jnp.asarray(count), jnp.asarray(classes), None, None
     )
+    empty = np.flatnonzero(count[2][classes].sum(axis=1) == 0)
+    if key is None and len(empty):
+        warnings.warn(f"stream: task {empty[0]} has no test examples, so its score will be nan", stacklevel=4)
     if key is not None:
         data = jax.jit(draw)(data, key)
     by_size = np.sort(count, axis=1)

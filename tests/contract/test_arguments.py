@@ -146,7 +146,21 @@ def test_what_is_not_of_its_kind_is_refused_by_name(name: str) -> None:
 
 def test_choices_refuse_other_words() -> None:
     """An argument that is a word, and no name or place, is a choice."""
-    free = {"name", "data_dir", "owner", "corruption", "source", "split", "reads", "path", "text", "sample", "directory", "folder", "source_domain"}
+    free = {
+        "name",
+        "data_dir",
+        "owner",
+        "corruption",
+        "source",
+        "split",
+        "reads",
+        "path",
+        "text",
+        "sample",
+        "directory",
+        "folder",
+        "source_domain",
+    }
     for name, function in FUNCTIONS.items():
         for field, parameter in inspect.signature(function).parameters.items():
             if "str" in str(parameter.annotation).split(" | ") and field not in free and "steps" not in good(function):
