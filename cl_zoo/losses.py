@@ -19,13 +19,13 @@ __all__ = [
     "cross_entropy",
     "divergence",
     "dynamic_fine_tuning_loss",
+    "finite",
     "label_accuracy",
     "mask_outputs",
     "next_token_loss",
     "scored",
     "soft_cross_entropy",
     "squared_error",
-    "times_log",
     "token_accuracy",
     "token_losses",
     "weighted_mean",
@@ -156,9 +156,9 @@ def soft_cross_entropy(
       0.6931
     """
     check_several("soft_cross_entropy", student)
-    targets = jax.nn.softmax(mask_outputs(teacher / temperature, teacher_active))
-    predicted = jax.nn.log_softmax(mask_outputs(student / temperature, student_active))
-    return -jnp.sum(times_log(targets, predicted), axis=-1)
+    targets = jax.nn.softmax(mask_outputs(finite(teacher / temperature), teacher_active))
+    predicted = jax.nn.log_softmax(mask_outputs(finite(student / temperature), student_active))
+    return -jnp.sum(targets * predicted, axis=-1)
 
 
 def check_several(owner: str, outputs: Array) -> None:
@@ -170,9 +170,9 @@ def check_several(owner: str, outputs: Array) -> None:
         )
 
 
-def times_log(p: Array, log_q: Array) -> Array:
-    """p log q, with 0 log 0 = 0: a logit of -inf is a probability of 0."""
-    return jnp.where(p > 0, p * jnp.where(p > 0, log_q, 0.0), 0.0)
+def finite(logits: Array) -> Array:
+    """Logits of -inf as low as `mask_outputs` makes them: a probability of 0, and 0 log 0 = 0, also in gradients."""
+    return jnp.maximum(logits, jnp.finfo(logits.dtype).min / 2)
 
 
 def divergence(student: Array, teacher: Array, direction: str) -> Array:
@@ -201,10 +201,10 @@ def divergence(student: Array, teacher: Array, direction: str) -> Array:
     """
     check_choice("divergence", "direction", direction, ("forward", "reverse", "jsd"))
     wide = jnp.promote_types(student.dtype, jnp.float32)
-    p, q = (jax.nn.log_softmax(logits.astype(wide)) for logits in (student, teacher))
+    p, q = (jax.nn.log_softmax(finite(logits.astype(wide))) for logits in (student, teacher))
 
     def kl(a: Array, b: Array) -> Array:
-        return jnp.sum(times_log(jnp.exp(a), a - b), axis=-1)
+        return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
 
     if direction == "jsd":
         m = jnp.logaddexp(p, q) - jnp.log(2.0)

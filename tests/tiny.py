@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,16 @@ def raw(leaf: Any) -> np.ndarray:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf)
+
+
+def in_bfloat16(model: Model) -> Model:
+    """The same network with parameters in bfloat16."""
+
+    def init(key: Any, x: Any, **options: Any) -> Any:
+        params, model_state = model.init_function(key, x, **options)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), model_state
+
+    return dataclasses.replace(model, init_function=init)
 
 
 def kinds(tree: Any) -> Any:

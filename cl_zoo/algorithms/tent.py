@@ -12,7 +12,7 @@ import optax
 from cl_zoo.checks import check_range, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import movable
-from cl_zoo.losses import mask_outputs, times_log, weighted_mean
+from cl_zoo.losses import finite, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["ENTRY", "TentState", "tent"]
@@ -99,8 +99,8 @@ def tent(
                 key=jax.random.fold_in(key, i),
                 train=True,
             )
-            outputs = mask_outputs(outputs, active)
-            each = -jnp.sum(times_log(jax.nn.softmax(outputs), jax.nn.log_softmax(outputs)), axis=-1)
+            outputs = finite(mask_outputs(outputs, active))
+            each = -jnp.sum(jax.nn.softmax(outputs) * jax.nn.log_softmax(outputs), axis=-1)
             return weighted_mean(each, batch.weight), outputs
 
         def step(carry: tuple[list[Array], PyTree], i: Array) -> tuple[tuple[list[Array], PyTree], Array]:

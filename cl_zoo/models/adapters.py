@@ -84,7 +84,7 @@ def from_nnx(
       >>> model.apply(params, model_state, jnp.ones((5, 3)))[0].shape
       (5, 2)
     """
-    if isinstance(make, nnx.Module):
+    if isinstance(make, (nnx.Module, linen.Module)):
         raise ValueError(
             f"from_nnx: make is a {type(make).__name__}, but it must be a function that makes one, as"
             f" lambda rngs: {type(make).__name__}(..., rngs=rngs)"
@@ -101,7 +101,7 @@ def from_nnx(
         _, params, _, rest = _split(make(nnx.Rngs(key)))
         made = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
         if statistics:
-            _check_switch("from_nnx", apply, made, x)
+            _check_switch("from_nnx", apply, made, x, None)
         return made
 
     def apply(
@@ -190,7 +190,7 @@ def from_linen(
         variables = own.init(key, preprocess(x), **{name: given[name] for name in extra})
         made = variables.get("params", {}), {name: value for name, value in variables.items() if name != "params"}
         if "batch_stats" in made[1]:
-            _check_switch("from_linen", apply, made, x)
+            _check_switch("from_linen", apply, made, x, key)
         return made
 
     def apply(
@@ -230,11 +230,12 @@ def _accepted(call: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in ("tap", "task", "weight", *_switches(True)) if name in named)
 
 
-def _check_switch(owner: str, apply: Callable[..., Any], made: tuple[PyTree, PyTree], x: PyTree) -> None:
+def _check_switch(
+    owner: str, apply: Callable[..., Any], made: tuple[PyTree, PyTree], x: PyTree, key: Key | None
+) -> None:
     """Refuses normalisation statistics that training would never move, or evaluation would not read."""
     train, evaluate = (
-        str(jax.make_jaxpr(lambda p, s, x, on=on: apply(p, s, x, train=on, key=jax.random.key(0)))(*made, x))
-        for on in (True, False)
+        str(jax.make_jaxpr(lambda p, s, x, on=on: apply(p, s, x, train=on, key=key))(*made, x)) for on in (True, False)
     )
     if train == evaluate:
         raise ValueError(

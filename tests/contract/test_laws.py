@@ -33,6 +33,7 @@ from tests.tiny import (
     close,
     entry_components,
     entry_learner,
+    in_bfloat16,
     kinds,
     naive_component,
     raw,
@@ -121,6 +122,9 @@ def lane(learner: Learner, stream: Stream, key: Any) -> dict[str, Any]:
         "ended": jax.lax.map(lambda sample: learner.end_task(one, sample), stacked(spoilt_sample, absent_sample)),
         "outputs": learner.predict(last, batch.x, batch.task),
     }
+    if batch.task is not None and isinstance(batch.x, jax.Array):
+        told = jnp.arange(BATCH, dtype=jnp.int32) % stream.n_tasks
+        found["told"] = learner.predict(last, batch.x, told)
     if any(component.adapt for component in learner.components):
         unlabelled = batch._replace(y=jax.tree.map(jnp.zeros_like, batch.y))
         tests = stacked(batch, unlabelled, spoil(batch, rows), absent, padding)
@@ -309,6 +313,36 @@ def test_it_is_not_naive(subject: SimpleNamespace, naive: Callable[..., Any]) ->
     else:
         kernels = [layer(state, "hidden_0") for state in (wanted, subject.states[-1])]
         assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
+def test_told_examples_are_answered_within_their_task(subject: SimpleNamespace) -> None:
+    if "told" not in subject.own:
+        pytest.skip("its examples tell no task")
+    active = np.asarray(subject.stream.tasks.active)[np.arange(BATCH) % subject.stream.n_tasks]
+    outputs = np.asarray(subject.own["told"])
+    assert active[np.arange(BATCH), outputs.argmax(-1)].all()
+    assert (np.where(active, -np.inf, outputs).max(-1) < np.where(active, outputs, np.inf).min(-1)).all()
+
+
+COPIES = {"tent", "lwf", "wise_ft", "fisher_merging", "weight_interpolation", "icarl", "l2_init", "der", "packnet", "sdft"}
+"""Entries of which a part holds parameters or outputs as they were, in their own type: nothing is summed there."""
+
+
+def test_accumulators_are_float32_under_bfloat16(subject: SimpleNamespace) -> None:
+    """0.999 a + 0.001 b is a in bfloat16, and a sum of a thousand small numbers stops growing."""
+    learner = entry_learner(subject.stream, subject.entry, around=in_bfloat16)
+
+    def run(learner: Learner, stream: Stream) -> Any:
+        learner, carry = loop.start(learner, stream, KEY)
+        after, _ = loop.update(learner, stream, carry)
+        return carry[0], after[0], loop.finish(learner, stream, KEY, after[0], jnp.int32(0))
+
+    first, *others = jax.eval_shape(run, learner, subject.stream)
+    assert any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(first.params)) or not first.params
+    for other in others:
+        assert kinds(other) == kinds(first)
+    if subject.entry.name not in COPIES | {"together", "context_distillation", "offline_distillation"}:
+        assert not [leaf for leaf in jax.tree.leaves(first.parts) if leaf.dtype == jnp.bfloat16]
 
 
 def test_metrics_are_scalars(subject: SimpleNamespace) -> None:
