@@ -5,13 +5,46 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["write_array", "write_arrays", "write_json"]
+__all__ = ["InUseError", "locked", "write_array", "write_arrays", "write_json"]
+
+
+class InUseError(OSError):
+    """Another process works in the directory."""
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the directory for one process. The lock is the system's: a kill frees it.
+
+    Raises:
+      InUseError: another one holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "a+") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not a Unix
+            pass
+        except OSError as error:
+            file.seek(0)
+            owner = file.read(20).strip() or "another"
+            raise InUseError(
+                f"{directory}: process {owner} works there; wait for it, stop it, or use another directory"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

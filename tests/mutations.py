@@ -38,7 +38,7 @@ class Mutation(NamedTuple):
 MUTATIONS = (
     # Hooks of the algorithms: signs, missing terms, stale anchors, masks left out.
     Mutation("ewc without the half", "algorithms/ewc.py", "strength / 2 * quad", "strength * quad", "ewc"),
-    Mutation("ewc keeps its first anchor", "algorithms/ewc.py", "EwcState(faded, state.params", "EwcState(faded, part.anchor", "ewc"),
+    Mutation("ewc keeps its first anchor", "algorithms/ewc.py", "quadratic(faded, state.params", "quadratic(faded, part.anchor", "ewc"),
     Mutation("ewc does not fade", "algorithms/ewc.py", "decay * old + new", "old + new", "ewc"),
     Mutation("si path has the wrong sign", "algorithms/synaptic_intelligence.py", "w - g * (new - old)", "w + g * (new - old)", "synaptic"),
     Mutation("si does not start its path anew", "algorithms/synaptic_intelligence.py", "SynapticIntelligenceState(zero,", "SynapticIntelligenceState(part.path,", "synaptic"),
@@ -86,7 +86,7 @@ MUTATIONS = (
     Mutation("sdft counts skipped tokens", "algorithms/sdft.py", "jnp.arange(length) >= skip", "jnp.arange(length) >= 0 * skip", "sdft"),
     Mutation("divergence the other way", "losses.py", "kl(q, p) if direction", "kl(p, q) if direction", "sdft or distill or divergence", (ALGORITHMS, "tests/estimators")),
     # Estimators and memories.
-    Mutation("Fisher of the batch mean", "estimators/moments.py", "moment(seen[name][0]).T @ total[name]", "moment(seen[name][0].T @ jnp.sqrt(total[name]))", "ewc or fisher or Fisher", (ALGORITHMS, "tests/estimators")),
+    Mutation("Fisher of the batch mean", "estimators/moments.py", "moment(wide(seen[name][0])).T @ total[name]", "moment(seen[name][0].T @ jnp.sqrt(total[name]))", "ewc or fisher or Fisher", (ALGORITHMS, "tests/estimators")),
     Mutation("Fisher ignores weights", "estimators/moments.py", "lambda leaf: leaf * batch.weight[:, None], total)", "lambda leaf: leaf, total)", "ewc or fisher or Fisher", (ALGORITHMS, "tests/estimators", LAWS)),
     Mutation("quadratic anchor not moved", "estimators/quadratic.py", "a + s * (b - a)", "a + 0 * s * (b - a)", "ewc or quadratic", (ALGORITHMS, "tests/estimators")),
     Mutation("herding off by one", "estimators/herding.py", "(total - (k + 1) * mean)", "(total - k * mean)", "herding or icarl", (ALGORITHMS, "tests/estimators")),
@@ -102,7 +102,7 @@ MUTATIONS = (
     Mutation("outputs are not masked", "losses.py", "return jnp.where(active, outputs, jnp.finfo(outputs.dtype).min / 2)", "return outputs", "supervised or ewc"),
     Mutation("fit forgets its grid", "training/_fit.py", "n = min(*(every - step % every for every in grid), end - step)", "n = min(*grid, end - step)", "fit or resume or kill or measure", ("tests/training",)),
     Mutation("fit gives away the key", "training/_fit.py", '"begin": jit(begin_task, donate_argnums=3)', '"begin": jit(begin_task, donate_argnums=(2, 3))', "ewc or fit", ("tests/training/test_measures.py", LAWS)),
-    Mutation("stream ends the wrong task", "training/_run_stream.py", "return (finish(learner, stream, key, carry[0], t), carry[1]), outputs", "return (finish(learner, stream, key, carry[0], t * 0), carry[1]), outputs", "ewc or supervised or agem", (LAWS, ALGORITHMS)),
+    Mutation("stream ends the wrong task", "training/_run_stream.py", "state = finish(learner, stream, key, carry[0], t)", "state = finish(learner, stream, key, carry[0], t * 0)", "ewc or supervised or agem", (LAWS, ALGORITHMS)),
     Mutation("stream trains once more", "training/_run_stream.py", "jax.lax.cond(t < stream.n_tasks, lambda c", "jax.lax.cond(t <= stream.n_tasks, lambda c", "ewc", (LAWS, "tests/training/test_running.py")),
     Mutation("metrics of another task", "training/_run_stream.py", "jax.tree.map(lambda leaf: leaf[:-1], outputs)", "jax.tree.map(lambda leaf: leaf[1:], outputs)", "ewc", (LAWS,)),
     Mutation("parts that constrain changes are lost", "_learner.py", "after = _with_part(after, c, part)", "after = after", "", ("tests/test_hooks.py",)),

@@ -94,7 +94,7 @@ def from_nnx(
         raise ValueError(f"from_nnx: make gives a {type(abstract).__name__}, but it must give an NNX module")
     graph, abstract_params, abstract_keys, abstract_rest = _split(abstract)
     extra = _accepted(type(abstract).__call__)
-    statistics = any(isinstance(module, nnx.BatchNorm) for _, module in abstract.iter_modules())
+    statistics = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(abstract))
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         _check_shape(x, input_shape)
@@ -133,7 +133,7 @@ def from_nnx(
         if train and key is not None:
             nnx.reseed(module, default=key)
         module.set_attributes(deterministic=not train, use_running_average=not train, raise_if_not_found=False)
-        for _, each in module.iter_modules():
+        for _, each in nnx.iter_modules(module):
             for name in ("train", "training"):
                 if isinstance(vars(each).get(name), bool):  # every module has a method `train`
                     setattr(each, name, train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import signal
 import threading
 import zlib
@@ -22,8 +23,8 @@ from cl_zoo._learner import Learner
 from cl_zoo.checks import check_whole
 from cl_zoo.compilation import jit
 from cl_zoo.evaluation.measures import Measure, Measures, settled
-from cl_zoo.files import write_arrays
-from cl_zoo.training.checkpoint import Checkpoints
+from cl_zoo.files import locked, write_arrays
+from cl_zoo.training.checkpoint import CheckpointError, Checkpoints
 from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import (
     Carry,
@@ -84,7 +85,7 @@ def fit(
       directory: of this run: config.json, environment.json, metrics.csv (step, phase, task, metric, value), NAME.npy of
         each measure, accuracy.npy say, checkpoints/.
       config: a dataclass or mapping that describes learner and stream; kept, and compared on resume. Numbers of the
-        learner (rates, strengths) are compared only through it.
+        learner (rates, strengths) are compared by a checksum of its program.
       checkpoint_every: updates between checkpoints.
       keep: checkpoints kept.
       measure, metrics: see `run_stream`. Reports are made at once.
@@ -99,7 +100,9 @@ def fit(
     Raises:
       ValueError: as `run_stream`; an impossible number; a config of another kind.
       ImportError: tensorboard without the package tensorboardX.
-      ConfigError: the directory holds a run of another configuration; names the field.
+      ConfigError: the directory holds a run of another configuration, names the field; or of another learner or stream
+        (a changed rate), where the versions of its packages are these; metrics.csv or config.json were changed.
+      InUseError: another process runs in the directory.
       CheckpointError: there are checkpoints, but none is whole.
       NonFiniteError: names what is not finite, task, step and likely cause; the last good checkpoint stays.
       Stopped: on Ctrl-C or SIGTERM, after saving.
@@ -121,10 +124,31 @@ def fit(
     described = isinstance(config, Mapping) or (dataclasses.is_dataclass(config) and not isinstance(config, type))
     if config is not None and not described:
         raise ValueError(f"fit: config is {type(config).__name__}, but it must be a dataclass or a mapping")
+    config = dict(config) if isinstance(config, Mapping) else config and dataclasses.asdict(config)
     measures, chosen = settled(measure, stream), chosen_metrics(metrics)
     if chosen:  # unknown names are refused before anything is written
         jax.eval_shape(lambda: _kept(learner, stream, key, chosen))
-    directory, weights = Path(directory).resolve(), learner.model.weights
+    folder = Path(directory).resolve()
+    with locked(folder):
+        return _fit(
+            learner, stream, key, folder, config, checkpoint_every, keep, measures, chosen, progress, tensorboard
+        )
+
+
+def _fit(
+    learner: Learner,
+    stream: Stream,
+    key: Key,
+    directory: Path,
+    config: Any,
+    checkpoint_every: int,
+    keep: int,
+    measures: tuple[tuple[str, Measure], ...],
+    chosen: tuple[tuple[str, int], ...] | None,
+    progress: bool,
+    tensorboard: bool,
+) -> Result:
+    weights = learner.model.weights
     events = EventLog(directory) if tensorboard else None
     run = {
         "n_tasks": stream.n_tasks,
@@ -140,10 +164,6 @@ def fit(
         ],
         **({} if weights is None else {"weights_crc32": _checksum(weights)}),
     }
-    described_as = dict(config) if isinstance(config, Mapping) else config and dataclasses.asdict(config)
-    settle_config(directory, {"config": described_as, "run": run})
-    log, checkpoints = MetricsLog(directory), Checkpoints(directory / "checkpoints", keep)
-
     learner, stream = jax.tree.map(jnp.asarray, (learner, stream))  # not to be sent to the device at every call
     if learner.model.frozen and learner.model.weights is None:
         learner = learner.bind(_programs(jax.tree.structure((learner, stream)))["draw"](learner, stream, key))
@@ -154,18 +174,26 @@ def fit(
     size = min(*grid, int(lengths.max()))
 
     fresh = jax.eval_shape(programs["start"], learner, stream, key)
+    run["program_crc32"] = _fingerprint(programs, learner, stream, key, fresh, size, chosen)
+    settle_config(directory, {"config": config, "run": run})
+    log, checkpoints = MetricsLog(directory), Checkpoints(directory / "checkpoints", keep)
     taken = {
         name: room(name, one, learner, stream, key, fresh[0], slots(one, stream), np.full) for name, one in measures
     }
     place = jax.ShapeDtypeStruct((), jnp.int32)
-    restored = checkpoints.restore_newest({"carry": fresh, "measures": taken, "step": place, "log": place})
+    crc = jax.ShapeDtypeStruct((), jnp.uint32)
+    template = {"carry": fresh, "measures": taken, "step": place, "log": place, "log_crc32": crc}
+    restored = checkpoints.restore_newest(template)
     if restored is None:
         carry, done = programs["start"](learner, stream, key), 0
         log.rewind(0)
     else:
         done, saved = restored
         carry, taken = saved["carry"], jax.tree.map(np.array, saved["measures"])
-        log.rewind(int(saved["log"]))
+        _check_place(checkpoints, done, int(saved["step"]), carry[0].key, key)
+        log.rewind(int(saved["log"]), int(saved["log_crc32"]))
+        for name, found in taken.items():
+            write_arrays(directory, name, found)
         del saved
     if events:
         events.rewind(None if restored is None else done)
@@ -175,6 +203,7 @@ def fit(
     def save() -> None:
         numbers = {"step": done, "log": log.length()}
         arrays = {name: jnp.asarray(number, jnp.int32) for name, number in numbers.items()}
+        arrays["log_crc32"] = jnp.asarray(log.crc, jnp.uint32)
         for name, found in taken.items():
             write_arrays(directory, name, found)
         checkpoints.save(done, {"carry": carry, "measures": jax.tree.map(jnp.asarray, taken), **arrays})
@@ -246,6 +275,32 @@ def fit(
     }
     kept = _histories(directory, chosen, starts, stream.steps)
     return Result(carry[0], kept, measures_found, updates(stream), jnp.ones(stream.n_tasks, bool))
+
+
+def _fingerprint(
+    programs: Mapping[str, Any], learner: Learner, stream: Stream, key: Key, carry: Carry, size: int, chosen: Any
+) -> int:
+    """A checksum of all transitions as they are traced, with every number that the learner and the stream hold."""
+    t = jax.ShapeDtypeStruct((), jnp.int32)
+    crc = 0
+    for name, arguments in {
+        "begin": (learner, stream, key, carry, t),
+        "train": (learner, stream, carry, t, size, chosen),
+        "finish": (learner, stream, key, carry, t),
+    }.items():
+        traced = programs[name].trace(*arguments).jaxpr
+        crc = zlib.crc32(re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr)).encode(), crc)
+        crc = zlib.crc32(str(_checksum(traced.consts)).encode(), crc)
+    return crc
+
+
+def _check_place(checkpoints: Checkpoints, done: int, step: int, found: Key, key: Key) -> None:
+    """A checkpoint must be of the step that its folder is named after, and of this run's key."""
+    wanted = jax.random.split(key)[0]
+    same = jax.tree.all(jax.tree.map(np.array_equal, *(jax.random.key_data(one) for one in (found, wanted))))
+    if step != done or not same:
+        other = f"of step {step}" if step != done else "of a run with another key"
+        raise CheckpointError(f"{checkpoints.directory}: the checkpoint of step {done} is {other}; restore it")
 
 
 def _kept(learner: Learner, stream: Stream, key: Key, chosen: tuple[tuple[str, int], ...]) -> dict[str, Array]:

@@ -46,7 +46,7 @@ class EventLog:
     def rewind(self, done: int | None) -> None:
         """Keeps what was written up to `done` updates; None starts again. Opens a new file."""
         self.folder.mkdir(exist_ok=True)
-        old = sorted(self.folder.glob("events.out.tfevents.*"))
+        old = [path for path in sorted(self.folder.glob("events.out.tfevents.*")) if path.suffix[1:].isdigit()]
         for path in old:
             length, scalars = 0, 0
             for end, event in [] if done is None else _records(path, self._event):
@@ -113,7 +113,11 @@ def _records(path: Path, event: Any) -> Iterator[tuple[int, Any]]:
         begin, end = end + 12, end + 12 + length + 4
         if len(content) < end:
             return
-        yield end, event.FromString(content[begin : begin + length])
+        try:
+            found = event.FromString(content[begin : begin + length])
+        except Exception:  # a damaged record, and no more can be found behind it
+            return
+        yield end, found
 
 
 def read_events(directory: Path) -> list[tuple[int, str, float]]:

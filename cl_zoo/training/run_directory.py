@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import platform
+import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -57,20 +59,54 @@ def settle_config(directory: Path, config: Mapping[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the configuration holds what JSON cannot: {error}") from error
     if not path.exists():
+        if any((directory / "checkpoints").glob("[0-9]*")):
+            raise ConfigError(f"{path}: missing, but there are checkpoints; restore it, or use another directory")
         write_json(path, now)
         write_json(directory / "environment.json", environment())
         return
     try:
         before = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error}); use another directory") from error
     old, new = dict(_flat(before)), dict(_flat(now))
+    same = _same_environment(directory)
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field) or (field in old) != (field in new):
+            if field == PROGRAM and not same:
+                continue  # other versions trace other programs
+            if field == PROGRAM:
+                raise ConfigError(
+                    f"cannot resume {directory}: the learner or the stream is another: a number (a rate, a strength),"
+                    " a component or a function is not what it was; restore it, or use another directory"
+                )
             raise ConfigError(
                 f"cannot resume {directory}: {field} was {old.get(field, 'absent')!r}, now it is"
                 f" {new.get(field, 'absent')!r}; restore it, or use another directory"
             )
+
+
+PROGRAM = "run.program_crc32"
+
+
+def _same_environment(directory: Path) -> bool:
+    """Whether the run began with these versions on such a device; warns where it did not."""
+    path, now = directory / "environment.json", environment()
+    try:
+        before = json.loads(path.read_text())
+        old = {**before["versions"], "device": before["device"], "python": before["python"]}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        warnings.warn(f"{path}: not readable, so it is not known what the run began with", stacklevel=4)
+        return False
+    new = {**now["versions"], "device": now["device"], "python": now["python"]}
+    for name in sorted(new):
+        if old.get(name) != new[name]:
+            warnings.warn(
+                f"{directory}: the run began with {name} {old.get(name)}, and continues with {new[name]}: it may end in"
+                " other bytes",
+                stacklevel=4,
+            )
+            return False
+    return True
 
 
 def _plain(value: Any) -> Any:
@@ -97,11 +133,22 @@ class MetricsLog:
 
     def __init__(self, directory: Path):
         self.path = directory / "metrics.csv"
+        self.crc = 0
+        """Checksum of all that it holds."""
 
-    def rewind(self, length: int) -> None:
-        """Keeps the first `length` bytes; 0 starts again."""
+    def rewind(self, length: int, crc: int = 0) -> None:
+        """Keeps the first `length` bytes, of this checksum; 0 starts again."""
         if length and (not self.path.exists() or self.length() < length):
             raise ConfigError(f"{self.path}: shorter than when the checkpoint was written; restore it, or start again")
+        self.crc = 0
+        if length:
+            with open(self.path, "rb") as file:
+                while length > (place := file.tell()):
+                    self.crc = zlib.crc32(file.read(min(length - place, 1 << 20)), self.crc)
+            if self.crc != crc:
+                raise ConfigError(
+                    f"{self.path}: its first {length} bytes are not those that were written; restore it, or start again"
+                )
         with open(self.path, "ab") as file:
             file.truncate(length)
         if length == 0:
@@ -112,6 +159,7 @@ class MetricsLog:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        self.crc = zlib.crc32(text.encode(), self.crc)
 
     def length(self) -> int:
         """In bytes."""

@@ -324,7 +324,9 @@ def test_told_examples_are_answered_within_their_task(subject: SimpleNamespace) 
     assert (np.where(active, -np.inf, outputs).max(-1) < np.where(active, outputs, np.inf).min(-1)).all()
 
 
-COPIES = {"tent", "lwf", "wise_ft", "fisher_merging", "weight_interpolation", "icarl", "l2_init", "der", "packnet", "sdft"}
+COPIES = {
+    *("tent", "lwf", "wise_ft", "fisher_merging", "weight_interpolation", "icarl", "l2_init", "der", "packnet", "sdft")
+}
 """Entries of which a part holds parameters or outputs as they were, in their own type: nothing is summed there."""
 
 

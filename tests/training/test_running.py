@@ -20,6 +20,7 @@ import pytest
 
 from cl_zoo import NonFiniteError, accuracy, at, compose, ewc, fit, replay, run_stream, supervised, sweep
 from cl_zoo.evaluation.cost import state_bytes, timed, update_flops
+from cl_zoo.files import InUseError, locked
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist
 from cl_zoo.training import loop, stream_program
@@ -102,6 +103,7 @@ def _saved(directory: Path, learner: Any, stream: Any) -> Any:
         "measures": {"accuracy": jax.ShapeDtypeStruct((4, 3), jnp.float32)},
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "log": jax.ShapeDtypeStruct((), jnp.int32),
+        "log_crc32": jax.ShapeDtypeStruct((), jnp.uint32),
     }
     return Checkpoints(directory / "checkpoints").restore_newest(template)
 
@@ -177,8 +179,72 @@ def test_resume_with_another_config_is_refused(
 
 def test_resume_with_another_model_is_refused(learner: Any, stream: Any, tmp_path: Path) -> None:
     run(learner, stream, tmp_path)
-    with pytest.raises(CheckpointError, match="it holds .* where this run has"):
+    with pytest.raises(ConfigError, match="the learner or the stream is another"):
         run(tiny_learner(stream, supervised(), replay(20, batch_size=8)), stream, tmp_path)
+
+
+def test_a_changed_rate_is_refused_and_other_versions_are_a_warning(stream: Any, tmp_path: Path) -> None:
+    """A rate is in no configuration, but in the program; another version of JAX traces another program."""
+    make = lambda rate: tiny_learner(stream, supervised(), optimiser=optax.adam(rate))  # noqa: E731
+    run(make(1e-2), stream, tmp_path)
+    run(make(1e-2), stream, tmp_path)
+    with pytest.raises(ConfigError, match="the learner or the stream is another: a number"):
+        run(make(2e-2), stream, tmp_path)
+    path = tmp_path / "environment.json"
+    path.write_text(path.read_text().replace(jax.__version__, "0.0.1"))
+    with pytest.warns(UserWarning, match=f"began with jax 0.0.1, and continues with {jax.__version__}"):
+        run(make(2e-2), stream, tmp_path)
+
+
+def test_two_processes_in_one_directory(learner: Any, stream: Any, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(InUseError, match=f"process {os.getpid()} works there"):
+        run(learner, stream, tmp_path)
+    run(learner, stream, tmp_path)
+
+
+DAMAGES = {
+    "config.json": (lambda path: path.unlink(), ConfigError, "missing, but there are checkpoints"),
+    "config.json, cut": (lambda path: path.write_text("{"), ConfigError, "not readable as JSON"),
+    "config.json, nested": (lambda path: path.write_text("[" * 200_000), ConfigError, "not readable as JSON"),
+    "config.json, edited": (
+        lambda path: path.write_text(path.read_text().replace('"steps": 6', '"steps": 7')),
+        ConfigError,
+        "run.steps was 7, now it is 6",
+    ),
+    "metrics.csv": (lambda path: path.unlink(), ConfigError, "shorter than when"),
+    "metrics.csv, edited": (
+        lambda path: path.write_text(path.read_text().replace(",loss,", ",lost,", 1)),
+        ConfigError,
+        "its first .* bytes are not those that were written",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_directory_that_was_changed_is_refused(learner: Any, stream: Any, tmp_path: Path, name: str) -> None:
+    hurt, error, said = DAMAGES[name]
+    run(learner, stream, tmp_path)
+    hurt(tmp_path / name.split(",")[0])
+    with pytest.raises(error, match=said):
+        run(learner, stream, tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"no array")])
+def test_what_follows_from_a_checkpoint_is_written_again(
+    learner: Any, stream: Any, tmp_path: Path, damage: Any
+) -> None:
+    once = run(learner, stream, tmp_path)
+    before = (tmp_path / "accuracy.npy").read_bytes()
+    damage(tmp_path / "accuracy.npy")
+    same_bytes(run(learner, stream, tmp_path), once)
+    assert (tmp_path / "accuracy.npy").read_bytes() == before
+
+
+def test_a_checkpoint_under_another_name_is_refused(learner: Any, stream: Any, tmp_path: Path) -> None:
+    run(learner, stream, tmp_path)
+    (tmp_path / "checkpoints" / "18").rename(tmp_path / "checkpoints" / "17")
+    with pytest.raises(CheckpointError, match="the checkpoint of step 17 is of step 18"):
+        run(learner, stream, tmp_path)
 
 
 def _largest_file(folder: Path) -> Path:
@@ -196,7 +262,8 @@ def test_damaged_newest_checkpoint_is_passed_over(learner: Any, stream: Any, tmp
         path = _largest_file(newest / "tree")
         content = bytearray(path.read_bytes())
         if damage == "flipped":
-            content[len(content) // 2] ^= 0x10
+            for i in range(len(content) // 4, 3 * len(content) // 4, 7):
+                content[i] ^= 0x10
         path.write_bytes({"truncated": content[: len(content) // 2], "emptied": b"", "flipped": content}[damage])
     with pytest.warns(UserWarning, match="damaged checkpoint skipped, step 18: .*; continuing from step 15"):
         again = run(learner, stream, tmp_path / "hurt")
