@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise FileNotFoundError(f"{path}: no such file; data_dir must be the folder of CIFAR-10-C's files")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError, tokenize.TokenError) as error:
         said = " ".join(str(error).split())
         raise ValueError(
             f"{path}: not an array that can be mapped: truncated, pickled or damaged ({said}); {_AGAIN}"

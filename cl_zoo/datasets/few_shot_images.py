@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import struct
 from collections.abc import Hashable, Sequence
@@ -154,7 +155,7 @@ def _listed(path: Path, folder: Path) -> list[tuple[str, Path]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise ValueError(f"{path}: not a csv file ({error}); copy or download it again") from error
     if not lines or lines[0] != ["filename", "label"]:
         raise ValueError(f"{path}: its first line must be filename,label; this is another kind of file")
@@ -162,6 +163,8 @@ def _listed(path: Path, folder: Path) -> list[tuple[str, Path]]:
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != 2 or not all(line):
             raise ValueError(f"{path}, line {number}: {','.join(line)!r}, but it must be a file and a class")
+        if not (folder / line[0]).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path}, line {number}: {line[0]!r} lies outside of {folder.name}/")
         if not (folder / line[0]).is_file():
             raise FileNotFoundError(f"{folder / line[0]}: no such file, but {path.name} lists it in line {number}")
         found.append((line[1], folder / line[0]))
@@ -202,6 +205,10 @@ def _resized(image: Any, size: int) -> np.ndarray:
     return np.asarray(image if image.size == (size, size) else image.resize((size, size), _pillow().LANCZOS))
 
 
+LARGEST_IMAGE = 2**25
+"""Pixels: a small file may announce, and unpack to, gigabytes."""
+
+
 def _read(paths: Sequence[Path], mode: str, size: int) -> np.ndarray:
     pillow = _pillow()
     images = np.empty((len(paths), size, size, 3) if mode == "RGB" else (len(paths), size, size), np.uint8)
@@ -209,7 +216,10 @@ def _read(paths: Sequence[Path], mode: str, size: int) -> np.ndarray:
     unreadable = (OSError, SyntaxError, ValueError, EOFError, struct.error, pillow.DecompressionBombError)
     for i, path in enumerate(paths):
         try:
-            with pillow.open(path) as image:
+            # By no other format, whatever a file is called: some start programs.
+            with pillow.open(path, formats=("PNG", "JPEG")) as image:
+                if math.prod(image.size) > LARGEST_IMAGE:
+                    raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, more than {LARGEST_IMAGE}")
                 images[i] = _resized(image.convert(mode), size)
         except unreadable as error:
             said = " ".join(str(error).split())

@@ -166,6 +166,10 @@ def _read_named(folder: Path, name: str, dimensions: int) -> tuple[Path, np.ndar
     raise FileNotFoundError(f"{folder / name}: no such file, nor with .gz; put the four MNIST idx files in that folder")
 
 
+LARGEST_FILE = 2**30
+"""Bytes of an idx file: a small gzip file may unpack to anything."""
+
+
 def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
     """An idx file of unsigned bytes, plain or gzip: magic number, one big-endian u32 per dimension, then the bytes.
 
@@ -196,6 +200,8 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
             expected = math.prod(shape)
             if expected == 0:
                 raise ValueError(f"{path}: its header announces an array of shape {shape}, with nothing in it; {again}")
+            if expected > LARGEST_FILE:
+                raise ValueError(f"{path}: its header announces {expected} bytes, but at most {LARGEST_FILE} are read")
             chunks, length = [], 0
             while length <= expected and (chunk := file.read(1 << 20)):  # a false header allocates nothing
                 chunks.append(chunk)

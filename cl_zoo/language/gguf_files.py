@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cl_zoo.language._gguf_header import check_gguf_header
 from cl_zoo.language.tokenization import TextTokenizer, from_bpe, optional
 
 __all__ = ["GgufFile", "Tensors", "read_gguf"]
@@ -84,7 +85,7 @@ def read_gguf(path: str | Path) -> GgufFile:
     """
     gguf = optional("gguf")
     path = Path(path)
-    size = path.stat().st_size
+    check_gguf_header(path, gguf.GGML_QUANT_SIZES)
     try:
         with np.errstate(over="ignore"):  # of offsets that a false header adds up
             reader = gguf.GGUFReader(str(path))
@@ -92,17 +93,13 @@ def read_gguf(path: str | Path) -> GgufFile:
             tensors = {each.name: each for each in reader.tensors}
     except Exception as error:  # whatever a broken header leads to
         raise ValueError(f"{path} is not a complete GGUF file: {type(error).__name__}: {error}") from error
-    for name, each in tensors.items():
-        if int(each.data_offset) + int(each.n_bytes) > size:
-            raise ValueError(f"{path} is cut off: {name} ends beyond its {size} bytes")
-
     family = fields.get("general.architecture")
     if family not in FAMILIES:
         raise ValueError(f"{path}: the architecture is {family!r}, but only {', '.join(FAMILIES)} are supported")
 
     def told(name: str, otherwise: Any = None) -> Any:
         value = fields.get(f"{family}.{name}", otherwise)
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 2**53:
             raise ValueError(f"{path}: {family}.{name} is {value!r}, but it must be a number")
         return value
 
@@ -145,25 +142,37 @@ def read_gguf(path: str | Path) -> GgufFile:
             values = np.swapaxes(values.reshape((n, -1, 2, *values.shape[1:])), 1, 2).reshape(values.shape)
         return values
 
+    def listed(name: str, kind: type) -> list[Any]:
+        found = fields.get(f"tokenizer.ggml.{name}")
+        if not isinstance(found, list) or not all(isinstance(each, kind) for each in found):
+            raise ValueError(f"{path}: tokenizer.ggml.{name} must be a list, each a {kind.__name__}")
+        return found
+
     def tokenizer() -> TextTokenizer | None:
         kind = fields.get("tokenizer.ggml.model")
         if kind is None:
             return None
         if kind != "gpt2":
             raise ValueError(f"{path}: the tokenizer is {kind!r}, but only byte-level BPE ('gpt2') is read from GGUF")
-        tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type", [])
+        tokens, merges = listed("tokens", str), listed("merges", str)
+        types = listed("token_type", int) if "tokenizer.ggml.token_type" in fields else []
         numbers = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-        named = {f"{name}_token": tokens[i] for name, i in numbers.items() if i is not None and i < len(tokens)}
-        if "tokenizer.ggml.merges" not in fields:
-            raise ValueError(f"{path}: tokenizer.ggml.merges is missing")
+        for name, i in numbers.items():
+            if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
+                raise ValueError(f"{path}: the {name} token is {i!r}, but there are tokens 0 to {len(tokens) - 1}")
+        named = {f"{name}_token": tokens[i] for name, i in numbers.items() if i is not None}
+        words, template = fields.get("tokenizer.ggml.pre", "default"), fields.get("tokenizer.chat_template")
+        for name, value in (("tokenizer.ggml.pre", words), ("tokenizer.chat_template", template)):
+            if not isinstance(value, (str, type(None))):
+                raise ValueError(f"{path}: {name} is a {type(value).__name__}, but it must be a text")
         return from_bpe(
             tokens,
-            fields["tokenizer.ggml.merges"],
+            merges,
             [token for token, kind in zip(tokens, types) if kind == gguf.TokenType.CONTROL],
             [token for token, kind in zip(tokens, types) if kind == gguf.TokenType.USER_DEFINED],
-            {"default": "gpt-2"}.get(words := fields.get("tokenizer.ggml.pre", "default"), words),
+            {"default": "gpt-2"}.get(words, words),
             stop=() if numbers["eos"] is None else (int(numbers["eos"]),),
-            template=fields.get("tokenizer.chat_template"),
+            template=template,
             names=named,
         )
 

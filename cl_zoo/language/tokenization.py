@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cl_zoo.checks import check_whole, checked
+from cl_zoo.language._templates import optional, rendered
 
 __all__ = ["TextTokenizer", "from_bpe", "left_padded", "load_tokenizer", "optional"]
 
 
-def optional(module: str) -> Any:
-    """A module of the extra "language".
-
-    Raises:
-      ImportError: it is not installed; names the command that installs it.
-    """
-    import importlib
-
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Whatever a library makes of a broken file (the Rust one panics) as one ValueError."""
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is not installed; pip install 'cl_zoo[language]'") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 class TextTokenizer(NamedTuple):
@@ -43,11 +42,13 @@ class TextTokenizer(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text. Special tokens that are written out in it are recognised, none are added."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        with refused("the tokenizer cannot encode this text"):
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
-        return str(self.backend.decode([int(token) for token in tokens], skip_special_tokens=True))
+        with refused("the tokenizer cannot decode these tokens"):
+            return str(self.backend.decode([int(token) for token in tokens], skip_special_tokens=True))
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
         """The prompt that a conversation makes, by the model's own template, which runs in a sandbox.
@@ -57,29 +58,16 @@ class TextTokenizer(NamedTuple):
           answer: end with the words that begin an answer.
 
         Raises:
-          ValueError: no template; one that fails; messages of another kind.
+          ValueError: no template; one that fails, or needs more than two seconds or a million letters; messages of
+            another kind.
         """
         if isinstance(messages, (str, Mapping)) or not all(isinstance(each, Mapping) for each in messages):
             raise ValueError("chat: messages must be a list of {'role': ..., 'content': ...}")
         if self.template is None:
             raise ValueError("chat: the tokenizer has no chat template; put the prompt together as text")
-        jinja = optional("jinja2")
-        sandbox = optional("jinja2.sandbox").ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-
-        def refuse(message: str) -> None:
-            raise jinja.TemplateError(message)
-
-        sandbox.globals["raise_exception"] = refuse
-        sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, **({"ensure_ascii": False} | options))
-        try:
-            made = sandbox.from_string(self.template).render(
-                messages=[dict(message) for message in messages], add_generation_prompt=answer, **self.words
-            )
-        except (jinja.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-            raise ValueError(f"chat: the model's template cannot make a prompt of these messages: {error}") from error
-        return str(made)
+        asked = {"messages": [dict(message) for message in messages], "add_generation_prompt": answer}
+        with refused("chat: the model's template cannot make a prompt of these messages"):
+            return rendered(self.template, {**asked, **self.words})
 
 
 @checked
@@ -94,12 +82,11 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no tokenizer.json; other kinds of tokenizers are not read")
-    try:
-        backend = optional("tokenizers").Tokenizer.from_file(str(path))
-    except ImportError:
-        raise
-    except Exception as error:  # the library raises plain Exceptions
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    library = optional("tokenizers")
+    with refused(f"{path} is not a tokenizer"):
+        backend = library.Tokenizer.from_file(str(path))
+        backend.no_truncation()  # else texts are cut, or filled up, without a word
+        backend.no_padding()
     settings = read_json(folder / "tokenizer_config.json")
     words = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -109,14 +96,19 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
             words[name] = word
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {each.get("name"): each.get("template") for each in template}.get("default")
+        template = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}.get(
+            "default"
+        )
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        with refused(f"{folder / 'chat_template.jinja'} is not a text"):
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     ends = [backend.token_to_id(words["eos_token"])] if "eos_token" in words else []
     for name in ("generation_config.json", "config.json"):
         told = read_json(folder / name).get("eos_token_id")
         ends += told if isinstance(told, list) else [told]
     stop = tuple(sorted({end for end in ends if isinstance(end, int)}))
+    if any(not 0 <= end < 2**31 for end in stop):
+        raise ValueError(f"{folder}: the end tokens are {list(stop)}, but they must be numbers of tokens")
     return TextTokenizer(backend, stop, template if isinstance(template, str) else None, words)
 
 
@@ -130,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, but it must be an object")
@@ -179,14 +171,12 @@ def from_bpe(
     }
     if words not in ways:
         raise ValueError(f"the tokenizer splits words as {words!r}, but only {', '.join(ways)} are known")
-    try:
+    with refused("the tokenizer's tables do not fit together"):
         pairs = [tuple(pair.split(" ")) for pair in merges]
         # Llama 3 keeps a word that is a token whole, whatever the merges would make of it.
         whole_words = words == "llama-bpe"
         model = library.models.BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=whole_words)
-    except Exception as error:  # the library raises plain Exceptions
-        raise ValueError(f"the tokenizer's tables do not fit together: {error}") from error
-    backend = library.Tokenizer(model)
+        backend = library.Tokenizer(model)
     if words == "qwen2":
         backend.normalizer = library.normalizers.NFC()
     backend.pre_tokenizer = ways[words]()

@@ -182,10 +182,14 @@ class MetricsLog:
 def read_metrics(directory: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Metrics of the updates of a run: `{name: (steps i64[n], values f32[n])}`, the steps counted from 0."""
     found: dict[str, list[tuple[int, float]]] = {}
-    with open(Path(directory) / "metrics.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["phase"] == "train":
-                found.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+    path = Path(directory) / "metrics.csv"
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                if row["phase"] == "train":
+                    found.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise ValueError(f"{path}: not a log of metrics: {type(error).__name__} {error}") from error
     return {
         name: (np.array([step for step, _ in rows], np.int64), np.array([value for _, value in rows], np.float32))
         for name, rows in found.items()

@@ -146,7 +146,7 @@ def lie_about_a_name(path: Path) -> None:
 def test_broken_files_give_one_clear_line(spoil: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", "llama")
     spoil(path)
-    with pytest.raises(ValueError, match=r"not a complete GGUF file|cut off") as error:
+    with pytest.raises(ValueError, match=r"not a (complete )?GGUF file|cut off") as error:
         load_pretrained(path)
     assert "\n" not in str(error.value)
 
@@ -159,7 +159,7 @@ def test_broken_files_give_one_clear_line(spoil: Any, tmp_path: Path) -> None:
         ({"layers": 3}, "missing, the first of them model.layers.2"),
         ({"tokenizer": "llama"}, "tokenizer is 'llama'"),
         ({"words": "klingon"}, "splits words as 'klingon'"),
-        ({"no_merges": True}, "merges is missing"),
+        ({"no_merges": True}, "merges must be a list, each a str"),
         ({"heads": [4, 4]}, "head_count is"),
         ({"quantised": True}, "model.embed_tokens.weight has the shape"),
     ],

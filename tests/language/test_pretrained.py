@@ -276,7 +276,7 @@ def test_a_saved_tokenizer_reads_and_ends_as_before(tmp_path: Path) -> None:
     assert again[1:] == loaded.tokenizer[1:]
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1, "whoever may read the config may read the weights"
-    with pytest.raises(ValueError, match="tokenizer is str"):
+    with pytest.raises(ValueError, match="tokenizer is 'llama', but it must be a TextTokenizer"):
         save_pretrained(tmp_path, loaded.params, loaded.config, tokenizer="llama")  # type: ignore[arg-type]
 
 
