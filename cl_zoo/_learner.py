@@ -77,7 +77,7 @@ class Learner:
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step, and its metrics, `f32[]` each."""
         context, begun = self._context(), state
-        prepared = batch = _blank(_scored(batch))
+        prepared = batch = _blank(batch)
         for c, key in self._with("prepare", state):
             prepared, part = c.prepare(context, state, state.parts.get(c.name), prepared, key)
             state = _with_part(state, c, part)
@@ -229,6 +229,7 @@ class Learner:
     ) -> tuple[Array, tuple[Any, ...]]:
         """The sum of all losses; each of them, its aux, and what the shared pass returned."""
         shared: list[tuple[PyTree, PyTree, Any]] = []  # made on first use
+        batch = _scored(batch)
 
         def forward() -> PyTree:
             if not shared:
@@ -273,7 +274,8 @@ def _blank(batch: Batch) -> Batch:
 
 
 def _scored(batch: Batch) -> Batch:
-    """Examples without a target have weight 0."""
+    """Examples without a target have weight 0 in losses and estimates. Elsewhere they are examples like others: weights
+    that depend on labels would make every update a branch."""
     given = scored(batch.y)
     return batch if given is None else batch._replace(weight=jnp.where(given, batch.weight, 0))
 

@@ -219,7 +219,7 @@ def class_balanced_add(memory: ClassBalanced, rows: PyTree, labels: Array, weigh
             largest = held[owners] == jnp.max(held)
             return jnp.argmax(jnp.where(largest, jax.random.uniform(row_key, (capacity,)), -1.0)).astype(jnp.int32)
 
-        slot = jax.lax.cond(enters & full, victim, lambda: jnp.sum(held))
+        slot = jax.lax.cond(enters & full, victim, lambda: jnp.sum(held, dtype=jnp.int32))
         held = held.at[jnp.where(enters & full, owners[slot], n_classes)].add(-1, mode="drop")
         held = held.at[jnp.where(enters, label, n_classes)].add(1, mode="drop")
         slot = jnp.where(enters, slot, capacity)

@@ -121,14 +121,16 @@ def icarl(
         features = jax.eval_shape(lambda: context.features(state, batch.x, batch.task))
         rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), batch_rows(batch))
         none = jnp.zeros(capacity, jnp.int32)
-        held, means = jnp.zeros(n_classes, jnp.int32), jnp.zeros((n_classes, features.shape[-1]), features.dtype)
-        return IcarlState(rows, none, none, held, held > 0, means, jnp.ones(()), state.params, state.model_state)
+        held, means = jnp.zeros(n_classes, jnp.int32), wide(jnp.zeros((n_classes, features.shape[-1]), features.dtype))
+        return IcarlState(
+            rows, none, none, held, held > 0, means, jnp.ones((), jnp.float32), state.params, state.model_state
+        )
 
     def begin_task(
         context: Context, state: TrainState, part: IcarlState, task: TaskInfo, sample: Batch | None, key: Key
     ) -> tuple[TrainState, IcarlState]:
         if task_size is not None:
-            size = jnp.asarray(task_size)
+            size = jnp.asarray(task_size, jnp.float32)
         elif sample is not None:
             size = jnp.maximum(jnp.sum(sample.weight > 0), 1)
         else:

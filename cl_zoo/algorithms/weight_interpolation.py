@@ -106,7 +106,7 @@ def weight_interpolation(
                 raise ValueError(
                     f"{name}: alignment is 'activations', but {error}; it must be 'weights' or None"
                 ) from error
-        zero = jnp.zeros(())
+        zero = jnp.zeros((), jnp.float32)
         return WeightInterpolationState(state.params, state.model_state, jnp.zeros((), jnp.int32), zero, zero)
 
     def aligned(
@@ -115,7 +115,7 @@ def weight_interpolation(
         """The old model in the new one's order, and the fraction of its units that changed place."""
         units = context.model.units
         if alignment is None:
-            return part.params, part.model_state, jnp.zeros(())
+            return part.params, part.model_state, jnp.zeros((), jnp.float32)
         if alignment == "weights":
             order = match_weights(units, state.params, part.params, sweeps=sweeps)
         else:
@@ -149,7 +149,8 @@ def weight_interpolation(
             return params, model_state, moved, distance
 
         def leave() -> tuple[PyTree, PyTree, Array, Array]:
-            return state.params, state.model_state, jnp.zeros(()), jnp.zeros(())
+            zero = jnp.zeros((), jnp.float32)
+            return state.params, state.model_state, zero, zero
 
         # The first model has nothing to be averaged with.
         params, model_state, moved, distance = jax.lax.cond(part.finished > 0, average, leave)

@@ -193,7 +193,8 @@ def _motion_blur(image: Array, constants: tuple[int, float], key: Key) -> Array:
 
 
 def _zoom_blur(image: Array, count: int, key: Key) -> Array:
-    factors = 1 + 0.01 * np.arange(count)
+    # As `arange` rounds them: the last of 26 is 1.2500000000000002, by which 26 pixels become 33 and not 32.
+    factors = np.arange(1, 1 + 0.01 * count - 0.005, 0.01)
     rows, columns = (jnp.asarray([zoom_matrix(n, f) for f in factors], jnp.float32) for n in image.shape[:2])
     zoomed = jnp.einsum("fyh,hwc,fxw->yxc", rows, image, columns)
     return (image + zoomed) / (count + 1)

@@ -75,8 +75,10 @@ def linear(key: Key, n_in: int, n_out: int) -> Array:
 def causal_convolution(x: Array, kernel: Array) -> Array:
     """y_t = sum_j kernel_j * x_{t - w + 1 + j}, each channel by itself: `[B, T, D]`, `[w, D]` -> `[B, T, D]`."""
     width, time = kernel.shape[0], x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-    return sum((padded[:, j : j + time] * kernel[j] for j in range(width)), start=jnp.zeros_like(x))
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # rounded once, as a token after another is
+    padded, kernel = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0))).astype(wide), kernel.astype(wide)
+    terms = (padded[:, j : j + time] * kernel[j] for j in range(width))
+    return sum(terms, start=jnp.zeros(x.shape, wide)).astype(x.dtype)
 
 
 def causal_mask(size: int, *, strict: bool = False) -> Array:

@@ -191,7 +191,7 @@ def test_what_is_refused() -> None:
         ({"skip": 4}, "skip"),
         ({"length": 0}, "length"),
         ({"temperature": -1.0}, "temperature"),
-        ({"stop": 2}, "stop is 2, but it must be a sequence of tokens"),
+        ({"stop": 2}, "stop is 2, but it must be a sequence"),
         ({"stop": "end"}, "stop is 'end'"),
     ):
         with pytest.raises(ValueError, match=field):

@@ -151,7 +151,7 @@ def test_errors_before_anything_compiles() -> None:
         generate(made, params, np.full((3, 2), 999), KEY, length=1)
     with pytest.raises(ValueError, match="merge_adapters"):
         generate(made, {"blocks": {}}, PROMPTS, KEY, length=1)
-    with pytest.raises(ValueError, match="decoder is Model"):
+    with pytest.raises(ValueError, match="decoder is a Model, but it must be a Decoder"):
         generate(made.model, params, PROMPTS, KEY, length=1)  # type: ignore[arg-type]
     other, its = net(delta_rule(8, 2))
     with pytest.raises(ValueError, match="delta_rule"):

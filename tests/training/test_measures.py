@@ -380,7 +380,7 @@ def test_impossible_measures_are_refused(
     [
         (lambda: at("never", accuracy()), "at: when is 'never', but it must be one of 'task', 'end'"),
         (lambda: at(0, accuracy()), "at: when is 0, but it must be at least 1"),
-        (lambda: at(2.5, accuracy()), "at: when is 2.5, but it must be a whole number"),
+        (lambda: at(2.5, accuracy()), "at: when is 2.5, but it must be a word or a whole number"),
         (lambda: accuracy("train"), "accuracy: split is 'train', but it must be one of 'validation', 'test'"),
         (lambda: accuracy(batches=0), "accuracy: batches is 0"),
     ],

@@ -141,9 +141,9 @@ def test_what_is_refused() -> None:
         lora(NET.model, 2, targets=("nothing",)).init(jax.random.key(0), TOKENS)
     with pytest.raises(ValueError, match="no kernels named v_proj; those that it has: .*query, up, value"):
         lora(NET.model, 2, targets=("query", "v_proj")).init(jax.random.key(0), TOKENS)
-    with pytest.raises(ValueError, match="must be a sequence of names"):
+    with pytest.raises(ValueError, match="targets is 'query,key', but it must be a sequence, each a word"):
         lora(NET.model, 2, targets="query,key")
-    with pytest.raises(ValueError, match="lora: model is Decoder"):
+    with pytest.raises(ValueError, match="lora: model is a Decoder, but it must be a Model"):
         lora(NET, 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not one that lora made"):
         merge_adapters(NET.model, {}, WEIGHTS)
