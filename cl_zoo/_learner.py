@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.interpreters import partial_eval
 
 from cl_zoo._model import of_arrays
 from cl_zoo.losses import mask_outputs, scored
@@ -61,7 +63,13 @@ class Learner:
         params, model_state = learner.model.init(_key(key, 0, "init", "model"), batch.x)
         zero, context = jnp.zeros((), jnp.int32), learner._context()
         _check_outputs(context, params, model_state, batch)
-        state = TrainState(zero, zero, key, params, model_state, self.optimiser.init(params), {})
+        opt_state = self.optimiser.init(params)
+        if any(type(node).__name__ == "ScheduleFreeState" for node in _nodes(opt_state)):
+            raise ValueError(
+                "compose: the optimiser is schedule-free, which answers from another iterate than it trains; take one"
+                " whose parameters are those that predict, and ema() for an average"
+            )
+        state = TrainState(zero, zero, key, params, model_state, opt_state, {})
         parts = {c.name: c.init(context, state, batch, _key(key, 0, "init", c.name)) for c in self.components if c.init}
         return state._replace(parts=parts)
 
@@ -212,8 +220,19 @@ class Learner:
     def _each(self, hook: str, state: TrainState, *arguments: Any) -> TrainState:
         """Runs `hook` of every component that has it, each on the state that the one before left."""
         context = self._context()
+        earlier: list[tuple[str, Any]] = []
         for c, key in self._with(hook, state):
-            state, part = getattr(c, hook)(context, state, state.parts.get(c.name), *arguments, key)
+            before, run = state, getattr(c, hook)
+            state, part = run(context, state, state.parts.get(c.name), *arguments, key)
+            if any(new is not old for new, old in zip(*_leaves(state.params, before.params), strict=True)):
+                for name, depends in earlier if hook == "end_task" else ():
+                    if depends():
+                        raise ValueError(
+                            f"compose: {c.name} changes the parameters at a task's end, but {name} before it keeps what"
+                            f" they were; put {c.name} before {name}"
+                        )
+            else:
+                earlier.append((c.name, partial(_reads_params, run, context, before, c.name, arguments, key)))
             state = _with_part(state, c, part)
         return state
 
@@ -250,6 +269,26 @@ class Learner:
         if known is not None:  # another task's outputs would be trained
             total = jnp.where(jnp.all(known | (batch.weight == 0)), total, jnp.nan)
         return total, (terms, aux, *(shared[0] if shared else (None, state.model_state, {})))
+
+
+def _leaves(*trees: PyTree) -> list[list[Any]]:
+    return [jax.tree.leaves(tree) for tree in trees]
+
+
+def _reads_params(run: Any, context: Context, state: TrainState, name: str, arguments: Any, key: Key) -> bool:
+    """Whether what a hook puts into its part depends on the parameters."""
+    jaxpr = jax.make_jaxpr(
+        lambda params: run(context, state._replace(params=params), state.parts.get(name), *arguments, key)[1]
+    )(state.params).jaxpr
+    return any(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
+
+
+def _nodes(tree: PyTree) -> Iterator[Any]:
+    """All tuples, named or not, in a tree."""
+    if isinstance(tree, tuple):
+        yield tree
+        for child in tree:
+            yield from _nodes(child)
 
 
 def _key(state_key: Key, step: Array | int, hook: str, name: str) -> Key:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_classes, check_whole
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Array, Batch, Key, PyTree
 
@@ -304,8 +304,7 @@ def batch_rows(batch: Batch) -> PyTree:
 
 
 def _labels(rows: PyTree) -> Array:
-    if rows[1] is None:
-        raise ValueError("a memory by class needs labels, but the batch has none (y is None)")
+    check_classes("memory", rows[1], "a memory by class needs labels")
     return rows[1]
 
 

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-__all__ = ["check_choice", "check_key", "check_kind", "check_range", "check_weights", "check_whole", "checked"]
+__all__ = [
+    "check_choice",
+    "check_classes",
+    "check_key",
+    "check_kind",
+    "check_range",
+    "check_weights",
+    "check_whole",
+    "checked",
+]
 
 
 LARGEST = 2**31 - 1
@@ -182,6 +191,15 @@ def check_choice(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -
     plain = value.item() if isinstance(value, np.generic) else value
     if not any(type(one) is type(plain) and one == plain for one in allowed):  # True is not 1
         raise ValueError(f"{owner}: {field} is {value!r}, but it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_classes(owner: str, y: Any, why: str) -> None:
+    """Refuses targets that are not one class for each example, `i32[B]`."""
+    if y is None:
+        raise ValueError(f"{owner}: the batch has no labels (y is None), but {why}")
+    if not hasattr(y, "shape") or len(y.shape) != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
+        told = f"{y.dtype}{list(y.shape)}" if hasattr(y, "shape") else f"a {type(y).__name__}"
+        raise ValueError(f"{owner}: y is {told}, but {why}: it must be one whole number for each example, [B]")
 
 
 def check_weights(owner: str, weights: Any, wanted: Any) -> None:

@@ -10,7 +10,27 @@ import numpy as np
 import optax
 import pytest
 
-from cl_zoo import Batch, NonFiniteError, compose, der, ewc, fit, lwf, maml, replay, run_stream, slda, supervised, sweep
+from cl_zoo import (
+    Batch,
+    NonFiniteError,
+    agem,
+    compose,
+    der,
+    ewc,
+    fisher_merging,
+    fit,
+    lwf,
+    maml,
+    replay,
+    reptile,
+    run_stream,
+    slda,
+    supervised,
+    sweep,
+    synaptic_intelligence,
+    weight_interpolation,
+    wise_ft,
+)
 from cl_zoo.losses import (
     IGNORED,
     all_tokens_right,
@@ -315,3 +335,57 @@ def test_the_fisher_is_that_of_the_network_as_it_predicts(stream: Any) -> None:
 
 def test_batches_are_of_one_kind() -> None:
     assert Batch(jnp.zeros((1, 2)), None, None, jnp.ones(1)).replayed is None
+
+
+def test_what_averages_stands_before_what_anchors(stream: Any) -> None:
+    """An anchor of weights that are thrown away a moment later pulls to nowhere."""
+    for anchors in (ewc(1.0), ewc(1.0, decay=0.9), synaptic_intelligence(1.0), lwf()):
+        for averages in (wise_ft(0.5), weight_interpolation(0.5, alignment=None), fisher_merging()):
+            wrong = tiny_learner(stream, supervised(), anchors, averages)
+            with pytest.raises(ValueError, match=f"{averages.name} changes the parameters.*put {averages.name} before"):
+                jax.eval_shape(lambda learner, stream: run_stream(learner, stream, KEY), wrong, stream)
+    fine = tiny_learner(stream, supervised(), agem(20, batch_size=8), wise_ft(0.5), ewc(1.0))
+    jax.eval_shape(lambda learner, stream: run_stream(learner, stream, KEY), fine, stream)
+
+
+def test_schedule_free_optimisers_are_refused(stream: Any) -> None:
+    free = optax.contrib.schedule_free_sgd(0.1)
+    with pytest.raises(ValueError, match="compose: the optimiser is schedule-free"):
+        run_stream(tiny_learner(stream, supervised(), optimiser=free), stream, KEY)
+
+
+def test_meta_learning_refuses_statistics(tiny_images: Any) -> None:
+    from functools import partial
+
+    episodes = tiny_stream(tiny_images, "episodes")
+    for component in (maml(inner=optax.sgd(0.1)), reptile(inner=optax.sgd(0.1))):
+        learner = tiny_learner(episodes, component, net=partial(mlp, norm="batch"))
+        with pytest.raises(ValueError, match=f"{component.name}: the model keeps statistics"):
+            run_stream(learner, episodes, KEY)
+
+
+def test_a_loss_may_see_open_outputs_alone(stream: Any) -> None:
+    """Label smoothing spreads over the open classes; masked logits of -1e38 would give 1e37."""
+
+    def smooth(outputs: Any, y: Any, active: Any) -> Any:
+        active = jnp.broadcast_to(active, outputs.shape)
+        log_p = jax.nn.log_softmax(mask_outputs(outputs, active))
+        spread = jnp.sum(jnp.where(active, log_p, 0), axis=1) / jnp.sum(active, axis=1)
+        return 0.9 * cross_entropy(log_p, y) - 0.1 * spread
+
+    result = run_stream(tiny_learner(stream, supervised(smooth)), stream, KEY)
+    assert 0 < result.metrics["loss"].max() < 50
+
+
+@pytest.mark.parametrize("y", [jnp.zeros((8, 3)), jnp.zeros((8, 3), int), jnp.zeros(8)])
+def test_other_targets_are_refused_where_classes_are_meant(y: Any) -> None:
+    x = jnp.zeros((8, 4, 4))
+    batch = Batch(x, y, None, jnp.ones(8))
+    for component, name in (
+        (slda(), "slda"),
+        (replay(12, batch_size=4, memory="class_balanced", n_classes=3), "memory"),
+        (replay(12, batch_size=4, memory="ring", n_classes=3), "memory"),
+    ):
+        learner = compose(MODEL, optax.sgd(0.1), supervised(lambda outputs, y: outputs[:, 0]), component)
+        with pytest.raises(ValueError, match=f"{name}: y is .*: it must be one whole number for each example"):
+            jax.eval_shape(lambda key, b, learner=learner: learner.update(learner.init(key, b), b), KEY, batch)

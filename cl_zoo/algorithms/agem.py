@@ -40,7 +40,8 @@ def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Compone
 
     Differences from the paper or its code: the paper stores equally many examples per class of each finished task; here
     each finished task offers its sample to one reservoir when it ends, so that tasks share it equally in expectation
-    where samples are equally large, and the number of tasks need not be known. An empty memory changes nothing.
+    where samples are equally large, and the number of tasks need not be known. An empty memory changes nothing. Van de
+    Ven's code adds 1e-7 to the squared norm that it divides by; Mammoth stores one batch of a finished task.
 
     Example:
       >>> import optax

@@ -86,7 +86,8 @@ def continual_backprop(
     for being young. Biases of new units are those of the model's own initialisation (0 by default, as in the paper).
     The authors' code is meant to move the mean output of a replaced unit to the next biases, but has no effect; it is
     left out. Moments are reset, but not Adam's count of steps, which the authors keep for each weight. A weight between
-    two units that are replaced at once is 0.
+    two units that are replaced at once is 0. With Adam, the authors' code computes a bias correction for new weights
+    and throws it away: their first step is much larger there (1e-2 for 3e-5).
 
     Example:
       >>> import optax

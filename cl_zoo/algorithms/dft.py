@@ -26,7 +26,8 @@ def dft(*, name: str = "dft") -> Component:
 
     Source: Wu et al. 2025, arXiv 2508.05629.
 
-    Differences from the paper or its code: none.
+    Differences from the paper or its code: The authors and TRL divide by all tokens of a batch; here each example's
+    mean comes first, so that short answers weigh more by token.
 
     Example:
       >>> import optax

@@ -63,8 +63,9 @@ def ewc(
     Differences from the paper or its code: Kirkpatrick et al. do not say which labels; "expected" is what van de Ven
     (arXiv 2502.11756) found best; "loss" is the empirical Fisher where the loss is minus a log-likelihood. Schwarz et
     al. also normalise each task's Fisher, which is left out here as in the code of van de Ven and Mammoth. Van de Ven's
-    code multiplies the online penalty by decay once more (here: strength * decay); Mammoth's has no 1/2 (here:
-    strength * 2). Fishers elsewhere may be sums, or divided by n - 1.
+    code multiplies the online penalty by decay once more (here: strength * decay); Mammoth's has no 1/2 (here: strength
+    * 2). Fishers elsewhere may be sums, or divided by n - 1. Mammoth's Fisher is the mean over examples of p(y given x)
+    g^2, which no choice of labels gives. Avalanche has no 1/2 either (here: strength * 2).
 
     Example:
       >>> import optax

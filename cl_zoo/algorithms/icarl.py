@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.buffers import batch_rows, joined
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import check_choice, check_classes, check_range, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.estimators.herding import herding_ranks, unit_rows
@@ -97,8 +97,9 @@ def icarl(
     mean (here: learning rate / C under plain SGD). The paper makes each batch from the union at random; here exemplars
     are added to the current examples, so a step uses more. Means are those at the last task's end and not recomputed
     within a task. The paper's code also averages over mirrored images, may pick an image twice, and herds towards the
-    class mean as it is; here, and in van de Ven's code, it is of unit length. That code (arXiv 1904.07734,
-    doi 10.1038/s42256-022-00568-3) has temperature 2, and in 2022 per_class 100.
+    class mean as it is; here, and in van de Ven's code, it is of unit length. That code (arXiv 1904.07734, doi
+    10.1038/s42256-022-00568-3) has temperature 2, and in 2022 per_class 100. Avalanche keeps the ceiling of K / t
+    exemplars of a class, here it is the floor.
 
     Example:
       >>> import optax
@@ -162,8 +163,7 @@ def icarl(
         batch: Batch,
         key: Key,
     ) -> tuple[Array, dict[str, PyTree]]:
-        if batch.y is None:
-            raise ValueError(f"{name}: the batch has no labels (y is None), but exemplars need them")
+        check_classes(name, batch.y, "exemplars need labels")
         outputs = forward()
         if outputs.shape[-1] != n_classes:
             raise ValueError(f"{name}: n_classes is {n_classes}, but the model has {outputs.shape[-1]} outputs")

@@ -73,7 +73,8 @@ def la_maml(
 
     Differences from the paper or its code: the authors' code for MNIST draws old examples from a memory that, after the
     first task, contains those of the current task too, as here. Its reservoir draws among one slot too many; here it is
-    algorithm R. Inner gradients are not clipped (its clipping for MNIST has no effect).
+    algorithm R. Inner gradients are not clipped (its clipping for MNIST has no effect). The authors draw from the
+    memory with replacement, here examples of a batch are different; their clipping adds 1e-6 to the norm it divides by.
 
     Example:
       >>> import optax

@@ -61,7 +61,8 @@ def lwf(
     which is left out here as in van de Ven's code (arXiv 1904.07734 and doi 10.1038/s42256-022-00568-3). There, 2022:
     weighting "tasks" in the task- and domain-incremental settings, "constant" in the class-incremental one; 2019:
     weighting "tasks" and T^2, all divided by the number of tasks, a common factor that Adam cancels. Examples replayed
-    by another component are distilled too.
+    by another component are distilled too. In Mammoth's code the student's softmax is over past classes alone; here it
+    is over those open now.
 
     Example:
       >>> import optax

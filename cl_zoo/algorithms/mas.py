@@ -45,6 +45,8 @@ def mas(
 
     Differences from the paper or its code: none; the paper adds tasks up, Avalanche averages with decay 0.5. Some code
     takes the gradient of a batch's mean norm, in which examples of opposite sign cancel; here it is each example's own.
+    Avalanche takes the first task's importance whole; with a decay it is averaged with 0 here, and so smaller by 1 -
+    decay in the first task.
 
     Example:
       >>> import optax

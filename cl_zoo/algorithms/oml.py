@@ -49,7 +49,8 @@ def oml(
     Source: Javed and White 2019, "Meta-learning representations for continual learning", arXiv 1905.12588.
 
     Differences from the paper or its code: this is the gradient of the equation. The authors' code of 2019, and so the
-    paper's figures, used a wrong one; they corrected it in 2020.
+    paper's figures, used a wrong one; they corrected it in 2020. They also clip inner gradients to 10, take 10 examples
+    a step, and draw the output weights of the sampled classes again.
 
     Example:
       >>> import optax

@@ -52,7 +52,8 @@ def redo(threshold: Array | float, every: int = 1000, *, name: str = "redo") -> 
 
     Differences from the paper or its code: the paper takes a batch from the replay memory, here it is the batch of the
     step, so it must not be too small (on one example, half of all ReLU units are silent). Adam's count of steps, which
-    all weights share, goes on. A weight between two units that are recycled at once is 0.
+    all weights share, goes on. A weight between two units that are recycled at once is 0. Dopamine's code scores units
+    after the step, and leaves the moments of their biases as they are.
 
     Example:
       >>> import optax

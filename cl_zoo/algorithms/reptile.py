@@ -80,7 +80,7 @@ def reptile(
         batch: Batch,
         key: Key,
     ) -> tuple[Array, dict[str, PyTree]]:
-        check_episodes(name, batch)
+        check_episodes(name, batch, state.model_state)
         theta = jax.lax.stop_gradient(params)
         x, y = jax.tree.map(
             lambda a, b: jnp.concatenate([a, b], axis=1),

@@ -73,7 +73,8 @@ def sdft(
     Differences from the paper or its code: the gradient is that of the divergence itself, where the equation printed in
     the first version leaves out a factor, as their code does too. No importance weights, which they need because
     another program draws their answers. An example whose answer ends within `skip` tokens contributes nothing. The
-    moving average goes on across task boundaries; the paper does not state what becomes of its teacher there.
+    moving average goes on across task boundaries; the paper does not state what becomes of its teacher there. TRL and
+    the fork of the authors divide both logits by the temperature in the loss; here it is of the draws alone.
 
     Example:
       >>> import optax

@@ -45,7 +45,8 @@ def shrink_and_perturb(
 
     Differences from the paper or its code: Ash and Adams write lambda for the factor that is kept, 1 - shrink. Dohare
     et al. shrink by a weight decay d in the loss, which under SGD with rate r is shrink = r d; here it does not pass
-    through the optimiser. The optimiser's state stays: add `reset_optimiser` to begin each task with a new one.
+    through the optimiser. The optimiser's state stays: add `reset_optimiser` to begin each task with a new one. Under
+    SGD the step of the same update is shrunk too: (1 - s)(p - r g).
 
     Example:
       >>> import optax

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.algorithms.supervised import no_loss
-from cl_zoo.checks import check_choice, check_range, checked
+from cl_zoo.checks import check_choice, check_classes, check_range, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.losses import mask_outputs
@@ -94,8 +94,7 @@ def slda(
         return wide(first.reshape(first.shape[0], -1))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SldaState:
-        if batch.y is None:
-            raise ValueError(f"{name}: the batch has no labels (y is None), but class means need them")
+        check_classes(name, batch.y, "class means need labels")
         outputs, z = jax.eval_shape(
             lambda: (
                 context.model.apply(state.params, state.model_state, batch.x, task=batch.task)[0],

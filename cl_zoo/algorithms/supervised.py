@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def no_loss(
 
 
 @checked
-def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name: str = "supervised") -> Component:
+def supervised(loss: Callable[..., Array] = cross_entropy, *, name: str = "supervised") -> Component:
     """L = sum_b w_b loss(outputs_b, y_b) / sum_b w_b.
 
     With `compose(..., tasks=stream.tasks)` the logits are masked: examples that carry their task compete among that
@@ -36,7 +37,9 @@ def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name:
     classes seen so far, or all).
 
     Args:
-      loss: `(outputs, y) -> f32[B]`.
+      loss: `(outputs, y) -> f32[B]`. One with an argument `active` is given the logits as they are, and
+        `active`, `bool[C]` or `bool[B, C]`: label smoothing, or a squared error to one-hot targets, must not see masked
+        logits, which are about -1e38.
       name: key in metrics.
 
     Returns:
@@ -55,6 +58,8 @@ def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name:
       Array([1.3862944], dtype=float32)
     """
 
+    reads_active = "active" in inspect.signature(loss).parameters
+
     def loss_hook(
         context: Context,
         state: TrainState,
@@ -66,7 +71,11 @@ def supervised(loss: Callable[[PyTree, PyTree], Array] = cross_entropy, *, name:
     ) -> tuple[Array, dict[str, PyTree]]:
         if batch.y is None:
             raise ValueError(f"{name}: the batch has no labels (y is None), but a supervised loss needs them")
-        outputs = mask_outputs(forward(), context.active(state.task, batch.task))
+        outputs, active = forward(), context.active(state.task, batch.task)
+        if reads_active:
+            active = jnp.ones(outputs.shape[-1:], bool) if active is None else active
+            return weighted_mean(loss(outputs, batch.y, active=active), batch.weight), {}
+        outputs = mask_outputs(outputs, active)
         return weighted_mean(loss(outputs, batch.y), batch.weight), {}
 
     return Component(name, loss=loss_hook)

@@ -125,7 +125,8 @@ def ttt(
     here each image of a batch is skipped on its own. At test time the network runs in evaluation mode, so batch
     normalisation uses its running statistics; theirs are of the 32 views, unless an option fixes them. In training the
     four rotations are a forward pass of their own, which leaves running statistics as they are. A batch of B images
-    takes the mean over all their views; the paper has B = 1.
+    takes the mean over all their views; the paper has B = 1. With batch normalisation, their default also predicts with
+    running statistics that the views have moved.
 
     Example:
       >>> import optax

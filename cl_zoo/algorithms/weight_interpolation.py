@@ -73,7 +73,10 @@ def weight_interpolation(
     number of images, so that for convolutions these are no correlations; here positions count as examples. Examples of
     the memory are not augmented. After the reset, normalisation layers go on with their own momentum (there: with
     cumulative means), and batches count by their examples. The optimiser starts afresh after the first task too. Groups
-    of units are matched in their order, not in a random one.
+    of units are matched in their order, not in a random one. In correlations the authors add 1e-4 to the product of
+    standard deviations and divide by n - 1; ties of dead units are arbitrary there. For ResNets their code drops
+    permuted shortcuts and leaves the stem's ReLU out, so that their aligned old network is another function; their
+    published numbers carry it.
 
     Example:
       >>> import optax

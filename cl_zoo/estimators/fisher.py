@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_whole
+from cl_zoo.checks import check_choice, check_classes, check_whole
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.estimators.moments import Forward, gradient_moment
 from cl_zoo.losses import check_several, weighted_mean
@@ -66,8 +66,10 @@ def fisher_diagonal(
     check_whole("fisher_diagonal", "micro_batch", micro_batch, 1)
     if labels == "sampled" and key is None:
         raise ValueError('fisher_diagonal: labels="sampled" draws labels, so it needs a key')
-    if labels == "observed" and batches.y is None:
-        raise ValueError('fisher_diagonal: labels="observed" needs labelled batches; use "expected" or "sampled"')
+    if labels == "observed":
+        check_classes(
+            "fisher_diagonal", jax.tree.map(lambda leaf: leaf[0], batches.y), 'labels="observed" needs labels'
+        )
     if batch_square and labels == "expected":
         raise ValueError('fisher_diagonal: batch_square needs labels "sampled" or "observed"')
 

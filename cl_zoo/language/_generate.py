@@ -37,7 +37,7 @@ def keep_likely(logits: Array, *, top_k: int | None = None, top_p: Array | float
       logits: any.
       top_k: how many of the most probable tokens are kept; ties with the last one stay too.
       top_p: nucleus sampling: the smallest set of most probable tokens with this much probability is kept, at least
-        one; after `top_k`.
+        one; after `top_k`. Ties with the last one stay too; 1 keeps all.
 
     Source: Fan et al. 2018, arXiv 1805.04833; Holtzman et al. 2019, arXiv 1904.09751.
     """
@@ -50,7 +50,8 @@ def keep_likely(logits: Array, *, top_k: int | None = None, top_p: Array | float
         before = jnp.cumsum(mass, axis=-1) - mass
         least = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
         least = jnp.minimum(least, falling[..., :1])  # also where top_p is 0
-        logits = jnp.where(logits >= least, logits, low)
+        # The sum of all rounds to less than 1, or reaches it early.
+        logits = jnp.where((logits >= least) | (top_p >= 1), logits, low)
     return logits
 
 

@@ -146,7 +146,8 @@ def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32)
 
     Source: Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024 (DeltaNet), arXiv 2406.06484.
 
-    Differences from the paper or its code: convolutions are off unless asked for; DeltaNet has them, of width 4.
+    Differences from the paper or its code: convolutions are off unless asked for; DeltaNet has them, of width 4. The
+    library fla has an epsilon of 1e-5 in the output's norm, and scales q by d^-1/2.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -198,7 +199,8 @@ def gated_delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int
     Source: Yang et al. 2025, arXiv 2412.06464.
 
     Differences from the paper or its code: no output gate, convolutions only if asked for; A begins evenly spread over
-    [1, 16] on a log scale and softplus at 0.001 to 0.1, where the code draws both.
+    [1, 16] on a log scale and softplus at 0.001 to 0.1, where the code draws both. The library fla has an epsilon of
+    1e-5 in the output's norm, and scales q by d^-1/2.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -193,7 +193,9 @@ def lact(
     Source: Zhang et al. 2025, arXiv 2505.23884.
 
     Differences from the paper or its code: the paper's chunks have 2048 tokens and more; queries and keys of both parts
-    are the same projections, without scales and shifts of their own; s, d numbers a head, begins at 1.
+    are the same projections, without scales and shifts of their own; s, d numbers a head, begins at 1. In the code
+    heads share the norm's scale; its language model rotates fast queries and keys, has five steps of coefficients for
+    the orthogonalisation, an epsilon of 1e-5 and a base rate of 0.001.
 
     Example:
       >>> import jax, jax.numpy as jnp

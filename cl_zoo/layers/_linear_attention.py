@@ -92,8 +92,8 @@ def widen(*arrays: Array) -> list[Array]:
 def linear_attention(width: int, heads: int, *, convolution: int = 0, chunk: int = 64) -> Mixer:
     """S_t = S_{t-1} + k_t v_t^T;   z_t = q_t S_t / sqrt(d).
 
-    What test-time training becomes with a linear model, one batch step of rate 1/2 from 0, and no norm: a memory that
-    adds and never corrects.
+    What test-time training becomes with a linear model, one batch step of rate 1 on half the squared error from 0, and
+    no norm: a memory that adds and never corrects.
 
     Args:
       width, heads: D, and H that divides it.

@@ -164,7 +164,8 @@ def ttt_linear(
     Source: Sun et al. 2024, arXiv 2407.04620.
 
     Differences from the paper or its code: with convolutions q and k have projections of their own (the code's Mamba
-    backbone shares one), and a SiLU follows; no warm-up of the rate.
+    backbone shares one), and a SiLU follows; no warm-up of the rate. The code convolves q and k only, with a bias; its
+    initial weights have a deviation of 0.02.
 
     Example:
       >>> import jax, jax.numpy as jnp
