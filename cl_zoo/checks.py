@@ -69,7 +69,8 @@ _VARIADIC, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_K
 def check_kind(owner: str, field: str, value: Any, hint: Any) -> None:
     """Refuses a value that is not of the kind that an annotation says."""
     if not _fits(value, hint):
-        told = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+        told = " ".join(repr(value).split())
+        told = told if len(told) < 60 else f"a {type(value).__name__}"
         raise ValueError(f"{owner}: {field} is {told}, but it must be {_told(hint)}")
 
 
@@ -119,8 +120,10 @@ def _is_real(value: Any) -> bool:
     """A finite real number, or an array or a tracer of them."""
     if isinstance(value, (bool, np.bool_, str, bytes)) or value is None:
         return False
-    if isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
-        dtype = jnp.result_type(value) if not isinstance(value, int) else np.dtype(float)
+    if isinstance(value, int):
+        return abs(value) < 2**1000
+    if isinstance(value, (float, np.number, np.ndarray, jax.Array)):
+        dtype = jnp.result_type(value)
         if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
             return False
         return isinstance(value, jax.core.Tracer) or bool(np.isfinite(np.asarray(value, np.float64)).all())

@@ -62,8 +62,9 @@ class GgufFile(NamedTuple):
 def _gguf_name(name: str) -> str:
     if name in _NAMES:
         return _NAMES[name]
-    _, _, block, *part, kind = name.split(".")
-    return f"blk.{block}.{_NAMES['.'.join(part)]}.{kind}"
+    kind, *rest = reversed(name.split("."))
+    part = ".".join(reversed(rest[:-3]))
+    return f"blk.{rest[-3]}.{_NAMES[part]}.{kind}" if part in _NAMES else name
 
 
 def _hugging_face_name(name: str) -> str:
@@ -126,11 +127,16 @@ def read_gguf(path: str | Path) -> GgufFile:
     if scaling not in (None, "none"):
         settings["rope_scaling"] = {"rope_type": scaling, "factor": told("rope.scaling.factor")}
 
+    def named(name: str) -> Any:
+        if (own := _gguf_name(name)) not in tensors:
+            raise ValueError(f"{path}: there is no tensor {own!r}")
+        return tensors[own]
+
     def shape(name: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in tensors[_gguf_name(name)].shape[::-1])
+        return tuple(int(n) for n in named(name).shape[::-1])
 
     def read(name: str) -> np.ndarray:
-        found = tensors[_gguf_name(name)]
+        found = named(name)
         try:
             values = np.array(gguf.quants.dequantize(found.data, found.tensor_type), np.float32)
         except Exception as error:

@@ -79,8 +79,9 @@ def settle_config(directory: Path, config: Mapping[str, Any]) -> None:
                     f"cannot resume {directory}: the learner or the stream is another: a number (a rate, a strength),"
                     " a component or a function is not what it was; restore it, or use another directory"
                 )
+            written = field.encode("unicode_escape").decode()  # one line, whatever the file holds
             raise ConfigError(
-                f"cannot resume {directory}: {field} was {old.get(field, 'absent')!r}, now it is"
+                f"cannot resume {directory}: {written} was {old.get(field, 'absent')!r}, now it is"
                 f" {new.get(field, 'absent')!r}; restore it, or use another directory"
             )
 
