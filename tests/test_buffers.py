@@ -308,5 +308,5 @@ def test_memories_by_class_say_what_is_wrong():
     with pytest.raises(ValueError, match="capacity is 0"):
         class_balanced_init(jnp.zeros(1), 0, 3)
     memory, state = by_class("ring", (1, 1), 4)
-    with pytest.raises(ValueError, match="the batch has none"):
+    with pytest.raises(ValueError, match="the batch has no labels"):
         memory.add(state, (jnp.zeros(1, int), None, None), jnp.ones(1), jax.random.key(0))

@@ -185,5 +185,5 @@ def test_impossible_choices_are_refused(options: dict[str, Any], message: str) -
 
 
 def test_observed_labels_must_be_there() -> None:
-    with pytest.raises(ValueError, match="needs labelled batches"):
+    with pytest.raises(ValueError, match="needs labels"):
         fisher_diagonal(lambda p, b, e: (b.x, {}), {}, batches()._replace(y=None), labels="observed")
