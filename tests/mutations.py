@@ -96,7 +96,7 @@ MUTATIONS = (
     # What composes and runs.
     Mutation("keys without the step", "_learner.py", "jax.random.fold_in(state_key, step), crc32", "jax.random.fold_in(state_key, 0), crc32", "key", ("tests/test_hooks.py",)),
     Mutation("keys without the name", "_learner.py", 'crc32(f"{name}/{hook}".encode())', 'crc32(f"{hook}".encode())', "key", ("tests/test_hooks.py",)),
-    Mutation("padding is not blanked", "_learner.py", "return jnp.where(present, leaf, jnp.zeros_like(leaf))", "return leaf", "supervised or replay", (LAWS,)),
+    Mutation("padding is not blanked", "_learner.py", "return jnp.where(present, leaf, jnp.zeros_like(leaf))", "return leaf", "supervised or replay or nan", (LAWS,)),
     Mutation("padding alone takes a step", "_learner.py", "jax.lax.cond(jnp.any(batch.weight > 0), step, lambda: kept)", "jax.lax.cond(jnp.any(batch.weight >= 0), step, lambda: kept)", "supervised", (LAWS,)),
     Mutation("penalties are not added", "_learner.py", "gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)", "gradient = gradient", "ewc"),
     Mutation("outputs are not masked", "losses.py", "return jnp.where(active, outputs, jnp.finfo(outputs.dtype).min / 2)", "return outputs", "supervised or ewc"),
