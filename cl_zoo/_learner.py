@@ -315,8 +315,7 @@ def _blank(batch: Batch) -> Batch:
 def _scored(batch: Batch) -> Batch:
     """Examples without a target have weight 0 in losses and estimates. Elsewhere they are examples like others: weights
     that depend on labels would make every update a branch."""
-    given = scored(batch.y)
-    return batch if given is None else batch._replace(weight=jnp.where(given, batch.weight, 0))
+    return batch._replace(weight=scored(batch.y, batch.weight))
 
 
 def _blank_all(sample: Batch | None) -> Batch | None:

@@ -38,7 +38,8 @@ def checked(function: F) -> F:
     a tracer or an array of them; `bool`, true or false; `str`, a word; `Callable`, what can be called; a class, its
     instances; `Sequence[...]`, a list, tuple or array, not a word. Ranges are checked by the function itself.
     """
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    named = isinstance(getattr(signature.parameters.get("name"), "default", None), str)  # a component's own name
 
     @functools.cache  # annotations are looked up at the first call: modules may import each other
     def hints() -> dict[str, Any]:
@@ -47,16 +48,15 @@ def checked(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{function.__name__}: {error}") from None
-        named = "name" in parameters and isinstance(parameters["name"].default, str)
         owner = given.get("name", "") if named and isinstance(given.get("name", ""), str) else ""
         owner = owner or function.__name__
         for field, value in given.items():
             if field == "key" and value is not None:
                 check_key(owner, field, value)
-            elif field in hints() and parameters[field].kind not in (_VARIADIC, _KEYWORDS):
+            elif field in hints() and signature.parameters[field].kind not in (_VARIADIC, _KEYWORDS):
                 check_kind(owner, field, value, hints()[field])
         return function(*args, **kwargs)
 

@@ -22,6 +22,7 @@ __all__ = [
     "finite",
     "label_accuracy",
     "mask_outputs",
+    "mean_score",
     "next_token_loss",
     "scored",
     "soft_cross_entropy",
@@ -79,13 +80,17 @@ def weighted_mean(values: Array, weight: Array) -> Array:
     return jnp.sum(present * weight) / jnp.maximum(jnp.sum(weight), 1e-12)
 
 
-def scored(y: PyTree) -> Array | None:
-    """Which examples have a target, `bool[B]`: not those whose whole numbers are all `IGNORED`; None for targets of
-    another kind."""
+def mean_score(scores: Array, weight: Array) -> Array:
+    """`weighted_mean`, and nan where no example counts."""
+    return jnp.where(jnp.any(weight > 0), weighted_mean(scores, weight), jnp.nan)
+
+
+def scored(y: PyTree, weight: Array) -> Array:
+    """The weight, 0 for examples without a target: whose whole numbers are all `IGNORED`."""
     leaves = jax.tree.leaves(y)
     if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.signedinteger):
-        return None
-    return jnp.any((leaves[0] != IGNORED).reshape((leaves[0].shape[0], -1)), axis=1)
+        return weight
+    return jnp.where(jnp.any((leaves[0] != IGNORED).reshape((leaves[0].shape[0], -1)), axis=1), weight, 0)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from cl_zoo._model import Array, Key, Model, PyTree, Taps, of_arrays
 from cl_zoo.checks import check_choice
 from cl_zoo.identity import alike
-from cl_zoo.losses import mask_outputs, scored, weighted_mean
+from cl_zoo.losses import mask_outputs, mean_score, scored
 
 NEEDS = {
     "boundaries": "task boundaries (calls of begin_task and end_task)",
@@ -187,12 +187,9 @@ class Stream:
         """The mean of `score` over examples, `Batch[E, B, ...]`; nan where there are none."""
 
         def one(batch: Batch) -> tuple[Array, Array]:
-            given = scored(batch.y)
-            weight = batch.weight if given is None else jnp.where(given, batch.weight, 0)
-            return self.score(agent.predict(batch.x, batch.task), batch), weight
+            return self.score(agent.predict(batch.x, batch.task), batch), scored(batch.y, batch.weight)
 
-        scores, weight = jax.lax.map(one, examples)
-        return jnp.where(jnp.any(weight > 0), weighted_mean(scores, weight), jnp.nan)
+        return mean_score(*jax.lax.map(one, examples))
 
     def reorder(self, key: Key) -> Stream:
         """The same stream with its tasks drawn again. ValueError where they have one order."""

@@ -26,7 +26,7 @@ def dft(*, name: str = "dft") -> Component:
 
     Source: Wu et al. 2025, arXiv 2508.05629.
 
-    Differences from the paper or its code: The authors and TRL divide by all tokens of a batch; here each example's
+    Differences from the paper or its code: the authors and TRL divide by all tokens of a batch; here each example's
     mean comes first, so that short answers weigh more by token.
 
     Example:

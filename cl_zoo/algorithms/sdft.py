@@ -210,10 +210,8 @@ def _distillation(
     ) -> tuple[Array, dict[str, PyTree]]:
         x: Demonstrated = batch.x
         decoder, whole = context.model.decoder, context.model.inner_params
-        theta, phi = (
-            whole(state.params),
-            whole(state.params if teacher == "live" else as_in(part.teacher, state.params)),
-        )
+        shows = state.params if teacher == "live" else as_in(part.teacher, state.params)
+        theta, phi = whole(state.params), whole(shows)
         asked, shown = (x.prompt, x.padding), (x.shown, x.shown_padding)
         who, (prompt, padding) = (theta, asked) if answers == "student" else (phi, shown)
         said = generate(decoder, who, prompt, key, length=length, padding=padding, temperature=temperature, stop=stop)

@@ -155,7 +155,7 @@ def _listed(path: Path, folder: Path) -> list[tuple[str, Path]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+    except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}: not a csv file ({error}); copy or download it again") from error
     if not lines or lines[0] != ["filename", "label"]:
         raise ValueError(f"{path}: its first line must be filename,label; this is another kind of file")

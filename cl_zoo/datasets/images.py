@@ -31,14 +31,12 @@ class LabelledImages(NamedTuple):
     test_labels: np.ndarray
 
 
-def check_images(owner: str, images: Any) -> None:
-    """Refuses what is not `LabelledImages` as described there.
+def check_images(owner: str, images: LabelledImages) -> None:
+    """Refuses arrays that are not as `LabelledImages` describes them.
 
     Raises:
       ValueError: names the field, what it is, and what is allowed.
     """
-    if not isinstance(images, LabelledImages):
-        raise ValueError(f"{owner}: images is {type(images).__name__}, but it must be LabelledImages")
     parts = {}
     for split in ("train", "test"):
         pixels, labels = (np.asarray(getattr(images, f"{split}_{field}")) for field in ("images", "labels"))

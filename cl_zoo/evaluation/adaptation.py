@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from cl_zoo._learner import Learner
 from cl_zoo.checks import check_choice, check_whole, checked
-from cl_zoo.losses import weighted_mean
+from cl_zoo.losses import mean_score
 from cl_zoo.types import Array, Batch, Stream, TrainState
 
 __all__ = ["evaluate_adapting"]
@@ -82,7 +82,7 @@ def evaluate_adapting(
     def summary(scores: Array, batches: Batch, n: int) -> Array:
         if by_example:
             return jnp.where(batches.weight > 0, scores, 0).ravel()[:n]
-        return jnp.where(jnp.any(batches.weight > 0), weighted_mean(scores, batches.weight), jnp.nan)
+        return mean_score(scores, batches.weight)
 
     def on_task(start: TrainState, task: Array) -> tuple[TrainState, Array]:
         given = stream.evaluation(task, split)

@@ -9,26 +9,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-__all__ = ["optional", "rendered"]
+from cl_zoo.language._extra import optional
+
+__all__ = ["rendered"]
 
 SECONDS, LETTERS = 2.0, 1_000_000
 _BUILDERS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
 """Methods of text that make a long one of a short one: templates need none of them."""
 _TEXT = _BUILDERS | {"replace", "join"}
-
-
-def optional(module: str) -> Any:
-    """A module of the extra "language".
-
-    Raises:
-      ImportError: it is not installed; names the command that installs it.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is not installed; pip install 'cl_zoo[language]'") from error
 
 
 def rendered(template: str, values: Mapping[str, Any]) -> str:
@@ -38,7 +26,7 @@ def rendered(template: str, values: Mapping[str, Any]) -> str:
     it holds, at each of its lines.
 
     Raises:
-      Exception: what Jinja raises; TimeoutError, MemoryError's kind as a TemplateError.
+      Exception: what Jinja raises; TimeoutError; a TemplateError where a text or a number grows too large.
     """
     jinja, sandbox = optional("jinja2"), optional("jinja2.sandbox")
 

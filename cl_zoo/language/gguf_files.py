@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cl_zoo.language._extra import optional
 from cl_zoo.language._gguf_header import check_gguf_header
-from cl_zoo.language.tokenization import TextTokenizer, from_bpe, optional
+from cl_zoo.language.tokenization import TextTokenizer, from_bpe
 
 __all__ = ["GgufFile", "Tensors", "read_gguf"]
 

@@ -17,9 +17,10 @@ import numpy as np
 from cl_zoo.checks import check_weights, checked
 from cl_zoo.files import write_json
 from cl_zoo.language._decoder import Decoder
+from cl_zoo.language._extra import optional
 from cl_zoo.language.config import DecoderConfig, config_of, settings_of
 from cl_zoo.language.gguf_files import Tensors, read_gguf
-from cl_zoo.language.tokenization import TextTokenizer, load_tokenizer, optional, read_json
+from cl_zoo.language.tokenization import TextTokenizer, load_tokenizer, read_json
 from cl_zoo.types import Key, PyTree
 
 __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]

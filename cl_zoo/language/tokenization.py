@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cl_zoo.checks import check_whole, checked
-from cl_zoo.language._templates import optional, rendered
+from cl_zoo.language._extra import optional
+from cl_zoo.language._templates import rendered
 
-__all__ = ["TextTokenizer", "from_bpe", "left_padded", "load_tokenizer", "optional"]
+__all__ = ["TextTokenizer", "from_bpe", "left_padded", "load_tokenizer"]
 
 
 @contextmanager

@@ -180,8 +180,7 @@ def from_linen(
         name = getattr(module, "__name__", type(module).__name__)
         raise ValueError(f"from_linen: module is {name}, but it must be an instance of a Linen module, as {name}(...)")
     extra = _accepted(type(module).__call__)
-    switches = [name for name in _switches(True) if isinstance(getattr(module, name, None), bool)]
-    switches += [name for name in _switches(True) if name in module.__dataclass_fields__ and name not in switches]
+    switches = [name for name in _switches(True) if name in module.__dataclass_fields__]
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         _check_shape(x, input_shape)

@@ -355,8 +355,9 @@ def _images(owner: str, images: LabelledImages | None) -> LabelledImages:
     """The embedded digits where none are given; others are checked."""
     if images is None:
         return load_digits()
+    images = LabelledImages(*(np.asarray(part) for part in images))
     check_images(owner, images)
-    return LabelledImages(*(np.asarray(part) for part in images))
+    return images
 
 
 def _n_classes(images: LabelledImages) -> int:

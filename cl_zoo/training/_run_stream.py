@@ -93,6 +93,7 @@ def run_stream(
 def _check_result(result: Result, stream: Stream, strides: dict[str, int]) -> None:
     """Refuses a run whose metrics or states are not finite."""
 
+    @functools.cache  # most metrics have the same stride
     def numbers(stride: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         task, place = np.nonzero(updates(stream, stride))
         return task * stream.steps + (place + 1) * stride - 1, (task, place)

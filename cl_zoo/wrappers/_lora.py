@@ -90,11 +90,7 @@ def lora(
       >>> params["blocks"]["block_0"]["mixer"]["query"]["A"].shape
       (2, 16, 4)
     """
-    if not isinstance(model, Model):
-        raise ValueError(f"lora: model is {type(model).__name__}, but it must be a Model, as answering(decoder) is")
     check_whole("lora", "rank", rank, 1)
-    if isinstance(targets, str):
-        raise ValueError(f"lora: targets is {targets!r}, but it must be a sequence of names")
     if "embedding" in targets:
         raise ValueError(
             "lora: targets has 'embedding', a table of which rows are looked up, but it must name kernels, which are"
