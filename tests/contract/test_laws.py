@@ -133,6 +133,11 @@ def lane(learner: Learner, stream: Stream, key: Any) -> dict[str, Any]:
     return found
 
 
+def on_host(tree: Any) -> Any:
+    """NumPy's arrays, of which a slice is no program; keys stay."""
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf), tree)
+
+
 @pytest.fixture(scope="module", params=list(SUBJECTS))
 def subject(request: pytest.FixtureRequest, tiny_images: Any) -> Iterator[SimpleNamespace]:
     """One entry, and all that its laws look at."""
@@ -143,7 +148,7 @@ def subject(request: pytest.FixtureRequest, tiny_images: Any) -> Iterator[Simple
         return lane(entry_learner(stream, entry, **{name: numbers[name] for name in entry.numbers}), stream, key)
 
     keys = jnp.stack([OTHER_KEY, KEY, KEY])
-    lanes = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))(settings(entry), keys, stream)
+    lanes = on_host(jax.jit(jax.vmap(run, in_axes=(0, 0, None)))(settings(entry), keys, stream))
     own = jax.tree.map(lambda leaf: leaf[OWN], lanes)
 
     def at(t: int) -> Any:
