@@ -135,7 +135,11 @@ def lane(learner: Learner, stream: Stream, key: Any) -> dict[str, Any]:
 
 def on_host(tree: Any) -> Any:
     """NumPy's arrays, of which a slice is no program; keys stay."""
-    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf), tree)
+
+    def host(leaf: Any) -> Any:
+        return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+
+    return jax.tree.map(host, tree)
 
 
 @pytest.fixture(scope="module", params=list(SUBJECTS))
