@@ -19,7 +19,12 @@ MasState = Quadratic
 
 @checked
 def mas(
-    strength: Array | float, *, decay: Array | float | None = None, micro_batch: int = 16, name: str = "mas"
+    strength: Array | float,
+    *,
+    decay: Array | float | None = None,
+    whole_first: bool = False,
+    micro_batch: int = 16,
+    name: str = "mas",
 ) -> Component:
     """Keeps parameters near their last values, each in proportion to how much the outputs depend on it.
 
@@ -32,6 +37,8 @@ def mas(
     Args:
       strength: lambda, at least 0.
       decay: None adds tasks up; a number in [0, 1] takes a moving average over them.
+      whole_first: the moving average begins with the first task's Omega, as in Avalanche, not with 0, which makes
+        the first task's smaller by 1 - decay.
       micro_batch: examples whose gradients are computed at once where no fast path exists.
       name: key in state and metrics.
 
@@ -39,14 +46,12 @@ def mas(
       A component with a `MasState`; metric `mas/penalty`.
 
     Raises:
-      ValueError: negative strength, decay outside [0, 1], micro_batch below 1.
+      ValueError: negative strength, decay outside [0, 1], whole_first without a decay, micro_batch below 1.
 
     Source: Aljundi et al. 2018, arXiv 1711.09601.
 
     Differences from the paper or its code: none; the paper adds tasks up, Avalanche averages with decay 0.5. Some code
     takes the gradient of a batch's mean norm, in which examples of opposite sign cancel; here it is each example's own.
-    Avalanche takes the first task's importance whole; with a decay it is averaged with 0 here, and so smaller by 1 -
-    decay in the first task.
 
     Example:
       >>> import optax
@@ -57,6 +62,8 @@ def mas(
     check_range(name, "strength", strength, 0)
     if decay is not None:
         check_range(name, "decay", decay, 0, 1)
+    elif whole_first:
+        raise ValueError(f"{name}: whole_first says how a moving average begins, but decay is None: tasks are added up")
     check_whole(name, "micro_batch", micro_batch, 1)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> MasState:
@@ -80,6 +87,8 @@ def mas(
 
         new = gradient_moment(forward, state.params, sample, cotangents, moment=jnp.abs, micro_batch=micro_batch)
         kept, added = (1, 1) if decay is None else (decay, 1 - decay)
+        if whole_first:
+            added = jnp.where(state.task == 0, 1, added)
         omega = jax.tree.map(lambda o, n: kept * o + added * n, part.precision, new)
         return state, quadratic(omega, state.params)
 

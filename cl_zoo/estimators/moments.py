@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.types import Array, Batch, Key, PyTree
@@ -35,7 +36,8 @@ def gradient_moment(
 
     exact, one matrix product per batch, for all k together. That path is taken for every two-dimensional kernel whose
     taps the model records for inputs `[B, in]`; every other parameter (convolutions, layers shared over positions,
-    models without taps) takes per-example gradients in micro-batches. One network may use both.
+    kernels that are also used beside their tap, models without taps) takes per-example gradients in micro-batches. One
+    network may use both.
 
     Args:
       forward: `(params, batch, perturb) -> (outputs [B, C], taps)`, examples independent of each other. It must be
@@ -61,6 +63,7 @@ def gradient_moment(
     first = jax.tree.map(lambda leaf: leaf[0], batches)
     taps = jax.eval_shape(lambda p, b: forward(p, b, None)[1], params, first)
     dense = _dense_taps(params, taps, first.weight.shape[0])
+    dense = {name: dense[name] for name in dense if not _used_beside_its_tap(forward, params, first, name)}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     slow = [i for i, (path, _) in enumerate(leaves) if "/".join(_names(path)[:-1]) not in dense]
     values = [leaf for _, leaf in leaves]
@@ -169,6 +172,21 @@ def row_gradient_square(
 
 def _names(path: tuple[Any, ...]) -> list[str]:
     return [str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path]
+
+
+class _Cut:
+    """Added to a layer's outputs, it leaves nothing of them."""
+
+    def __radd__(self, z: Array) -> Array:
+        return jnp.zeros_like(z)
+
+
+def _used_beside_its_tap(forward: Forward, params: PyTree, batch: Batch, name: str) -> bool:
+    """Whether the outputs depend on a layer's parameters even if what its tap records is taken away."""
+    closed = jax.make_jaxpr(lambda p, b: forward(p, b, {name: _Cut()})[0])(params, batch)  # type: ignore[dict-item]
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return any(is_used and "/".join(_names(path)[:-1]) == name for path, is_used in zip(paths, used, strict=False))
 
 
 def _dense_taps(params: PyTree, taps: dict[str, tuple[Any, Any]], rows: int) -> dict[str, PyTree]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from cl_zoo._learner import Learner
 from cl_zoo.checks import check_choice, check_whole, checked
-from cl_zoo.losses import mean_score
+from cl_zoo.losses import mean_score, scored
 from cl_zoo.types import Array, Batch, Stream, TrainState
 
 __all__ = ["evaluate_adapting"]
@@ -40,7 +40,8 @@ def evaluate_adapting(
       by_example: return the score of every example, in the stream's order, not their mean.
 
     Returns:
-      `f32[T]`, or by example `f32[T, N]`, 0 for padding; the state at the end with reset="never", else the given one.
+      `f32[T]`, or by example `f32[T, N]`, 0 for padding and `IGNORED` labels; the state at the end with
+      reset="never", else the given one.
 
     Raises:
       ValueError: another reset, batch_size, examples or together below 1, together without reset="batch".
@@ -80,9 +81,10 @@ def evaluate_adapting(
         return state, stream.score(outputs, batch)
 
     def summary(scores: Array, batches: Batch, n: int) -> Array:
+        weight = jax.vmap(scored)(batches.y, batches.weight)
         if by_example:
-            return jnp.where(batches.weight > 0, scores, 0).ravel()[:n]
-        return mean_score(scores, batches.weight)
+            return jnp.where(weight > 0, scores, 0).ravel()[:n]
+        return mean_score(scores, weight)
 
     def on_task(start: TrainState, task: Array) -> tuple[TrainState, Array]:
         given = stream.evaluation(task, split)

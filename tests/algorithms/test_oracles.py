@@ -134,12 +134,14 @@ def test_synaptic_intelligence(scenario: str, optimiser: str, gradient: str, cla
 
 
 @pytest.mark.parametrize("scenario", list(ACTIVE))
-@pytest.mark.parametrize("decay", [None, 0.4])
+@pytest.mark.parametrize("average", [{}, {"decay": 0.4}, {"decay": 0.4, "whole": True}], ids=str)
 @pytest.mark.parametrize("optimiser", list(OPTIMISERS))
-def test_mas(scenario: str, decay: float | None, optimiser: str) -> None:
+def test_mas(scenario: str, average: dict, optimiser: str) -> None:
     tasks = make_tasks(scenario)
-    first, metrics, state, _ = run_ours(scenario, tasks, optimiser, mas(0.5, decay=decay))
-    history, final = mas_oracle.run(first, tasks, 0.5, OPTIMISERS[optimiser][1], decay=decay, optimizer=optimiser)
+    decay, whole = average.get("decay"), "whole" in average
+    first, metrics, state, _ = run_ours(scenario, tasks, optimiser, mas(0.5, decay=decay, whole_first=whole))
+    settings = {"decay": decay, "first_whole": whole, "optimizer": optimiser}
+    history, final = mas_oracle.run(first, tasks, 0.5, OPTIMISERS[optimiser][1], **settings)
     agree_on_penalties(metrics, "mas/penalty", history)
     agree(state.params, final)
 

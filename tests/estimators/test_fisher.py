@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cl_zoo import Batch, Model
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.losses import mask_outputs
-from cl_zoo.models import cnn, mlp
+from cl_zoo.models import cnn, from_nnx, mlp
 from tests.oracles import ewc as oracle
 
 KEY = jax.random.key(1)
@@ -153,6 +154,32 @@ def test_layers_shared_over_positions_take_the_slow_path() -> None:
 
     gradients = jax.vmap(jax.grad(log_likelihood), (None, 0, 0))(params, x[0], data.y[0])
     assert relative(ours, jax.tree.map(lambda g: jnp.mean(jnp.square(g), axis=0), gradients)) < 1e-5
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_kernels_that_are_also_used_beside_their_tap_take_the_slow_path(first: bool) -> None:
+    """Weights that are tied: x^2 and g^2 of the recorded use are not the gradient of both."""
+
+    class Tied(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.inner = nnx.Linear(5, 5, rngs=rngs)
+            self.output = nnx.Linear(5, 4, rngs=rngs)
+
+        def __call__(self, x: Any, tap: Any) -> Any:
+            if first:
+                x = jnp.tanh(tap("inner", self.inner, x))
+                x = jnp.tanh(self.inner(x))
+            else:
+                x = jnp.tanh(self.inner(x))
+                x = jnp.tanh(tap("inner", self.inner, x))
+            return tap("output", self.output, x)
+
+    model = from_nnx(Tied)
+    data = batches(shape=(5,))
+    params, model_state = model.init(KEY, data.x[0])
+    found = fisher_diagonal(partial(forward, model, model_state), params, data, labels="observed")
+    slow = fisher_diagonal(partial(forward, model, model_state, taps=False), params, data, labels="observed")
+    assert relative(found, slow) < 1e-5
 
 
 def test_positions_flattened_into_rows_take_the_slow_path() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from cl_zoo import Component, Stream, accuracy, compose, run_stream, supervised, ttt
 from cl_zoo.evaluation import adapted_accuracy, evaluate_adapting
+from cl_zoo.losses import IGNORED
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
 from cl_zoo.wrappers import with_rotation_head
@@ -53,6 +54,19 @@ def changed_rows(stream: Stream, change: Any) -> Stream:
         return jax.tree.map(change, stream.evaluation_function(data, task, split))
 
     return dataclasses.replace(stream, evaluation_function=evaluation)
+
+
+def test_what_has_no_label_does_not_count(made: Any) -> None:
+    stream, learner, state = made
+
+    def score(outputs: Any, batch: Any) -> Any:
+        return jnp.where(batch.y == IGNORED, jnp.nan, 1.0)
+
+    def hidden(leaf: Any) -> Any:
+        return jnp.where(jnp.arange(leaf.shape[1]) % 2 == 0, IGNORED, leaf) if leaf.dtype == jnp.int32 else leaf
+
+    half = dataclasses.replace(changed_rows(stream, hidden), score_function=score)
+    np.testing.assert_array_equal(run(half, learner, state, batch_size=5)[0], 1)
 
 
 @pytest.mark.parametrize("reset", ["batch", "task", "never"])
