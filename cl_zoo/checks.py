@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,17 @@ import numpy as np
 import optax
 
 __all__ = [
+    "Count",
+    "Fraction",
+    "NonNegative",
+    "Positive",
+    "Whole",
     "check_choice",
     "check_classes",
     "check_key",
     "check_kind",
     "check_range",
+    "check_softmax",
     "check_weights",
     "check_whole",
     "checked",
@@ -31,19 +37,36 @@ LARGEST = 2**31 - 1
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, both allowed, or above `low`."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    above: bool = False
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+NonNegative = Annotated[jax.Array | float, Range(0)]
+Positive = Annotated[jax.Array | float, Range(0, above=True)]
+Fraction = Annotated[jax.Array | float, Range(0, 1)]
+"""Kinds of arguments, as annotations: `checked` refuses what lies outside."""
+
+
 def checked(function: F) -> F:
     """The function, refusing arguments that are not what its annotations say, before anything else happens.
 
     What an annotation means: `int`, a whole number up to `LARGEST`; `float`, a finite real number, and with `Array |`
-    a tracer or an array of them; `bool`, true or false; `str`, a word; `Callable`, what can be called; a class, its
-    instances; `Sequence[...]`, a list, tuple or array, not a word. Ranges are checked by the function itself.
+    a tracer or an array of them; `Annotated[..., Range]`, one in a range, unless it is a tracer; `bool`, true or false;
+    `str`, a word; `Literal`, one of these; `Callable`, what can be called; a class, its instances; `Sequence[...]`, a
+    list, tuple or array, not a word. Ranges that depend on other arguments are checked by the function itself.
     """
     signature = inspect.signature(function)
     named = isinstance(getattr(signature.parameters.get("name"), "default", None), str)  # a component's own name
 
     @functools.cache  # annotations are looked up at the first call: modules may import each other
     def hints() -> dict[str, Any]:
-        return get_type_hints(function)
+        return get_type_hints(function, include_extras=True)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -72,10 +95,29 @@ def check_kind(owner: str, field: str, value: Any, hint: Any) -> None:
         told = " ".join(repr(value).split())
         told = told if len(told) < 60 else f"a {type(value).__name__}"
         raise ValueError(f"{owner}: {field} is {told}, but it must be {_told(hint)}")
+    _check_ranges(owner, field, value, hint)
+
+
+def _check_ranges(owner: str, field: str, value: Any, hint: Any) -> None:
+    """Refuses numbers outside of the ranges of an annotation, which they fit otherwise."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        allowed = hint.__metadata__[0]
+        check_range(owner, field, value, allowed.low, allowed.high, above=allowed.above)
+    elif origin in (Union, UnionType):
+        _check_ranges(owner, field, value, next(one for one in inner if _fits(value, one)))
+    elif origin in (Sequence, list, tuple) and inner and get_origin(inner[0]) is Annotated:
+        for one in value:
+            _check_ranges(owner, f"each of {field}", one, inner[0])
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
+    if origin is Annotated:
+        return _fits(value, hint.__origin__)
+    if origin is Literal:  # True is not 1
+        plain = value.item() if isinstance(value, np.generic) else value
+        return any(type(one) is type(plain) and one == plain for one in get_args(hint))
     if hint is Any or isinstance(hint, TypeVar):
         return True
     if hint is None or hint is type(None):
@@ -143,6 +185,10 @@ def _told(hint: Any) -> str:
         optax.GradientTransformation: "an optax optimiser, as optax.adam(1e-3)",
     }
     origin = get_origin(hint)
+    if origin is Annotated:
+        return _told(hint.__origin__)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
     if origin in (Union, UnionType):
         kinds = [one for one in get_args(hint) if one is not jax.Array or float not in get_args(hint)]
         return " or ".join(dict.fromkeys(map(_told, kinds)))
@@ -168,15 +214,18 @@ def check_key(owner: str, field: str, key: Any, axes: int = 0) -> None:
         raise ValueError(f"{owner}: {field} has the shape {shape}, but it must be {wanted}")
 
 
-def check_range(owner: str, field: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Refuses a concrete number outside `[low, high]`; a tracer (a value of a sweep) passes."""
+def check_range(
+    owner: str, field: str, value: Any, low: float, high: float = float("inf"), *, above: bool = False
+) -> None:
+    """Refuses a concrete number outside `[low, high]`, or not above `low`; a tracer (a value of a sweep) passes."""
     if isinstance(value, jax.core.Tracer):
         return
     if not _is_real(value) and not (isinstance(value, (list, tuple)) and all(map(_is_real, value))):
         raise ValueError(f"{owner}: {field} is {value!r}, but it must be a finite number")
     for number in np.ravel(np.asarray(value)):
-        if not low <= float(number) <= high:
-            allowed = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
+        if not low <= float(number) <= high or (above and float(number) == low):
+            least = f"above {low:g}" if above else f"at least {low:g}"
+            allowed = least if high == float("inf") else f"in [{low:g}, {high:g}]"
             raise ValueError(f"{owner}: {field} is {float(number):g}, but it must be {allowed}")
 
 
@@ -203,6 +252,13 @@ def check_classes(owner: str, y: Any, why: str) -> None:
     if not hasattr(y, "shape") or len(y.shape) != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
         told = f"{y.dtype}{list(y.shape)}" if hasattr(y, "shape") else f"a {type(y).__name__}"
         raise ValueError(f"{owner}: y is {told}, but {why}: it must be one whole number for each example, [B]")
+
+
+def check_softmax(owner: str, y: Any, why: str) -> None:
+    """Refuses floating point targets where the softmax of the outputs is taken: it is not what they are learned by."""
+    for leaf in jax.tree.leaves(y):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{owner}: y is {leaf.dtype}{list(leaf.shape)}, but {why}")
 
 
 def check_weights(owner: str, weights: Any, wanted: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ import pytest
 from cl_zoo import (
     Batch,
     NonFiniteError,
+    Stream,
     agem,
+    catalogue,
     compose,
     der,
     ewc,
@@ -45,7 +48,10 @@ from cl_zoo.losses import (
     weighted_mean,
 )
 from cl_zoo.models import mlp
+from cl_zoo.streams.arrays import array_stream, scenario_tasks
+from cl_zoo.training import loop
 from cl_zoo.types import TaskInfo
+from tests.contract.cases import case
 from tests.tiny import close, same_bytes, tiny_learner, tiny_stream
 
 KEY = jax.random.key(3)
@@ -375,6 +381,82 @@ def test_a_loss_may_see_open_outputs_alone(stream: Any) -> None:
 
     result = run_stream(tiny_learner(stream, supervised(smooth)), stream, KEY)
     assert 0 < result.metrics["loss"].max() < 50
+
+
+SOFTMAX = 'y is float32\\[8, 3\\], but labels="expected" is for classes.*give ewc labels="loss"'
+CLASSES = "y is float32\\[8, 3\\], but .*: it must be one whole number for each example"
+VECTORS: dict[str, str | None] = {
+    **dict.fromkeys(("ewc", "online_ewc", "fisher_merging"), SOFTMAX),
+    "lwf": "lwf: y is float32.*, but lwf distils the softmax of the outputs, so targets must be classes",
+    **dict.fromkeys(("der_plus_plus", "er_ace", "gdumb", "icarl", "slda"), CLASSES),
+    **dict.fromkeys(("la_maml", "c_maml"), "cross_entropy: outputs are .* and labels"),
+    "tent": "none of the model's layers normalises",
+    "ttt": "square images",
+}
+"""Entries that refuse targets of several numbers; all others take them."""
+
+
+def vectors(y: Any) -> Stream:
+    x = jax.random.normal(KEY, (2, 40, 4))
+    return array_stream(
+        {"x": x, "y": y},
+        scenario_tasks("domain", 2, 3),
+        size=lambda data, split: jnp.array([40, 40]),
+        fetch=lambda data, split, task, i: (data["x"][task, i], data["y"][task, i]),
+        largest={"train": 40, "validation": 0, "test": 40},
+        smallest=40,
+        steps=4,
+        batch_size=8,
+        sample_size=16,
+        sample_batch=8,
+        evaluation_batch=20,
+        task_ids=False,
+        reorder=lambda data, key: data,
+        score=lambda outputs, batch: -several(outputs, batch.y),
+    )
+
+
+def several(outputs: Any, y: Any) -> Any:
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(outputs, y), axis=1)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalogue().values() if "domain" in entry.scenarios])
+def test_targets_of_several_numbers_are_learned_or_refused(name: str) -> None:
+    """Several labels an example, by a loss of one's own."""
+    entry = catalogue()[name]
+    stream = vectors(jax.random.bernoulli(KEY, 0.3, (2, 40, 3)).astype(jnp.float32))
+    made = entry.factory(several) if name == "supervised" else entry.factory(**entry.arguments)
+    components = made if isinstance(made, list) else [made]
+    if not entry.own_loss:
+        components = [supervised(several), *components]
+
+    def program(key: Any) -> Any:
+        net = case(name).wrap(mlp((4,), 3, hidden=(5,)))
+        learner, carry = loop.start(compose(net, optax.sgd(0.1), *components, tasks=stream.tasks), stream, key)
+        state = loop.begin(learner, stream, key, carry[0], 0)
+        (state, _), _ = loop.update(learner, stream, (state, carry[1]))
+        return loop.finish(learner, stream, key, state, 0)
+
+    if wanted := VECTORS.get(name):
+        with pytest.raises(ValueError, match=wanted):
+            jax.eval_shape(program, KEY)
+    else:
+        jax.eval_shape(program, KEY)
+
+
+def test_what_is_replayed_keeps_its_own_targets() -> None:
+    """The memory of rows whose target is a function of the input holds that function."""
+    x = jax.random.normal(KEY, (2, 40, 4))
+    y = jnp.stack([jnp.sum(x, axis=2), x[..., 0], x[..., 1] * x[..., 2]], axis=2)
+    stream = dataclasses.replace(vectors(y), data={"x": x, "y": y})
+    for component in (replay(20, batch_size=4), agem(20, batch_size=4), der(20, alpha=0.5, batch_size=4)):
+        learner = compose(mlp((4,), 3, hidden=(5,)), optax.sgd(0.01), supervised(several), component)
+        part = run_stream(learner, stream, KEY).state.parts[component.name]
+        rows = [leaf for leaf in jax.tree.leaves(part) if jnp.ndim(leaf) == 2]
+        assert [leaf.shape for leaf in rows[:2]] == [(20, 4), (20, 3)], component.name
+        np.testing.assert_allclose(rows[1][:, 0], jnp.sum(rows[0], axis=1), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(rows[1][:, 1], rows[0][:, 0])
+        assert jnp.any(rows[1] != 0)
 
 
 @pytest.mark.parametrize("y", [jnp.zeros((8, 3)), jnp.zeros((8, 3), int), jnp.zeros(8)])

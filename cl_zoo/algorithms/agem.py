@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.projection import project_conflict
 from cl_zoo.types import Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -18,7 +18,7 @@ AgemState = Reservoir
 
 
 @checked
-def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Component:
+def agem(capacity: Count, *, batch_size: int = 128, name: str = "agem") -> Component:
     """Removes the part of the gradient that would raise the loss on examples drawn from finished tasks.
 
         g_ref = grad L(examples from memory);    g <- g - min(0, g . g_ref) / (g_ref . g_ref) * g_ref
@@ -49,7 +49,6 @@ def agem(capacity: int, *, batch_size: int = 128, name: str = "agem") -> Compone
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), agem(capacity=200, batch_size=32))
     """
-    check_whole(name, "capacity", capacity, 1)
     check_whole(name, "batch_size", batch_size, 1, capacity)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> AgemState:

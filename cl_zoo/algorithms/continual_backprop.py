@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, checked
+from cl_zoo.checks import Fraction, NonNegative, Range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.units import (
     check_units,
@@ -43,11 +43,11 @@ class ContinualBackpropState(NamedTuple):
 
 @checked
 def continual_backprop(
-    replacement_rate: Array | float,
+    replacement_rate: Fraction,
     *,
-    maturity: Array | int = 100,
-    decay: Array | float = 0.99,
-    utility: str = "paper",
+    maturity: NonNegative = 100,
+    decay: Annotated[Array | float, Range(0, 1 - 1e-6)] = 0.99,
+    utility: Literal["paper", "released"] = "paper",
     name: str = "continual_backprop",
 ) -> Component:
     """After each step, a small fraction of the mature units, those of least utility, is replaced by new ones.
@@ -95,10 +95,6 @@ def continual_backprop(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), continual_backprop(1e-4))
     """
-    check_range(name, "replacement_rate", replacement_rate, 0, 1)
-    check_range(name, "maturity", maturity, 0)
-    check_range(name, "decay", decay, 0, 1 - 1e-6)
-    check_choice(name, "utility", utility, ("paper", "released"))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> ContinualBackpropState:
         check_units(name, context, state, batch)

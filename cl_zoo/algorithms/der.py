@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, NonNegative, check_classes, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -21,10 +21,10 @@ DerState = Reservoir
 
 @checked
 def der(
-    capacity: int,
+    capacity: Count,
     *,
-    alpha: Array | float,
-    beta: Array | float | None = None,
+    alpha: NonNegative,
+    beta: NonNegative | None = None,
     batch_size: int = 32,
     name: str = "der",
 ) -> Component:
@@ -62,13 +62,11 @@ def der(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), der(200, alpha=0.5, beta=0.5))
     """
-    check_whole(name, "capacity", capacity, 1)
     check_whole(name, "batch_size", batch_size, 1, capacity)
-    check_range(name, "alpha", alpha, 0)
-    if beta is not None:
-        check_range(name, "beta", beta, 0)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> DerState:
+        if beta is not None:
+            check_classes(name, batch.y, "beta weighs a cross-entropy; without it, outputs of any kind are kept")
         outputs = jax.eval_shape(
             lambda s, b: context.model.apply(s.params, s.model_state, b.x, task=b.task, weight=b.weight)[0],
             state,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range, checked
+from cl_zoo.checks import Fraction, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import as_in, wide
 from cl_zoo.estimators.teacher import moved_teacher
@@ -28,7 +28,7 @@ class EmaState(NamedTuple):
 
 
 @checked
-def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Component:
+def ema(decay: Fraction, *, warm_up: bool = False, name: str = "ema") -> Component:
     """The network learns as usual, but its moving average predicts.
 
         average = d average + (1 - d) theta     after every update
@@ -60,7 +60,6 @@ def ema(decay: Array | float, *, warm_up: bool = False, name: str = "ema") -> Co
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), ema(decay=0.99))
     """
-    check_range(name, "decay", decay, 0, 1)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> EmaState:
         return EmaState(wide(state.params), wide(state.model_state), jnp.zeros((), jnp.int32))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cl_zoo.algorithms.replay import ReplayState, replay
-from cl_zoo.checks import check_choice, checked
+from cl_zoo.checks import check_classes, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Aux, Batch, Component, Context, Forward, Key, PyTree, Record, TrainState
@@ -31,9 +31,9 @@ def er_ace(
     capacity: int,
     *,
     batch_size: int = 10,
-    incoming: str = "present",
-    replayed: str = "seen",
-    memory: str = "reservoir",
+    incoming: Literal["present", "unseen"] = "present",
+    replayed: Literal["seen", "all"] = "seen",
+    memory: Literal["reservoir", "ring", "class_balanced"] = "reservoir",
     n_classes: int | None = None,
     name: str = "er_ace",
 ) -> Component:
@@ -74,13 +74,12 @@ def er_ace(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), er_ace(200))
     """
-    check_choice(name, "incoming", incoming, ("present", "unseen"))
-    check_choice(name, "replayed", replayed, ("seen", "all"))
     rehearsal = replay(capacity, batch_size=batch_size, memory=memory, n_classes=n_classes, name=name)
     assert rehearsal.init and rehearsal.prepare and rehearsal.observe
     fill, draw, keep = rehearsal.init, rehearsal.prepare, rehearsal.observe
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> ErAceState:
+        check_classes(name, batch.y, "it masks classes")
         apply = context.model.apply
         outputs = jax.eval_shape(lambda s, b: apply(s.params, s.model_state, b.x, task=b.task)[0], state, batch)
         return ErAceState(fill(context, state, batch, key), jnp.zeros(outputs.shape[-1], bool))

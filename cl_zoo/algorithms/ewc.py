@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, Fraction, NonNegative, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.fisher import fisher_diagonal
 from cl_zoo.estimators.moments import row_gradient_square
@@ -19,12 +21,12 @@ EwcState = Quadratic
 
 @checked
 def ewc(
-    strength: Array | float,
+    strength: NonNegative,
     *,
-    decay: Array | float | None = None,
-    labels: str = "expected",
+    decay: Fraction | None = None,
+    labels: Literal["expected", "sampled", "observed", "loss"] = "expected",
     batch_square: bool = False,
-    micro_batch: int = 16,
+    micro_batch: Count = 16,
     name: str = "ewc",
 ) -> Component:
     """Keeps parameters near those of finished tasks, each in proportion to its Fisher information.
@@ -75,11 +77,6 @@ def ewc(
       >>> sorted(learner.needs)
       [('compose(tasks=None)', 'open_outputs'), ('ewc', 'boundaries'), ('ewc', 'end_sample')]
     """
-    check_range(name, "strength", strength, 0)
-    if decay is not None:
-        check_range(name, "decay", decay, 0, 1)
-    check_choice(name, "labels", labels, ("expected", "sampled", "observed", "loss"))
-    check_whole(name, "micro_batch", micro_batch, 1)
     if batch_square and labels in ("expected", "loss"):
         raise ValueError(f'{name}: batch_square needs labels "sampled" or "observed"')
 

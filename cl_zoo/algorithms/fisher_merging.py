@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, Fraction, Positive, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import interpolate, wide
 from cl_zoo.estimators.fisher import fisher_diagonal
@@ -31,12 +31,12 @@ class FisherMergingState(NamedTuple):
 
 @checked
 def fisher_merging(
-    balance: Array | float = 0.5,
+    balance: Fraction = 0.5,
     *,
-    decay: Array | float = 1.0,
-    epsilon: Array | float = 1e-8,
-    labels: str = "expected",
-    micro_batch: int = 16,
+    decay: Fraction = 1.0,
+    epsilon: Positive = 1e-8,
+    labels: Literal["expected", "sampled", "observed"] = "expected",
+    micro_batch: Count = 16,
     name: str = "fisher_merging",
 ) -> Component:
     """At each task's end from the second on, the new weights are averaged with the merged ones from before.
@@ -75,11 +75,6 @@ def fisher_merging(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), fisher_merging(balance=0.5))
     """
-    check_range(name, "balance", balance, 0, 1)
-    check_range(name, "decay", decay, 0, 1)
-    check_range(name, "epsilon", epsilon, 1e-30)
-    check_choice(name, "labels", labels, ("expected", "sampled", "observed"))
-    check_whole(name, "micro_batch", micro_batch, 1)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> FisherMergingState:
         nothing = wide(jax.tree.map(jnp.zeros_like, state.params))

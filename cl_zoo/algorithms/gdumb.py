@@ -11,7 +11,7 @@ import optax
 
 from cl_zoo.algorithms.supervised import no_loss
 from cl_zoo.buffers import ClassBalanced, batch_rows, class_balanced_memory
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.shuffle import shuffled_index
@@ -25,10 +25,10 @@ GdumbState = ClassBalanced
 
 @checked
 def gdumb(
-    capacity: int,
-    n_classes: int,
+    capacity: Count,
+    n_classes: Count,
     *,
-    epochs: int = 10,
+    epochs: Count = 10,
     batch_size: int = 16,
     optimiser: optax.GradientTransformation | None = None,
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
@@ -72,9 +72,6 @@ def gdumb(
       >>> rate = optax.cosine_decay_schedule(0.05, decay_steps=10 * 2)
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), gdumb(capacity=30, n_classes=3, optimiser=optax.sgd(rate)))
     """
-    check_whole(name, "capacity", capacity, 1)
-    check_whole(name, "n_classes", n_classes, 1)
-    check_whole(name, "epochs", epochs, 1)
     check_whole(name, "batch_size", batch_size, 1, capacity)
     memory = class_balanced_memory(capacity, n_classes)
 

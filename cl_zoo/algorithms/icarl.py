@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from cl_zoo.buffers import batch_rows, joined
-from cl_zoo.checks import check_choice, check_classes, check_range, check_whole, checked
+from cl_zoo.checks import Count, Positive, check_classes, check_range, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.estimators.herding import herding_ranks, unit_rows
@@ -46,14 +46,14 @@ class IcarlState(NamedTuple):
 @checked
 def icarl(
     capacity: int,
-    n_classes: int,
+    n_classes: Count,
     *,
     batch_size: int = 32,
-    draw: str = "weights",
+    draw: Literal["weights", "examples"] = "weights",
     per_class: int | None = None,
-    temperature: Array | float = 1.0,
+    temperature: Positive = 1.0,
     task_size: Array | float | None = None,
-    feature_batch: int = 500,
+    feature_batch: Count = 500,
     name: str = "icarl",
 ) -> Component:
     """Learns from the task's examples and the exemplars of old classes; predicts the class of the nearest mean.
@@ -107,18 +107,15 @@ def icarl(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.adam(1e-3), icarl(capacity=30, n_classes=3, batch_size=10))
     """
-    check_whole(name, "n_classes", n_classes, 1)
     check_whole(name, "capacity", capacity, n_classes)
     check_whole(name, "batch_size", batch_size, 0, capacity)
-    check_whole(name, "feature_batch", feature_batch, 1)
-    check_choice(name, "draw", draw, ("weights", "examples"))
-    check_range(name, "temperature", temperature, 1e-6)
     if per_class is not None:
         check_whole(name, "per_class", per_class, 1, capacity // n_classes)
     if task_size is not None:
         check_range(name, "task_size", task_size, 1)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> IcarlState:
+        check_classes(name, batch.y, "exemplars need labels")
         features = jax.eval_shape(lambda: context.features(state, batch.x, batch.task))
         rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), batch_rows(batch))
         none = jnp.zeros(capacity, jnp.int32)
@@ -163,7 +160,6 @@ def icarl(
         batch: Batch,
         key: Key,
     ) -> tuple[Array, dict[str, PyTree]]:
-        check_classes(name, batch.y, "exemplars need labels")
         outputs = forward()
         if outputs.shape[-1] != n_classes:
             raise ValueError(f"{name}: n_classes is {n_classes}, but the model has {outputs.shape[-1]} outputs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from cl_zoo.checks import check_range, checked
+from cl_zoo.checks import NonNegative, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
@@ -12,7 +12,7 @@ __all__ = ["ENTRY", "l2_init"]
 
 
 @checked
-def l2_init(strength: Array | float, *, name: str = "l2_init") -> Component:
+def l2_init(strength: NonNegative, *, name: str = "l2_init") -> Component:
     """Keeps the network able to learn: parameters that a task does not need return to their initial values.
 
         penalty(p) = strength * sum_i (p_i - p_0,i)^2
@@ -37,7 +37,6 @@ def l2_init(strength: Array | float, *, name: str = "l2_init") -> Component:
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), l2_init(strength=1e-3))
     """
-    check_range(name, "strength", strength, 0)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> PyTree:
         return state.params

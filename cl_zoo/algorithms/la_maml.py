@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, NonNegative, check_range, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
@@ -31,12 +31,12 @@ class LaMamlState(NamedTuple):
 
 @checked
 def la_maml(
-    capacity: int,
+    capacity: Count,
     *,
     batch_size: int = 10,
-    rate: Array | float | None = None,
-    order: int = 1,
-    updates_per_batch: int = 1,
+    rate: NonNegative | None = None,
+    order: Literal[1, 2] = 1,
+    updates_per_batch: Count = 1,
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
     name: str = "la_maml",
 ) -> Component:
@@ -84,12 +84,7 @@ def la_maml(
       >>> model = with_learning_rates(mlp((4,), 3), 0.15)
       >>> learner = compose(model, look_ahead_sgd(0.3), la_maml(capacity=200, batch_size=10))
     """
-    check_whole(name, "capacity", capacity, 1)
     check_whole(name, "batch_size", batch_size, 1, capacity)
-    check_whole(name, "updates_per_batch", updates_per_batch, 1)
-    check_choice(name, "order", order, (1, 2))
-    if rate is not None:
-        check_range(name, "rate", rate, 0)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> LaMamlState:
         if rate is None and not (isinstance(state.params, dict) and "learning_rates" in state.params):

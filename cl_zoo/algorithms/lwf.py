@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, checked
+from cl_zoo.checks import NonNegative, Positive, check_softmax, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.losses import soft_cross_entropy, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
@@ -27,10 +27,10 @@ class LwfState(NamedTuple):
 
 @checked
 def lwf(
-    strength: Array | float = 1.0,
+    strength: NonNegative = 1.0,
     *,
-    temperature: Array | float = 2.0,
-    weighting: str = "constant",
+    temperature: Positive = 2.0,
+    weighting: Literal["constant", "tasks"] = "constant",
     temperature_squared: bool = False,
     name: str = "lwf",
 ) -> Component:
@@ -70,9 +70,6 @@ def lwf(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), lwf(temperature=2.0))
     """
-    check_range(name, "strength", strength, 0)
-    check_range(name, "temperature", temperature, 1e-6)
-    check_choice(name, "weighting", weighting, ("constant", "tasks"))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> LwfState:
         return LwfState(state.params, state.model_state)
@@ -86,6 +83,8 @@ def lwf(
         batch: Batch,
         key: Key,
     ) -> tuple[Array, dict[str, PyTree]]:
+        why = "lwf distils the softmax of the outputs, so targets must be classes; der keeps outputs of any kind"
+        check_softmax(name, batch.y, why)
         student = forward()
         teacher, _, _ = context.model.apply(
             part.params, part.model_state, batch.x, task=batch.task, weight=batch.weight

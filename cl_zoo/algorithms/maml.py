@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.checks import Count, Whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
@@ -30,7 +30,7 @@ class Adaptation(NamedTuple):
     """
 
     loss: Callable[[PyTree, PyTree], Array]
-    inner: optax.GradientTransformation | str
+    inner: optax.GradientTransformation | Literal["learned"]
     steps: int | None
     inner_batch_size: int | None
     only: tuple[str, ...]
@@ -122,29 +122,16 @@ class Adaptation(NamedTuple):
         return state, part, None
 
 
-def check_adaptation(
-    owner: str, inner: optax.GradientTransformation | str, steps: dict[str, int | None], inner_batch_size: int | None
-) -> None:
-    """Refuses an impossible inner loop."""
-    if isinstance(inner, str):
-        check_choice(owner, "inner", inner, ("learned", "an optax optimiser"))
-    for field, value in steps.items():
-        if value is not None:
-            check_whole(owner, field, value, 0)
-    if inner_batch_size is not None:
-        check_whole(owner, "inner_batch_size", inner_batch_size, 1)
-
-
 @checked
 def maml(
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
     *,
-    inner: optax.GradientTransformation | str,
-    inner_steps: int | None = 1,
-    test_steps: int | None = None,
-    order: int = 2,
+    inner: optax.GradientTransformation | Literal["learned"],
+    inner_steps: Whole | None = 1,
+    test_steps: Whole | None = None,
+    order: Literal[1, 2] = 2,
     only: Sequence[str] = (),
-    inner_batch_size: int | None = None,
+    inner_batch_size: Count | None = None,
     step_weights: Sequence[float] | None = None,
     rematerialise: bool = False,
     name: str = "maml",
@@ -196,8 +183,6 @@ def maml(
       >>> model = episodic(mlp((1,), 1, hidden=(40, 40)))
       >>> learner = compose(model, optax.adam(1e-3), maml(squared_error, inner=optax.sgd(0.01)))
     """
-    check_adaptation(name, inner, {"inner_steps": inner_steps, "test_steps": test_steps}, inner_batch_size)
-    check_choice(name, "order", order, (1, 2))
     if step_weights is not None and len(step_weights) != inner_steps:
         raise ValueError(
             f"{name}: step_weights has {len(step_weights)} numbers, but there must be one for each of the"

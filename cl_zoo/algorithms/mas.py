@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, NonNegative, check_range, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.moments import gradient_moment
 from cl_zoo.estimators.quadratic import Quadratic, quadratic, quadratic_penalty, zero_quadratic
@@ -19,11 +19,11 @@ MasState = Quadratic
 
 @checked
 def mas(
-    strength: Array | float,
+    strength: NonNegative,
     *,
     decay: Array | float | None = None,
     whole_first: bool = False,
-    micro_batch: int = 16,
+    micro_batch: Count = 16,
     name: str = "mas",
 ) -> Component:
     """Keeps parameters near their last values, each in proportion to how much the outputs depend on it.
@@ -59,12 +59,10 @@ def mas(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), mas(strength=1.0))
     """
-    check_range(name, "strength", strength, 0)
     if decay is not None:
         check_range(name, "decay", decay, 0, 1)
     elif whole_first:
         raise ValueError(f"{name}: whole_first says how a moving average begins, but decay is None: tasks are added up")
-    check_whole(name, "micro_batch", micro_batch, 1)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> MasState:
         return zero_quadratic(state.params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import optax
 
@@ -21,7 +22,7 @@ def oml(
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
     *,
     prediction: Sequence[str] = ("output",),
-    order: int = 2,
+    order: Literal[1, 2] = 2,
     name: str = "oml",
 ) -> Component:
     """The prediction part W learns example by example along a trajectory; the representation it reads is meta-learned.

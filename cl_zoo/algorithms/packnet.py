@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Fraction, Whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
@@ -31,7 +31,7 @@ class PackNetState(NamedTuple):
 
 @checked
 def packnet(
-    prune: Array | float = 0.5, retrain_steps: int = 100, *, pack_outputs: bool = False, name: str = "packnet"
+    prune: Fraction = 0.5, retrain_steps: Whole = 100, *, pack_outputs: bool = False, name: str = "packnet"
 ) -> Component:
     """Each task trains the free weights, keeps the largest of them for good, and leaves the rest to later tasks.
 
@@ -77,8 +77,6 @@ def packnet(
       >>> sorted(need for name, need in learner.needs if name == "packnet")
       ['boundaries', 'end_sample', 'task_ids']
     """
-    check_range(name, "prune", prune, 0, 1)
-    check_whole(name, "retrain_steps", retrain_steps, 0)
 
     def last_layer(context: Context, state: TrainState, batch: Batch) -> str:
         """The path of the layer whose outputs belong to tasks; "" where it is packed like all others."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, NonNegative, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.units import check_units, reset_units, row_mean, unit_activations
 from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState
@@ -25,7 +25,7 @@ class RedoState(NamedTuple):
 
 
 @checked
-def redo(threshold: Array | float, every: int = 1000, *, name: str = "redo") -> Component:
+def redo(threshold: NonNegative, every: Count = 1000, *, name: str = "redo") -> Component:
     """From time to time, units that are hardly active on the current batch are re-initialised.
 
     A unit i of a layer with n units is dormant where
@@ -61,8 +61,6 @@ def redo(threshold: Array | float, every: int = 1000, *, name: str = "redo") -> 
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.adam(1e-3), supervised(), redo(threshold=0.1, every=1000))
     """
-    check_range(name, "threshold", threshold, 0)
-    check_whole(name, "every", every, 1)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> RedoState:
         check_units(name, context, state, batch)

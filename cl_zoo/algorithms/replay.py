@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from cl_zoo.buffers import (
@@ -14,7 +16,7 @@ from cl_zoo.buffers import (
     reservoir_memory,
     ring_memory,
 )
-from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.checks import Count, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.types import Batch, Component, Context, Key, Record, TrainState
 
@@ -26,11 +28,11 @@ ReplayState = Reservoir | Ring | ClassBalanced
 
 @checked
 def replay(
-    capacity: int,
+    capacity: Count,
     *,
     batch_size: int = 32,
-    weighting: str = "examples",
-    memory: str = "reservoir",
+    weighting: Literal["examples", "tasks"] = "examples",
+    memory: Literal["reservoir", "ring", "class_balanced"] = "reservoir",
     n_classes: int | None = None,
     name: str = "replay",
 ) -> Component:
@@ -71,10 +73,7 @@ def replay(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), replay(capacity=500, batch_size=10))
     """
-    check_whole(name, "capacity", capacity, 1)
     check_whole(name, "batch_size", batch_size, 0, capacity)
-    check_choice(name, "weighting", weighting, ("examples", "tasks"))
-    check_choice(name, "memory", memory, ("reservoir", "ring", "class_balanced"))
     if memory == "reservoir":
         kind = reservoir_memory(capacity)
     else:

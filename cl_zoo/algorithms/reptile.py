@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.algorithms.maml import Adaptation, check_adaptation, check_episodes, mean
-from cl_zoo.checks import checked
+from cl_zoo.algorithms.maml import Adaptation, check_episodes, mean
+from cl_zoo.checks import Count, Whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Episode, Key, PyTree, TrainState
@@ -22,9 +22,9 @@ def reptile(
     loss: Callable[[PyTree, PyTree], Array] = cross_entropy,
     *,
     inner: optax.GradientTransformation,
-    inner_steps: int = 5,
-    test_steps: int | None = None,
-    inner_batch_size: int | None = None,
+    inner_steps: Whole = 5,
+    test_steps: Whole | None = None,
+    inner_batch_size: Count | None = None,
     name: str = "reptile",
 ) -> Component:
     """The gradient is the difference between the parameters and those that training on each episode ends at.
@@ -67,7 +67,6 @@ def reptile(
       ... )
     """
     tested = inner_steps if test_steps is None else test_steps
-    check_adaptation(name, inner, {"inner_steps": inner_steps, "test_steps": tested}, inner_batch_size)
     training = Adaptation(loss, inner, inner_steps, inner_batch_size, ())
     answering = training._replace(steps=tested)
 

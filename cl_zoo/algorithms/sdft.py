@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, Fraction, Range, Whole, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.averaging import as_in, wide
 from cl_zoo.estimators.teacher import moved_teacher
@@ -31,12 +31,12 @@ class SdftState(NamedTuple):
 @checked
 def sdft(
     *,
-    length: int,
-    direction: str = "forward",
-    teacher: str = "ema",
-    decay: Array | float = 0.99,
-    skip: int = 3,
-    temperature: float = 1.0,
+    length: Count,
+    direction: Literal["forward", "reverse", "jsd"] = "forward",
+    teacher: Literal["ema", "frozen", "live"] = "ema",
+    decay: Fraction = 0.99,
+    skip: Whole = 3,
+    temperature: Annotated[float, Range(0)] = 1.0,
     stop: Sequence[int] = (),
     name: str = "sdft",
 ) -> Component:
@@ -84,16 +84,16 @@ def sdft(
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
       >>> learner = compose(answering(net), optax.adam(1e-3), sdft(length=4, skip=0))
     """
-    learn = _by_divergence(name, direction)
+    learn = _by_divergence(direction)
     return _distillation("student", learn, length, teacher, decay, skip, temperature, stop, name)
 
 
 @checked
 def context_distillation(
     *,
-    length: int,
-    direction: str = "forward",
-    temperature: float = 1.0,
+    length: Count,
+    direction: Literal["forward", "reverse", "jsd"] = "forward",
+    temperature: Annotated[float, Range(0)] = 1.0,
     stop: Sequence[int] = (),
     name: str = "context_distillation",
 ) -> Component:
@@ -123,15 +123,15 @@ def context_distillation(
       >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
       >>> learner = compose(answering(net), optax.adam(1e-3), context_distillation(length=4))
     """
-    learn = _by_divergence(name, direction)
+    learn = _by_divergence(direction)
     return _distillation("teacher", learn, length, "frozen", 1.0, 0, temperature, stop, name)
 
 
 @checked
 def offline_distillation(
     *,
-    length: int,
-    temperature: float = 1.0,
+    length: Count,
+    temperature: Annotated[float, Range(0)] = 1.0,
     stop: Sequence[int] = (),
     name: str = "offline_distillation",
 ) -> Component:
@@ -168,8 +168,7 @@ def offline_distillation(
     return _distillation("teacher", learn, length, "frozen", 1.0, 0, temperature, stop, name)
 
 
-def _by_divergence(name: str, direction: str) -> Callable[[Array, Array, Array], Array]:
-    check_choice(name, "direction", direction, ("forward", "reverse", "jsd"))
+def _by_divergence(direction: Literal["forward", "reverse", "jsd"]) -> Callable[[Array, Array, Array], Array]:
     return lambda student, teacher, y: divergence(student, teacher, direction)
 
 
@@ -177,7 +176,7 @@ def _distillation(
     answers: str,
     learn: Callable[[Array, Array, Array], Array],
     length: int,
-    teacher: str,
+    teacher: Literal["ema", "frozen", "live"],
     decay: Array | float,
     skip: int,
     temperature: float,
@@ -187,11 +186,7 @@ def _distillation(
     """Distillation on drawn answers: `learn(student, teacher [B, N, V], y [B, N]) -> [B, N]` is each token's loss, and
     `answers` chooses who draws them."""
     check_stop(name, stop)
-    check_whole(name, "length", length, 1)
-    check_choice(name, "teacher", teacher, ("ema", "frozen", "live"))
-    check_range(name, "decay", decay, 0, 1)
     check_whole(name, "skip", skip, 0, length - 1)
-    check_range(name, "temperature", temperature, 0)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SdftState:
         if context.model.decoder is None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, checked
+from cl_zoo.checks import Fraction, NonNegative, checked
 from cl_zoo.entries import Entry, Null
-from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TaskInfo, TrainState
+from cl_zoo.types import Batch, Component, Context, Key, PyTree, Record, TaskInfo, TrainState
 
 __all__ = ["ENTRY", "shrink_and_perturb"]
 
 
 @checked
 def shrink_and_perturb(
-    shrink: Array | float,
-    noise: Array | float,
+    shrink: Fraction,
+    noise: NonNegative,
     *,
-    source: str = "normal",
-    when: str = "step",
+    source: Literal["normal", "init"] = "normal",
+    when: Literal["step", "task"] = "step",
     name: str = "shrink_and_perturb",
 ) -> Component:
     """All parameters are shrunk and perturbed with noise, after each step or before each task but the first.
@@ -54,10 +56,6 @@ def shrink_and_perturb(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), shrink_and_perturb(1e-6, 1e-5))
     """
-    check_range(name, "shrink", shrink, 0, 1)
-    check_range(name, "noise", noise, 0)
-    check_choice(name, "source", source, ("normal", "init"))
-    check_choice(name, "when", when, ("step", "task"))
 
     def moved(context: Context, state: TrainState, x: PyTree, key: Key) -> PyTree:
         leaves, structure = jax.tree.flatten(state.params)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cl_zoo.algorithms.supervised import no_loss
-from cl_zoo.checks import check_choice, check_classes, check_range, checked
+from cl_zoo.checks import Range, check_classes, checked
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.losses import mask_outputs
@@ -32,9 +32,9 @@ class SldaState(NamedTuple):
 @checked
 def slda(
     *,
-    shrinkage: Array | float = 1e-4,
-    features: str = "input",
-    counter: str = "total",
+    shrinkage: Annotated[Array | float, Range(1e-8, 1)] = 1e-4,
+    features: Literal["input", "penultimate"] = "input",
+    counter: Literal["total", "class"] = "total",
     name: str = "slda",
 ) -> Component:
     """Classifies features z by their class means and one shared covariance, updated once for each example.
@@ -80,9 +80,6 @@ def slda(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), slda(features="penultimate"))
     """
-    check_range(name, "shrinkage", shrinkage, 1e-8, 1)
-    check_choice(name, "features", features, ("input", "penultimate"))
-    check_choice(name, "counter", counter, ("total", "class"))
 
     def extract(context: Context, state: TrainState, x: PyTree, task: Array | None) -> Array:
         if features == "penultimate":

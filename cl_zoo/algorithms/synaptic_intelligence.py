@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, checked
+from cl_zoo.checks import NonNegative, Positive, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.estimators.quadratic import Quadratic, quadratic, quadratic_penalty, zero_quadratic
@@ -28,10 +28,10 @@ class SynapticIntelligenceState(NamedTuple):
 
 @checked
 def synaptic_intelligence(
-    strength: Array | float,
+    strength: NonNegative,
     *,
-    damping: Array | float = 0.1,
-    gradient: str = "task",
+    damping: Positive = 0.1,
+    gradient: Literal["task", "total"] = "task",
     clamp: bool = True,
     name: str = "synaptic_intelligence",
 ) -> Component:
@@ -69,9 +69,6 @@ def synaptic_intelligence(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.adam(1e-3), supervised(), synaptic_intelligence(strength=0.1))
     """
-    check_range(name, "strength", strength, 0)
-    check_range(name, "damping", damping, 1e-30)
-    check_choice(name, "gradient", gradient, ("task", "total"))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> SynapticIntelligenceState:
         zero = zero_quadratic(state.params)

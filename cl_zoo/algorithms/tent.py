@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, NonNegative, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import movable
 from cl_zoo.losses import finite, mask_outputs, weighted_mean
@@ -30,10 +30,10 @@ class TentState(NamedTuple):
 
 @checked
 def tent(
-    learning_rate: Array | float = 1e-3,
+    learning_rate: NonNegative = 1e-3,
     *,
     optimiser: optax.GradientTransformation | None = None,
-    steps: int = 1,
+    steps: Count = 1,
     only: Sequence[str] = (),
     name: str = "tent",
 ) -> Component:
@@ -75,8 +75,6 @@ def tent(
       >>> model = mlp((28, 28), 10, norm="batch")
       >>> learner = compose(model, optax.sgd(0.1), supervised(), tent(learning_rate=1e-3))
     """
-    check_range(name, "learning_rate", learning_rate, 0)
-    check_whole(name, "steps", steps, 1)
     descent = optax.adam(learning_rate) if optimiser is None else optimiser
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> TentState:

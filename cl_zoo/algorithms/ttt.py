@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, Fraction, NonNegative, Whole, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import inner_loop
 from cl_zoo.losses import cross_entropy, weighted_mean
@@ -78,13 +78,13 @@ def crop_and_flip(pad: int = 4, flip: bool = True) -> Callable[[Array, Key], Arr
 
 @checked
 def ttt(
-    learning_rate: Array | float = 1e-3,
+    learning_rate: NonNegative = 1e-3,
     *,
-    steps: int = 10,
-    views: int = 32,
+    steps: Whole = 10,
+    views: Count = 32,
     augment: Callable[[Array, Key], Array] | None = None,
-    joint: Array | float = 1.0,
-    threshold: Array | float | None = None,
+    joint: NonNegative = 1.0,
+    threshold: Fraction | None = None,
     name: str = "ttt",
 ) -> Component:
     """In training the rotation head learns beside the main head; at test time it and the trunk learn from test images.
@@ -136,12 +136,6 @@ def ttt(
       >>> model = with_rotation_head(mlp((28, 28), 10, hidden=(64,)), mlp((64,), 4, hidden=()), reads="output")
       >>> learner = compose(model, optax.sgd(0.1), supervised(), ttt(learning_rate=1e-3))
     """
-    check_range(name, "learning_rate", learning_rate, 0)
-    check_whole(name, "steps", steps, 0)
-    check_whole(name, "views", views, 1)
-    check_range(name, "joint", joint, 0)
-    if threshold is not None:
-        check_range(name, "threshold", threshold, 0, 1)
 
     def logits(context: Context, state: TrainState, params: PyTree, batch: Batch, **options: object) -> Array:
         """The rotation head's logits, `[B, 4]`."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, Fraction, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.alignment import match_activations, match_weights, permute, permute_statistics, readers
 from cl_zoo.estimators.averaging import floating, interpolate, recompute_statistics
@@ -34,12 +34,12 @@ class WeightInterpolationState(NamedTuple):
 
 @checked
 def weight_interpolation(
-    old_weight: Array | float,
+    old_weight: Fraction,
     *,
-    alignment: str | None = "activations",
+    alignment: Literal["activations", "weights"] | None = "activations",
     sample: str = "task",
-    micro_batch: int = 100,
-    sweeps: int = 20,
+    micro_batch: Count = 100,
+    sweeps: Count = 20,
     name: str = "weight_interpolation",
 ) -> Component:
     """After each task from the second on, the old weights are put in the new ones' order and the two are averaged.
@@ -85,10 +85,6 @@ def weight_interpolation(
       >>> components = supervised(), replay(200), weight_interpolation(old_weight=0.3, sample="replay")
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), *components)
     """
-    check_range(name, "old_weight", old_weight, 0, 1)
-    check_choice(name, "alignment", alignment, ("activations", "weights", None))
-    check_whole(name, "micro_batch", micro_batch, 1)
-    check_whole(name, "sweeps", sweeps, 1)
 
     source = sample  # the hook's own argument has that name
 

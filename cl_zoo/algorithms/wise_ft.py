@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, checked
+from cl_zoo.checks import Fraction, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import interpolate
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
@@ -28,7 +28,7 @@ class WiseFtState(NamedTuple):
 
 @checked
 def wise_ft(
-    old_weight: Array | float, *, anchor: str = "last", pretrained: bool = False, name: str = "wise_ft"
+    old_weight: Fraction, *, anchor: Literal["last", "first"] = "last", pretrained: bool = False, name: str = "wise_ft"
 ) -> Component:
     """At each task's end the weights are moved back towards those from before it.
 
@@ -60,8 +60,6 @@ def wise_ft(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), wise_ft(old_weight=0.5))
     """
-    check_range(name, "old_weight", old_weight, 0, 1)
-    check_choice(name, "anchor", anchor, ("last", "first"))
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> WiseFtState:
         return WiseFtState(state.params, state.model_state, jnp.zeros((), jnp.int32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tokenize
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,7 +23,9 @@ _FILES = (*CORRUPTIONS, "speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
 @checked
-def load_cifar10(data_dir: str | os.PathLike[str] | None, source: str | None = None) -> LabelledImages:
+def load_cifar10(
+    data_dir: str | os.PathLike[str] | None, source: Literal["binary", "tfds"] | None = None
+) -> LabelledImages:
     """Photographs of ten classes of things, 32 x 32, in colour.
 
     Args:
@@ -45,7 +48,6 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None, source: str | None = N
       (50000, 32, 32, 3)
     """
     source = source or "binary"
-    check_choice("load_cifar10", "source", source, ("binary", "tfds"))
     if source == "tfds":
         parts = []
         for split in tfds_splits("cifar10", data_dir):
@@ -107,8 +109,8 @@ def load_cifar10_c(data_dir: str | os.PathLike[str], corruption: str, severity: 
     Example:
       >>> images, labels = load_cifar10_c("CIFAR-10-C", "fog", 5)  # doctest: +SKIP
     """
-    check_choice("load_cifar10_c", "corruption", corruption, _FILES)
     check_choice("load_cifar10_c", "severity", severity, (1, 2, 3, 4, 5))
+    check_choice("load_cifar10_c", "corruption", corruption, _FILES)
     mine = slice(_ROWS * (severity - 1), _ROWS * severity)
     images = _mapped(Path(data_dir) / f"{corruption}.npy", (5 * _ROWS, 32, 32, 3))
     label_path = Path(data_dir) / "labels.npy"

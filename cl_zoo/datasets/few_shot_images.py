@@ -8,11 +8,11 @@ import os
 import struct
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.checks import Count, Whole, check_whole, checked
 from cl_zoo.datasets.images import tfds_splits
 
 __all__ = ["FewShotImages", "load_mini_imagenet", "load_omniglot"]
@@ -37,11 +37,11 @@ class FewShotImages(NamedTuple):
 @checked
 def load_omniglot(
     data_dir: str | os.PathLike[str] | None,
-    source: str | None = None,
+    source: Literal["folder", "tfds"] | None = None,
     *,
     drawn: tuple[int, int] | None = None,
-    seed: int = 0,
-    size: int = 28,
+    seed: Whole = 0,
+    size: Count = 28,
 ) -> FewShotImages:
     """Handwritten characters of 50 alphabets, 20 images of each, white on black.
 
@@ -70,9 +70,6 @@ def load_omniglot(
     """
     owner = "load_omniglot"
     source = source or "folder"
-    check_choice(owner, "source", source, ("folder", "tfds"))
-    check_whole(owner, "size", size, 1)
-    check_whole(owner, "seed", seed, 0)
     names: list[list[Hashable]] = [[], [], []]
     if source == "tfds":
         pieces = []
@@ -112,7 +109,7 @@ def _drawn(images: FewShotImages, drawn: tuple[int, int], seed: int, owner: str)
 
 
 @checked
-def load_mini_imagenet(data_dir: str | os.PathLike[str], *, size: int = 84) -> FewShotImages:
+def load_mini_imagenet(data_dir: str | os.PathLike[str], *, size: Count = 84) -> FewShotImages:
     """A hundred classes of ImageNet, 600 images of each, in colour.
 
     Args:
@@ -132,7 +129,6 @@ def load_mini_imagenet(data_dir: str | os.PathLike[str], *, size: int = 84) -> F
       >>> load_mini_imagenet("mini_imagenet").images.shape  # doctest: +SKIP
       (60000, 84, 84, 3)
     """
-    check_whole("load_mini_imagenet", "size", size, 1)
     folder = Path(data_dir)
     names: list[list[Hashable]] = [[], [], []]
     paths: list[Path] = []

@@ -10,11 +10,11 @@ import zlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cl_zoo.checks import check_choice, checked
+from cl_zoo.checks import checked
 
 __all__ = ["LabelledImages", "check_images", "check_labels", "check_pixels", "load_digits", "read_idx"]
 
@@ -101,7 +101,9 @@ LARGEST_LABEL = 10**6
 
 
 @checked
-def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | None = None) -> LabelledImages:
+def load_digits(
+    data_dir: str | os.PathLike[str] | None = None, source: Literal["embedded", "idx", "tfds"] | None = None
+) -> LabelledImages:
     """Handwritten digits, 28 x 28.
 
     Args:
@@ -123,7 +125,6 @@ def load_digits(data_dir: str | os.PathLike[str] | None = None, source: str | No
       (10000, 28, 28)
     """
     source = source or ("embedded" if data_dir is None else "idx")
-    check_choice("load_digits", "source", source, ("embedded", "idx", "tfds"))
     if source == "embedded":
         if data_dir is not None:
             raise ValueError("load_digits: source='embedded' reads no data_dir; leave one of the two out")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, checked
 
 __all__ = ["bare_code", "docstrings", "python_library", "read_text_domains"]
 
@@ -24,7 +24,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @checked
-def python_library(limit: int | None = 1_000_000) -> dict[str, bytes]:
+def python_library(limit: Count | None = 1_000_000) -> dict[str, bytes]:
     """Two domains that every machine has: Python's standard library as installed, its code and its documentation.
 
     Files are read in the order of their names, without tests, tables (`encodings`, `pydoc_data`), installed packages,
@@ -45,8 +45,6 @@ def python_library(limit: int | None = 1_000_000) -> dict[str, bytes]:
       >>> {name: len(text) for name, text in python_library(limit=1000).items()}
       {'code': 1000, 'docstrings': 1000}
     """
-    if limit is not None:
-        check_whole("python_library", "limit", limit, 1)
     return dict(_library(limit))
 
 

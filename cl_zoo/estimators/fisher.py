@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_classes, check_whole
+from cl_zoo.checks import check_choice, check_classes, check_softmax, check_whole
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.estimators.moments import Forward, gradient_moment
 from cl_zoo.losses import check_several, weighted_mean
@@ -66,10 +66,11 @@ def fisher_diagonal(
     check_whole("fisher_diagonal", "micro_batch", micro_batch, 1)
     if labels == "sampled" and key is None:
         raise ValueError('fisher_diagonal: labels="sampled" draws labels, so it needs a key')
+    y = jax.tree.map(lambda leaf: leaf[0], batches.y)
     if labels == "observed":
-        check_classes(
-            "fisher_diagonal", jax.tree.map(lambda leaf: leaf[0], batches.y), 'labels="observed" needs labels'
-        )
+        check_classes("fisher_diagonal", y, 'labels="observed" needs labels')
+    why = f'labels="{labels}" is for classes, by the softmax of the outputs; for other targets give ewc labels="loss"'
+    check_softmax("fisher_diagonal", y, why)
     if batch_square and labels == "expected":
         raise ValueError('fisher_diagonal: batch_square needs labels "sampled" or "observed"')
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.losses import mean_score, scored
 from cl_zoo.types import Array, Batch, Stream, TrainState
 
@@ -20,10 +22,10 @@ def evaluate_adapting(
     state: TrainState,
     split: str = "test",
     *,
-    reset: str = "batch",
-    batch_size: int = 1,
-    examples: int | None = None,
-    together: int = 1,
+    reset: Literal["batch", "task", "never"] = "batch",
+    batch_size: Count = 1,
+    examples: Count | None = None,
+    together: Count = 1,
     by_example: bool = False,
 ) -> tuple[Array, TrainState]:
     """The mean score on every task of a stream, each test batch predicted by `learner.adapt`, learning from it.
@@ -59,10 +61,6 @@ def evaluate_adapting(
       >>> scores.shape
       (5,)
     """
-    check_choice("evaluate_adapting", "reset", reset, ("batch", "task", "never"))
-    for field, value in (("batch_size", batch_size), ("examples", examples), ("together", together)):
-        if value is not None:
-            check_whole("evaluate_adapting", field, value, 1)
     if together > 1 and reset != "batch":
         raise ValueError(
             f'evaluate_adapting: together is {together}, but with reset="{reset}" every test batch waits for the one'

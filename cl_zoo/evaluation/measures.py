@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.checks import Count, check_choice, check_whole, checked
 from cl_zoo.evaluation.adaptation import evaluate_adapting
 from cl_zoo.identity import alike
 from cl_zoo.losses import mask_outputs
@@ -67,7 +67,9 @@ def at(when: str | int, measure: Measure | Function) -> Measure:
 
 
 @checked
-def accuracy(split: str = "test", *, batches: int | None = None, within_task: bool = False) -> Measure:
+def accuracy(
+    split: Literal["validation", "test"] = "test", *, batches: Count | None = None, within_task: bool = False
+) -> Measure:
     """The score on every task, `f32[T]`: `stream.evaluate`. At "task" it is the matrix R, `f32[T + 1, T]`.
 
     Args:
@@ -94,9 +96,6 @@ def accuracy(split: str = "test", *, batches: int | None = None, within_task: bo
       >>> result.measures["R"].shape, result.measures["curve"].shape
       ((6, 5), (5, 4, 5))
     """
-    check_choice("accuracy", "split", split, ("validation", "test"))
-    if batches is not None:
-        check_whole("accuracy", "batches", batches, 1)
 
     def function(learner: Learner, state: TrainState, stream: Stream, key: Key) -> Array:
         agent = learner.agent(state)

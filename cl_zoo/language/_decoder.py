@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.layers.mixer import Mixer, linear
 from cl_zoo.layers.norms import EPSILON, rms_norm
 from cl_zoo.types import Array, Key, Model, PyTree
@@ -66,11 +66,11 @@ def unstacked(params: PyTree) -> PyTree:
 
 @checked
 def decoder(
-    vocabulary: int,
+    vocabulary: Count,
     mixers: Sequence[Mixer],
     *,
-    layers: int,
-    hidden: int,
+    layers: Count,
+    hidden: Count,
     tied: bool = True,
     rematerialise: bool = False,
     epsilon: float = EPSILON,
@@ -115,8 +115,6 @@ def decoder(
       >>> net.model.apply(params, model_state, tokens)[0].shape
       (2, 10, 256)
     """
-    for field, value in {"vocabulary": vocabulary, "layers": layers, "hidden": hidden}.items():
-        check_whole("decoder", field, value, 1)
     widths = {mixer.width for mixer in mixers}
     if not mixers:
         raise ValueError("decoder: mixers is empty, but there must be at least one mixer")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, Fraction, NonNegative, check_range, checked
 from cl_zoo.compilation import jit
 from cl_zoo.language._decoder import Decoder, check_decoder, unstacked
 from cl_zoo.types import Array, Key, PyTree
@@ -62,11 +62,11 @@ def generate(
     prompts: Array,
     key: Key,
     *,
-    length: int,
+    length: Count,
     padding: Array | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    temperature: NonNegative = 1.0,
+    top_k: Count | None = None,
+    top_p: Fraction | None = None,
     stop: Sequence[int] = (),
 ) -> Generated:
     """Each prompt's continuation, token by token: y_t drawn from softmax(logits(prompt, y_<t) / temperature).
@@ -104,15 +104,9 @@ def generate(
       >>> generate(net, params, jnp.ones((2, 5), jnp.int32), jax.random.key(1), length=3).tokens.shape
       (2, 3)
     """
-    check_whole("generate", "length", length, 1)
     for field, value in (("temperature", temperature), ("top_p", top_p)):
         if not isinstance(value, int | float | None):
             raise ValueError(f"generate: {field} is {value!r}, but it must be a Python number, not an array")
-    check_range("generate", "temperature", temperature, 0)
-    if top_k is not None:
-        check_whole("generate", "top_k", top_k, 1)
-    if top_p is not None:
-        check_range("generate", "top_p", top_p, 0, 1)
     check_decoder("generate", decoder)
     check_stop("generate", stop)
     if not isinstance(params, dict) or "embedding" not in params:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.language._extra import optional
 from cl_zoo.language._templates import rendered
 
@@ -188,7 +188,7 @@ def from_bpe(
 
 
 @checked
-def left_padded(rows: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(rows: Sequence[Sequence[int]], length: Count | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Sequences of tokens in one array, for `generate` to continue: zeros before each.
 
     Args:
@@ -209,7 +209,6 @@ def left_padded(rows: Sequence[Sequence[int]], length: int | None = None) -> tup
         raise ValueError("left_padded: there must be at least one sequence, and a token in each")
     if length is None:
         length = max(16, 1 << (max(lengths) - 1).bit_length())
-    check_whole("left_padded", "length", length, 1)
     if max(lengths) > length:
         raise ValueError(f"left_padded: a sequence has {max(lengths)} tokens, but length is {length}")
     tokens = np.zeros((len(rows), length), np.int32)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen, zero_matrix
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, to_chunks
@@ -126,7 +126,7 @@ def _unit(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
 
 
 @checked
-def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32) -> Mixer:
+def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: Count = 32) -> Mixer:
     """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;   z_t = q_t S_t,   beta_t = sigmoid(x_t w + b).
 
     One step of gradient descent for every token, on 1/2 ||k_t S - v_t||^2 with rate beta_t: a key's new value replaces
@@ -155,7 +155,6 @@ def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32)
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 5, 8))).shape
       (1, 5, 8)
     """
-    check_whole("delta_rule", "chunk", chunk, 1)
 
     def init(key: Key) -> dict[str, Any]:
         return {"rate": {"kernel": linear(key, width, heads), "bias": jnp.zeros(heads)}}
@@ -181,7 +180,7 @@ def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32)
 
 
 @checked
-def gated_delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int = 32) -> Mixer:
+def gated_delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: Count = 32) -> Mixer:
     """S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;   z_t = q_t S_t.
 
     beta_t = sigmoid(x_t w + b) as in `delta_rule`, and a decay for each head, log a_t = -A softplus(x_t w' + b'), A > 0
@@ -208,7 +207,6 @@ def gated_delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: int
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 5, 8))).shape
       (1, 5, 8)
     """
-    check_whole("gated_delta_rule", "chunk", chunk, 1)
 
     def init(key: Key) -> dict[str, Any]:
         first, second = jax.random.split(key)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, Range, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers._rotary import rotary
@@ -156,10 +156,10 @@ def lact(
     width: int,
     heads: int,
     *,
-    chunk: int = 256,
-    window: int | None = None,
-    expansion: int = 1,
-    base_rate: float = 0.01,
+    chunk: Count = 256,
+    window: Count | None = None,
+    expansion: Count = 1,
+    base_rate: Annotated[float, Range(0, above=True)] = 0.01,
     momentum: bool = True,
     muon: bool = False,
     convolution: int = 0,
@@ -203,10 +203,6 @@ def lact(
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 10, 8))).shape
       (1, 10, 8)
     """
-    for field, value in (("chunk", chunk), ("expansion", expansion), ("window", chunk if window is None else window)):
-        check_whole("lact", field, value, 1)
-    if not base_rate > 0:
-        raise ValueError(f"lact: base_rate is {base_rate!r}, but it must be above 0, as softplus gives it")
     seen = chunk if window is None else window
     d = head_width("lact", width, heads)
     h = expansion * d

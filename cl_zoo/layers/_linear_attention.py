@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, to_chunks
 from cl_zoo.types import Array, Key, PyTree
@@ -89,7 +89,7 @@ def widen(*arrays: Array) -> list[Array]:
 
 
 @checked
-def linear_attention(width: int, heads: int, *, convolution: int = 0, chunk: int = 64) -> Mixer:
+def linear_attention(width: int, heads: int, *, convolution: int = 0, chunk: Count = 64) -> Mixer:
     """S_t = S_{t-1} + k_t v_t^T;   z_t = q_t S_t / sqrt(d).
 
     What test-time training becomes with a linear model, one batch step of rate 1 on half the squared error from 0, and
@@ -117,7 +117,6 @@ def linear_attention(width: int, heads: int, *, convolution: int = 0, chunk: int
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 5, 8))).shape
       (1, 5, 8)
     """
-    check_whole("linear_attention", "chunk", chunk, 1)
 
     def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
         q, k, v = widen(q, k, v)
@@ -143,7 +142,7 @@ def linear_attention(width: int, heads: int, *, convolution: int = 0, chunk: int
 
 @checked
 def gated_linear_attention(
-    width: int, heads: int, *, convolution: int = 0, rank: int = 16, temperature: float = 16.0
+    width: int, heads: int, *, convolution: int = 0, rank: Count = 16, temperature: float = 16.0
 ) -> Mixer:
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T;   z_t = q_t S_t / sqrt(d),   a_t = sigmoid(x_t W_1 W_2 + b)^(1 / tau).
 
@@ -168,7 +167,6 @@ def gated_linear_attention(
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 5, 8))).shape
       (1, 5, 8)
     """
-    check_whole("gated_linear_attention", "rank", rank, 1)
 
     def init(key: Key) -> dict[str, Any]:
         first, second = jax.random.split(key)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers.fast_weights import (
@@ -146,9 +146,9 @@ def titans(
     width: int,
     heads: int,
     *,
-    depth: int = 2,
-    chunk: int = 16,
-    expansion: int = 2,
+    depth: Literal[1, 2] = 2,
+    chunk: Count = 16,
+    expansion: Count = 2,
     base_rate: Array | float = 0.005,
     momentum: bool = True,
     decay: bool = True,
@@ -193,9 +193,6 @@ def titans(
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 10, 8))).shape
       (1, 10, 8)
     """
-    check_whole("titans", "depth", depth, 1, 2)
-    check_whole("titans", "chunk", chunk, 1)
-    check_whole("titans", "expansion", expansion, 1)
     d = head_width("titans", width, heads)
     sizes = (d, d) if depth == 1 else (d, expansion * d, d)
     gates = {"rate": 0.0, **({"momentum": 0.0} if momentum else {}), **({"decay": -4.0} if decay else {})}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._rotary import RotaryScaling, rotary
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, to_chunks
@@ -207,7 +207,7 @@ def window_attention(
     width: int,
     heads: int,
     *,
-    window: int = 64,
+    window: Count = 64,
     kv_heads: int | None = None,
     convolution: int = 0,
     theta: float = 10_000.0,
@@ -234,7 +234,6 @@ def window_attention(
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 5, 8))).shape
       (1, 5, 8)
     """
-    check_whole("window_attention", "window", window, 1)
 
     def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
         positions = jnp.arange(q.shape[-2])

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, check_whole, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers._rotary import rotary
@@ -198,7 +198,7 @@ def ttt_mlp(
     base_rate: Array | float = 0.1,
     average: bool = True,
     inner_norm: bool = True,
-    expansion: int = 4,
+    expansion: Count = 4,
     convolution: int = 0,
     gate: bool = False,
     theta: float = 10_000.0,
@@ -228,7 +228,6 @@ def ttt_mlp(
       >>> mixer.apply(mixer.init(jax.random.key(0)), jnp.ones((1, 10, 8))).shape
       (1, 10, 8)
     """
-    check_whole("ttt_mlp", "expansion", expansion, 1)
     d = head_width("ttt_mlp", width, heads)
     return _ttt(
         "ttt_mlp",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from flax import nnx
 
-from cl_zoo.checks import check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.normalisation import check_norm, normalise, normalising
 from cl_zoo.models.pooling import max_pool
@@ -25,9 +25,9 @@ class Cnn(nnx.Module):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        channels: Sequence[int],
-        hidden: int,
-        outputs: int,
+        channels: Sequence[Count],
+        hidden: Count,
+        outputs: Count,
         rngs: nnx.Rngs,
         norm: str | None,
         groups: int,
@@ -66,13 +66,13 @@ class Cnn(nnx.Module):
 
 @checked
 def cnn(
-    input_shape: Sequence[int],
-    outputs: int,
+    input_shape: Sequence[Count],
+    outputs: Count,
     *,
-    channels: Sequence[int] = (16, 32),
-    hidden: int = 128,
+    channels: Sequence[Count] = (16, 32),
+    hidden: Count = 128,
     norm: str | None = None,
-    groups: int = 8,
+    groups: Count = 8,
     preprocess: Callable[[PyTree], PyTree] = scale_images,
 ) -> Model:
     """Convolutions, then two dense layers, with taps and units of every layer.
@@ -104,14 +104,9 @@ def cnn(
       >>> params["hidden"]["kernel"].shape
       (1568, 128)
     """
-    for field, value in (("outputs", outputs), ("hidden", hidden), *(("channels", value) for value in channels)):
-        check_whole("cnn", field, value, 1)
-    check_whole("cnn", "groups", groups, 1)
     check_norm("cnn", norm, (None, "batch", "group"), groups, *channels, hidden)
     if len(input_shape) not in (2, 3):
         raise ValueError(f"cnn: input_shape is {tuple(input_shape)}, but it must be (height, width) or with channels")
-    for length in input_shape:
-        check_whole("cnn", "input_shape", length, 1)
     height, width, *depth = input_shape
     if min(height, width) < 2 ** len(channels):
         raise ValueError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
-from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.checks import Count, checked
 from cl_zoo.models.adapters import from_nnx
 from cl_zoo.models.normalisation import check_norm, normalise, normalising
 from cl_zoo.models.preprocess import scale_images
@@ -65,11 +65,11 @@ class Mlp(nnx.Module):
 
 @checked
 def mlp(
-    input_shape: Sequence[int],
-    outputs: int,
+    input_shape: Sequence[Count],
+    outputs: Count,
     *,
-    hidden: Sequence[int] = (256, 256),
-    initialiser: str = "lecun_normal",
+    hidden: Sequence[Count] = (256, 256),
+    initialiser: Literal["lecun_normal", "fan_in_uniform", "truncated_normal"] = "lecun_normal",
     norm: str | None = None,
     preprocess: Callable[[PyTree], PyTree] = scale_images,
 ) -> Model:
@@ -99,13 +99,7 @@ def mlp(
       >>> params["hidden_0"]["kernel"].shape
       (784, 32)
     """
-    check_whole("mlp", "outputs", outputs, 1)
-    for length in input_shape:
-        check_whole("mlp", "input_shape", length, 1)
-    check_choice("mlp", "initialiser", initialiser, ("lecun_normal", "fan_in_uniform", "truncated_normal"))
     check_norm("mlp", norm, (None, "batch", "layer"))
-    for width in hidden:
-        check_whole("mlp", "hidden", width, 1)
     sizes = (math.prod(input_shape), *hidden, outputs)
     layers = [f"hidden_{i}" for i in range(len(hidden))] + ["output"]
     units = tuple(

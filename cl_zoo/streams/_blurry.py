@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_range, checked
+from cl_zoo.checks import Range, check_range, checked
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.arrays import Cursor, locate
 from cl_zoo.types import Array, Key, PyTree
@@ -37,7 +37,7 @@ class Mixing(NamedTuple):
 
 
 @checked
-def blurry(fraction: float = 0.1, *, disjoint: float = 0.0) -> Mixing:
+def blurry(fraction: Annotated[float, Range(0, 1)] = 0.1, *, disjoint: Annotated[float, Range(0, 1)] = 0.0) -> Mixing:
     """Soft boundaries: a fraction of each class's examples comes in the periods of other tasks.
 
     The stream has T periods, one for each task. Of the n examples of a class of task t
@@ -74,8 +74,6 @@ def blurry(fraction: float = 0.1, *, disjoint: float = 0.0) -> Mixing:
       >>> sorted(stream.provides)
       ['open_outputs']
     """
-    check_range("blurry", "fraction", fraction, 0, 1)
-    check_range("blurry", "disjoint", disjoint, 0, 1)
     thousandths = round(1000 * fraction)
     if abs(1000 * fraction - thousandths) > 1e-6:
         raise ValueError(f"blurry: fraction is {fraction}, but it must be a multiple of 0.001")
@@ -132,7 +130,12 @@ class DriftCursor(NamedTuple):
 
 
 @checked
-def drifting(schedule: str = "gaussian", *, width: float = 0.5, over: str = "class") -> Mixing:
+def drifting(
+    schedule: Literal["gaussian", "linear"] = "gaussian",
+    *,
+    width: float = 0.5,
+    over: Literal["class", "task"] = "class",
+) -> Mixing:
     """No task boundaries at all: each class, or each task, comes and goes gradually.
 
     At x, the elapsed fraction of the stream times the number U of classes (or tasks), each example of a batch is of
@@ -167,8 +170,6 @@ def drifting(schedule: str = "gaussian", *, width: float = 0.5, over: str = "cla
       >>> stream.next(stream.init(jax.random.key(0)))[0].task is None
       True
     """
-    check_choice("drifting", "schedule", schedule, ("gaussian", "linear"))
-    check_choice("drifting", "over", over, ("class", "task"))
     check_range("drifting", "width", width, 0.501 if schedule == "linear" else 1e-6)
 
     def numbers(n_tasks: int, per_task: int) -> PyTree:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, check_choice, check_range, check_whole, checked
 from cl_zoo.datasets.cifar import load_cifar10_c
 from cl_zoo.datasets.corruptions import CORRUPTIONS, NOISES, corrupt
 from cl_zoo.datasets.images import LabelledImages, check_labels, check_pixels, load_digits
@@ -93,8 +93,8 @@ def corrupted_images(
     examples: int = 1000,
     key: Key | None = None,
     data_dir: str | os.PathLike[str] | None = None,
-    batch_size: int = 100,
-    epochs: int = 1,
+    batch_size: Count = 100,
+    epochs: Count = 1,
     validation: float = 0.0,
     sample_size: int | None = None,
     sample_batch: int = 500,
@@ -163,8 +163,6 @@ def corrupted_images(
         labels = load_cifar10_c(data_dir, *next(pair for pair in different if pair[1] > 0))[1]
         if images is not None and not np.array_equal(images.test_labels, labels):
             raise ValueError(f"{owner}: images have other test labels than {data_dir}, so they are not CIFAR-10's")
-    check_whole(owner, "epochs", epochs, 1)
-    check_whole(owner, "batch_size", batch_size, 1)
     check_whole(owner, "examples", examples, 1, len(labels))
     check_range(owner, "validation", validation, 0, 0.999)
     held_out = round(validation * examples)

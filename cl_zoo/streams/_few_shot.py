@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, Range, check_range, check_whole, checked
 from cl_zoo.datasets.few_shot_images import FewShotImages
 from cl_zoo.datasets.images import LabelledImages, check_labels, check_pixels, load_digits
 from cl_zoo.losses import label_accuracy
@@ -39,11 +39,11 @@ class FewShotData(NamedTuple):
 def few_shot(
     images: LabelledImages | FewShotImages | None = None,
     *,
-    n_tasks: int = 1,
+    n_tasks: Count = 1,
     steps: int = 60_000,
-    n_way: int = 5,
-    shots: int = 1,
-    queries: int = 15,
+    n_way: Annotated[int, Range(2)] = 5,
+    shots: Count = 1,
+    queries: Count = 15,
     batch_size: int = 4,
     train_classes: Sequence[int] | None = None,
     validation_classes: Sequence[int] | float | None = None,
@@ -94,10 +94,6 @@ def few_shot(
       ((4, 10, 28, 28), (4, 10), (4, 15))
     """
     owner = "few_shot"
-    for field, value, least in (("n_tasks", n_tasks, 1), ("n_way", n_way, 2), ("shots", shots, 1)):
-        check_whole(owner, field, value, least)
-    check_whole(owner, "queries", queries, 1)
-    check_choice(owner, "rotations", rotations, (False, True))
     turns = 4 if rotations else 1
     pixels, labels, own = _pooled(load_digits() if images is None else images)
     if rotations and pixels.shape[1] != pixels.shape[2]:
@@ -162,11 +158,11 @@ def trajectories(
     images: LabelledImages | FewShotImages | None = None,
     *,
     steps: int = 20_000,
-    n_way: int = 1,
-    shots: int = 20,
-    remembered: int = 64,
+    n_way: Count = 1,
+    shots: Count = 20,
+    remembered: Count = 64,
     test_way: int | None = None,
-    queries: int = 5,
+    queries: Count = 5,
     batch_size: int = 1,
     train_classes: Sequence[int] | None = None,
     validation_classes: Sequence[int] | float | None = None,
@@ -209,9 +205,6 @@ def trajectories(
       ((1, 3, 28, 28), (1, 3), (1, 7))
     """
     owner = "trajectories"
-    sizes: dict[str, Any] = {"n_way": n_way, "shots": shots, "remembered": remembered, "queries": queries}
-    for field, value in sizes.items():
-        check_whole(owner, field, value, 1)
     pixels, labels, own = _pooled(load_digits() if images is None else images)
     splits = _class_splits(owner, np.unique(labels), own, train_classes, validation_classes, test_classes)
     tested = len(splits["test"]) if test_way is None else test_way

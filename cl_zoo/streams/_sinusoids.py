@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, check_range, checked
 from cl_zoo.streams.episodes import episode_stream
 from cl_zoo.types import Array, Batch, Episode, Key, Stream
 
 __all__ = ["SinusoidData", "sinusoids"]
 
 
-Range = tuple[float, float]
+Interval = tuple[float, float]
 
 
 class SinusoidData(NamedTuple):
@@ -32,15 +32,15 @@ class SinusoidData(NamedTuple):
 
 @checked
 def sinusoids(
-    n_tasks: int = 1,
+    n_tasks: Count = 1,
     *,
     steps: int = 70_000,
-    shots: int = 10,
-    queries: int = 10,
+    shots: Count = 10,
+    queries: Count = 10,
     batch_size: int = 25,
-    amplitude: Range | Sequence[Range] = (0.1, 5.0),
-    phase: Range | Sequence[Range] | None = None,
-    x_range: Range = (-5.0, 5.0),
+    amplitude: Interval | Sequence[Interval] = (0.1, 5.0),
+    phase: Interval | Sequence[Interval] | None = None,
+    x_range: Interval = (-5.0, 5.0),
     **options: Any,
 ) -> Stream:
     """Every example is a sinusoid, known at K points and to be predicted at Q others. A task is a family of them.
@@ -77,8 +77,6 @@ def sinusoids(
       ((25, 10, 1), (25, 10), (25, 10))
     """
     owner = "sinusoids"
-    for field, value in {"n_tasks": n_tasks, "shots": shots, "queries": queries}.items():
-        check_whole(owner, field, value, 1)
     borders = np.linspace(0, np.pi, n_tasks + 1)
     given = SinusoidData(
         _ranges(owner, "amplitude", amplitude, n_tasks),

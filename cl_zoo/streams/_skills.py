@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.checks import Count, check_choice, check_whole, checked
 from cl_zoo.language.answers import Demonstrated
 from cl_zoo.language.tokenization import left_padded
 from cl_zoo.losses import all_tokens_right, token_accuracy
@@ -51,7 +51,7 @@ class SkillData(NamedTuple):
 def skills(
     tasks: Sequence[Mapping[str, Sequence[Example]]],
     *,
-    vocabulary: int,
+    vocabulary: Count,
     steps: int,
     batch_size: int,
     prompt_length: int | None = None,
@@ -90,7 +90,6 @@ def skills(
       >>> batch.x.shown.shape, batch.y[0].tolist()
       ((3, 3), [4, 5])
     """
-    check_whole("skills", "vocabulary", vocabulary, 1)
     if isinstance(tasks, Mapping) or not tasks or not all(isinstance(task, Mapping) for task in tasks):
         raise ValueError('skills: tasks must be a sequence of {"train": examples, "test": examples}, one per skill')
     for i, task in enumerate(tasks):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_whole, checked
+from cl_zoo.checks import Count, check_whole, checked
 from cl_zoo.losses import label_accuracy
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
 
 __all__ = ["Cursor", "array_stream", "locate", "scenario_tasks"]
+
+
+Scenario = Literal["task", "domain", "class"]
+Outputs = Literal["seen", "all"]
+Joint = Literal["all", "seen"]
 
 
 class Cursor(NamedTuple):
@@ -37,7 +42,12 @@ def locate(counts: Array, position: Array) -> tuple[Array, Array]:
 
 
 @checked
-def scenario_tasks(scenario: str, n_tasks: int, classes_per_task: int, outputs: str = "seen") -> TaskInfo:
+def scenario_tasks(
+    scenario: Scenario,
+    n_tasks: int,
+    classes_per_task: int,
+    outputs: Outputs = "seen",
+) -> TaskInfo:
     """The active outputs of each task.
 
     Args:
@@ -55,8 +65,6 @@ def scenario_tasks(scenario: str, n_tasks: int, classes_per_task: int, outputs: 
 
     Source: van de Ven et al. 2022, doi 10.1038/s42256-022-00568-3.
     """
-    check_choice("stream", "scenario", scenario, ("task", "domain", "class"))
-    check_choice("stream", "outputs", outputs, ("seen", "all"))
     index = np.arange(n_tasks, dtype=np.int32)
     if scenario == "domain":
         return TaskInfo(jnp.asarray(index), jnp.ones((n_tasks, classes_per_task), bool))
@@ -83,10 +91,10 @@ def array_stream(
     largest: Mapping[str, int],
     smallest: int,
     steps: int | Sequence[int],
-    batch_size: int,
+    batch_size: Count,
     task_ids: bool,
     reorder: Callable[[PyTree, Key], PyTree],
-    joint: str | None = None,
+    joint: Joint | None = None,
     order: tuple[Callable[[Key], PyTree], Callable[[PyTree, PyTree], tuple[Array, Array, PyTree]]] | None = None,
     updates_per_batch: int = 1,
     sample_size: int | None = None,
@@ -129,7 +137,6 @@ def array_stream(
         joint="all" or an order over tasks whose outputs are not all active, or an order of examples that carry their
         task.
     """
-    check_whole("stream", "batch_size", batch_size, 1)
     if batch_size > smallest:
         raise ValueError(
             f"stream: batch_size is {batch_size}, but a task may have only {smallest} training examples; it must be at"
@@ -151,7 +158,6 @@ def array_stream(
             )
     different = len(set(counts)) > 1
     ends = np.cumsum(counts, dtype=np.int32)
-    check_choice("stream", "joint", joint, (None, "all", "seen"))
     all_open = bool(np.all(tasks.active))
     if joint == "all" and not (all_open or task_ids):
         raise ValueError('stream: joint="all" needs outputs="all", as examples of later tasks come from the start')

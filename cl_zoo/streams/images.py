@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, NonNegative, check_range, check_whole, checked
 from cl_zoo.datasets.images import LabelledImages, check_images, load_digits
 from cl_zoo.streams._blurry import Mixing
-from cl_zoo.streams.arrays import array_stream, locate, scenario_tasks
+from cl_zoo.streams.arrays import Joint, Outputs, Scenario, array_stream, locate, scenario_tasks
 from cl_zoo.types import Array, Key, PyTree, Stream
 
 __all__ = ["ImageData", "permuted_mnist", "rotated_mnist", "split_mnist"]
@@ -47,11 +47,11 @@ class ImageData(NamedTuple):
 @checked
 def split_mnist(
     n_tasks: int = 5,
-    scenario: str = "task",
+    scenario: Scenario = "task",
     *,
     images: LabelledImages | None = None,
     key: Key | None = None,
-    outputs: str = "seen",
+    outputs: Outputs = "seen",
     **options: Any,
 ) -> Stream:
     """The classes are dealt out to tasks: {0, 1}, {2, 3}, ... or, with a key, in random order.
@@ -104,12 +104,12 @@ def split_mnist(
 
 @checked
 def permuted_mnist(
-    n_tasks: int = 10,
-    scenario: str = "domain",
+    n_tasks: Count = 10,
+    scenario: Scenario = "domain",
     *,
     images: LabelledImages | None = None,
     key: Key | None = None,
-    outputs: str = "seen",
+    outputs: Outputs = "seen",
     **options: Any,
 ) -> Stream:
     """Every task has all classes, its pixels in a random order of its own, applied as images are fetched.
@@ -135,7 +135,6 @@ def permuted_mnist(
       (3, 10)
     """
     images = _images("permuted_mnist", images)
-    check_whole("permuted_mnist", "n_tasks", n_tasks, 1)
     n_pixels = math.prod(images.train_images.shape[1:3])
 
     def draw(data: ImageData, key: Key) -> ImageData:
@@ -162,14 +161,14 @@ def permuted_mnist(
 
 @checked
 def rotated_mnist(
-    n_tasks: int = 10,
-    scenario: str = "domain",
+    n_tasks: Count = 10,
+    scenario: Scenario = "domain",
     *,
     images: LabelledImages | None = None,
     key: Key | None = None,
     angles: Sequence[float] | None = None,
-    largest_angle: float = 180.0,
-    outputs: str = "seen",
+    largest_angle: NonNegative = 180.0,
+    outputs: Outputs = "seen",
     **options: Any,
 ) -> Stream:
     """Every task has all classes, its images rotated by an angle of its own (bilinear), as they are fetched.
@@ -197,8 +196,6 @@ def rotated_mnist(
       [0.0, 90.0]
     """
     images = _images("rotated_mnist", images)
-    check_whole("rotated_mnist", "n_tasks", n_tasks, 1)
-    check_range("rotated_mnist", "largest_angle", largest_angle, 0)
     if angles is not None and len(angles) != n_tasks:
         raise ValueError(f"rotated_mnist: angles has {len(angles)} values, but there are {n_tasks} tasks")
     given = None if angles is None else np.asarray(angles, np.float32)
@@ -242,18 +239,18 @@ def rotate(image: Array, degrees: Array) -> Array:
 def image_stream(
     images: LabelledImages,
     classes: np.ndarray,
-    scenario: str,
+    scenario: Scenario,
     *,
     draw: Callable[[ImageData, Key], ImageData],
     key: Key | None,
     pixels: Callable[[ImageData, Array, Array], Array],
-    outputs: str = "seen",
+    outputs: Outputs = "seen",
     batch_size: int = 128,
     steps: int | None = None,
     epochs: int = 1,
     updates_per_batch: int = 1,
     validation: float = 0.0,
-    joint: str | None = None,
+    joint: Joint | None = None,
     mixing: Mixing | None = None,
     sample_size: int | None = None,
     sample_batch: int = 500,

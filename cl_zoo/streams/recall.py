@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, NonNegative, check_whole, checked
 from cl_zoo.losses import token_accuracy
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.episodes import episode_stream
@@ -30,11 +30,11 @@ def associative_recall(
     *,
     steps: int = 10_000,
     length: int = 64,
-    pairs: int = 8,
+    pairs: Count = 8,
     vocabulary: int = 256,
     batch_size: int = 64,
-    alpha: Array | float = 0.01,
-    filler: str = "noise",
+    alpha: NonNegative = 0.01,
+    filler: Literal["noise", "zeros"] = "noise",
     **options: Any,
 ) -> Stream:
     """Multi-query associative recall: a sequence gives n keys and their values, then queries every key once.
@@ -79,13 +79,10 @@ def associative_recall(
       ((3, 12), [2, 2, 2])
     """
     owner = "associative_recall"
-    check_whole(owner, "pairs", pairs, 1)
     check_whole(owner, "length", length, 4 * pairs)
     check_whole(owner, "vocabulary", vocabulary, 2 * pairs + 2)
     if vocabulary % 2:
         raise ValueError(f"{owner}: vocabulary is {vocabulary}, but it must be even")
-    check_range(owner, "alpha", alpha, 0)
-    check_choice(owner, "filler", filler, ("noise", "zeros"))
     half, told, gaps = vocabulary // 2, 2 * pairs, length // 2 - pairs
 
     def draw(data: RecallData, split: str, task: Array, key: Key) -> tuple[Array, Array]:

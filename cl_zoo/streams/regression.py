@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, Fraction, check_whole, checked
 from cl_zoo.losses import squared_error
 from cl_zoo.streams.arrays import Cursor
 from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
@@ -33,17 +33,17 @@ class RegressionData(NamedTuple):
 
 @checked
 def slowly_changing_regression(
-    n_tasks: int = 100,
+    n_tasks: Count = 100,
     *,
-    steps: int = 10_000,
-    flip: str = "one",
-    bits: int = 20,
+    steps: Count = 10_000,
+    flip: Literal["one", "all"] = "one",
+    bits: Count = 20,
     slow_bits: int = 15,
-    target_units: int = 100,
-    beta: float = 0.7,
-    batch_size: int = 1,
+    target_units: Count = 100,
+    beta: Fraction = 0.7,
+    batch_size: Count = 1,
     key: Key | None = None,
-    evaluation_size: int = 1024,
+    evaluation_size: Count = 1024,
 ) -> Stream:
     """y is a fixed function of m bits, of which the first f keep their values for a whole task; the others are random.
 
@@ -89,12 +89,7 @@ def slowly_changing_regression(
       (3, 2)
     """
     owner = "slowly_changing_regression"
-    sizes = {"n_tasks": n_tasks, "steps": steps, "bits": bits, "target_units": target_units, "batch_size": batch_size}
-    for field, value in {**sizes, "evaluation_size": evaluation_size}.items():
-        check_whole(owner, field, value, 1)
     check_whole(owner, "slow_bits", slow_bits, 0, bits)
-    check_choice(owner, "flip", flip, ("one", "all"))
-    check_range(owner, "beta", beta, 0, 1)
     fast_bits = bits - slow_bits
     patterns = 2**fast_bits if 2**fast_bits <= evaluation_size else None
 

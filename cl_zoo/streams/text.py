@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import check_choice, check_range, check_whole, checked
+from cl_zoo.checks import Count, Range, checked
 from cl_zoo.datasets.text import python_library
 from cl_zoo.losses import next_token_loss
-from cl_zoo.streams.arrays import array_stream, scenario_tasks
+from cl_zoo.streams.arrays import Joint, array_stream, scenario_tasks
 from cl_zoo.types import Array, Batch, Key, Stream
 
 __all__ = ["TextData", "text_domains"]
@@ -36,12 +36,12 @@ class TextData(NamedTuple):
 def text_domains(
     domains: Mapping[str, bytes] | None = None,
     *,
-    length: int = 256,
+    length: Count = 256,
     steps: int = 1000,
-    batch_size: int = 32,
-    held_out: float = 0.1,
-    validation: float = 0.0,
-    joint: str | None = None,
+    batch_size: Count = 32,
+    held_out: Annotated[float, Range(0, 1)] = 0.1,
+    validation: Annotated[float, Range(0, 1)] = 0.0,
+    joint: Joint | None = None,
     task_ids: bool = False,
     key: Key | None = None,
     **options: Any,
@@ -86,11 +86,6 @@ def text_domains(
       [(b'34567', b'45678'), (b'67890', b'78901')]
     """
     owner = "text_domains"
-    check_whole(owner, "length", length, 1)
-    check_whole(owner, "batch_size", batch_size, 1)
-    check_range(owner, "held_out", held_out, 0, 1)
-    check_range(owner, "validation", validation, 0, 1)
-    check_choice(owner, "task_ids", task_ids, (False, True))
     if held_out == 0 or held_out + validation >= 1:
         raise ValueError(
             f"{owner}: held_out is {held_out:g} and validation is {validation:g}, but held_out must be above 0, and"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range, check_whole, checked
+from cl_zoo.checks import Count, NonNegative, checked
 from cl_zoo.layers.mixer import linear
 from cl_zoo.types import Array, Key, Model, PyTree, Taps
 
@@ -47,9 +47,9 @@ class AdaptedKernel:
 @checked
 def lora(
     model: Model,
-    rank: int,
+    rank: Count,
     *,
-    alpha: Array | float | None = None,
+    alpha: NonNegative | None = None,
     targets: Sequence[str] = KERNELS,
     merged: bool = False,
 ) -> Model:
@@ -90,14 +90,11 @@ def lora(
       >>> params["blocks"]["block_0"]["mixer"]["query"]["A"].shape
       (2, 16, 4)
     """
-    check_whole("lora", "rank", rank, 1)
     if "embedding" in targets:
         raise ValueError(
             "lora: targets has 'embedding', a table of which rows are looked up, but it must name kernels, which are"
             " multiplied by"
         )
-    if alpha is not None:
-        check_range("lora", "alpha", alpha, 0)
     if model.frozen:
         raise ValueError("lora: the model's weights are frozen already, as in a model that lora made")
 

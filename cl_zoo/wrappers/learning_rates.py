@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import check_range, checked
+from cl_zoo.checks import NonNegative, check_range, checked
 from cl_zoo.types import Array, Key, Model, PyTree, Taps
 
 __all__ = ["with_learning_rates"]
 
 
 @checked
-def with_learning_rates(model: Model, low: float, high: float | None = None) -> Model:
+def with_learning_rates(model: Model, low: NonNegative, high: float | None = None) -> Model:
     """Every parameter gets a learning rate of its own, which is a parameter too.
 
     Args:
@@ -39,9 +39,8 @@ def with_learning_rates(model: Model, low: float, high: float | None = None) -> 
       >>> params["learning_rates"]["output"]["kernel"].shape
       (2, 1)
     """
-    check_range("with_learning_rates", "low", low, 0)
     if high is not None:
-        check_range("with_learning_rates", "high", high, low)
+        check_range("with_learning_rates", "high", high, float(low))
 
     inner = model.bind(None)
 

@@ -101,11 +101,36 @@ def good(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: GOOD.get(name) for name in needed} | OWN.get(function.__name__, {})
 
 
+RANGES: dict[str, tuple[str, list[Any]]] = {
+    "Count": ("int", [0, -1]),
+    "Whole": ("int", [-1]),
+    "NonNegative": ("Array | float", [-0.1]),
+    "Positive": ("Array | float", [0.0, -1.0]),
+    "Fraction": ("Array | float", [-0.1, 1.1, np.array([0.5, 2.0])]),
+}
+CHOICES = {"Scenario", "Outputs", "Joint"}
+
+
+def plain(annotation: str) -> tuple[str, list[Any]]:
+    """The annotation without its range, and values that lie outside of it."""
+    if told := re.match(r"Annotated\[([^,\[]+), Range\((.*?)\)\](.*)", annotation):
+        low = float(told[2].split(",")[0])
+        return told[1] + told[3], [low if "above=True" in told[2] else low - 1]
+    first, *rest = annotation.split(" | ")
+    if first in CHOICES:
+        return " | ".join(["Literal[]", *rest]), []
+    kind, outside = RANGES.get(first, (first, []))
+    return " | ".join([kind, *rest]), outside
+
+
 def careless(annotation: str) -> list[Any]:
     """Values of which none is of the kind that the annotation names."""
+    annotation, outside = plain(annotation)
     parts = {part.strip() for part in annotation.replace("jax.Array", "Array").split(" | ")}
-    optional = [] if parts & {"None", "PyTree", "Any"} else [None]
+    optional = [*outside] if parts & {"None", "PyTree", "Any"} else [*outside, None]
     kinds = parts - {"None"}
+    if annotation.startswith("Literal["):
+        return ["no such word", 3, 0.5, *optional]
     if kinds & {"PyTree", "Any", "Key"}:
         return []
     if kinds == {"bool"}:
