@@ -69,7 +69,7 @@ def full_digits() -> LabelledImages:
 def forget_programs() -> None:
     """Frees all compiled programs before memory maps run out: each takes some, and Linux gives a process 65 530."""
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
         clear_programs()
         jax.clear_caches()
         gc.collect()

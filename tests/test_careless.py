@@ -260,7 +260,7 @@ def test_regression_is_refused_where_a_softmax_is_needed(component: Any) -> None
     learner = compose(
         mlp((4,), 1, hidden=(4,)), optax.sgd(0.1), supervised(squared_error), component, tasks=stream.tasks
     )
-    with pytest.raises(ValueError, match="there is one output|one whole number for each example"):
+    with pytest.raises(ValueError, match="targets must be classes|for other targets give ewc|one whole number for each example"):
         run_stream(learner, stream, KEY)
     fine = compose(
         mlp((4,), 1, hidden=(4,)),
@@ -420,7 +420,9 @@ def several(outputs: Any, y: Any) -> Any:
     return jnp.mean(optax.sigmoid_binary_cross_entropy(outputs, y), axis=1)
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in catalogue().values() if "domain" in entry.scenarios])
+@pytest.mark.parametrize(
+    "name", [entry.name for entry in catalogue().values() if {"domain", "class"} & {*entry.scenarios}]
+)
 def test_targets_of_several_numbers_are_learned_or_refused(name: str) -> None:
     """Several labels an example, by a loss of one's own."""
     entry = catalogue()[name]

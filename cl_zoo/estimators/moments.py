@@ -182,8 +182,13 @@ class _Cut:
 
 
 def _used_beside_its_tap(forward: Forward, params: PyTree, batch: Batch, name: str) -> bool:
-    """Whether the outputs depend on a layer's parameters even if what its tap records is taken away."""
-    closed = jax.make_jaxpr(lambda p, b: forward(p, b, {name: _Cut()})[0])(params, batch)  # type: ignore[dict-item]
+    """Whether a layer's parameters reach its own input, or the outputs though its tap's outputs are taken away."""
+
+    def others(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+        outputs, taps = forward(params, batch, {name: _Cut()})  # type: ignore[dict-item]
+        return outputs, taps[name][0]
+
+    closed = jax.make_jaxpr(others)(params, batch)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return any(is_used and "/".join(_names(path)[:-1]) == name for path, is_used in zip(paths, used, strict=False))

@@ -156,7 +156,7 @@ def subject(request: pytest.FixtureRequest, tiny_images: Any) -> Iterator[Simple
     own = jax.tree.map(lambda leaf: leaf[OWN], lanes)
 
     def at(t: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[t], own["states"])
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf[t]), own["states"])
 
     yield SimpleNamespace(
         entry=entry,

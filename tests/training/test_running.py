@@ -312,11 +312,12 @@ print("done", flush=True)
 """
 
 
-def start_process(directory: Path) -> subprocess.Popen[str]:
+def start_process(directory: Path, errors: int | None = None) -> subprocess.Popen[str]:
     root = str(Path(__file__).parents[2])
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(root=root), str(directory)],
         stdout=subprocess.PIPE,
+        stderr=errors,
         text=True,
         cwd=root,
         env={**os.environ, "CL_ZOO_TEST_CACHE": str(directory.parent / "cache")},
