@@ -216,8 +216,16 @@ def class_balanced_add(memory: ClassBalanced, rows: PyTree, labels: Array, weigh
         enters = present & (~full | (held[label] < jnp.max(held)))
 
         def victim() -> Array:
-            largest = held[owners] == jnp.max(held)
-            return jnp.argmax(jnp.where(largest, jax.random.uniform(row_key, (capacity,)), -1.0)).astype(jnp.int32)
+            """Slots are drawn until one of a largest class is: about n_classes draws at most, whatever the capacity."""
+
+            def draw(number: Array) -> Array:
+                return jax.random.randint(jax.random.fold_in(row_key, number), (), 0, capacity)
+
+            def again(carry: tuple[Array, Array]) -> Array:
+                return (held[owners[carry[0]]] < jnp.max(held)) & full
+
+            first = draw(jnp.zeros((), jnp.int32)), jnp.ones((), jnp.int32)
+            return jax.lax.while_loop(again, lambda carry: (draw(carry[1]), carry[1] + 1), first)[0]
 
         slot = jax.lax.cond(enters & full, victim, lambda: jnp.sum(held, dtype=jnp.int32))
         held = held.at[jnp.where(enters & full, owners[slot], n_classes)].add(-1, mode="drop")

@@ -1,3 +1,4 @@
+import itertools
 from collections import deque
 
 import jax
@@ -197,6 +198,12 @@ def test_ring_keeps_the_last_rows_of_each_class_in_turn(seed):
     assert [set(queue) for queue in queues] == [set(expected[4 * c : 4 * c + 4].tolist()) for c in range(n_classes)]
 
 
+def drawn_slots(row_key, capacity):
+    """The slots that are drawn for one row, until one is taken."""
+    for number in itertools.count():
+        yield int(jax.random.randint(jax.random.fold_in(row_key, number), (), 0, capacity))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_class_balanced_memory_equals_rows_offered_one_by_one(seed):
     n_classes, capacity, size = 3, 8, 16
@@ -204,11 +211,11 @@ def test_class_balanced_memory_equals_rows_offered_one_by_one(seed):
     held, replaced, refused, rewritten = [], 0, 0, 0
     for batch, (ids, labels, present) in enumerate(numbered_batches(n_classes, seed)):
         key = jax.random.key(100 * seed + batch)
-        priorities = [np.asarray(jax.random.uniform(row_key, (capacity,))) for row_key in jax.random.split(key, size)]
+        row_keys = jax.random.split(key, size)
         weight = jnp.asarray(present, jnp.float32)
         memory = jax.jit(class_balanced_add)(memory, jnp.asarray(ids), jnp.asarray(labels), weight, key)
         written = []
-        for number, label, here, priority in zip(ids, labels, present, priorities, strict=True):
+        for number, label, here, row_key in zip(ids, labels, present, row_keys, strict=True):
             if not here:
                 continue
             count = [sum(c == other for _, c in held) for other in range(n_classes)]
@@ -216,8 +223,7 @@ def test_class_balanced_memory_equals_rows_offered_one_by_one(seed):
                 written.append(len(held))
                 held.append((number, label))
             elif count[label] < max(count):
-                slots = [slot for slot, (_, c) in enumerate(held) if count[c] == max(count)]
-                slot = max(slots, key=lambda slot: priority[slot])
+                slot = next(slot for slot in drawn_slots(row_key, capacity) if count[held[slot][1]] == max(count))
                 held[slot] = (number, label)
                 written.append(slot)
                 replaced += 1

@@ -260,7 +260,9 @@ def test_regression_is_refused_where_a_softmax_is_needed(component: Any) -> None
     learner = compose(
         mlp((4,), 1, hidden=(4,)), optax.sgd(0.1), supervised(squared_error), component, tasks=stream.tasks
     )
-    with pytest.raises(ValueError, match="targets must be classes|for other targets give ewc|one whole number for each example"):
+    with pytest.raises(
+        ValueError, match="targets must be classes|for other targets give ewc|one whole number for each example"
+    ):
         run_stream(learner, stream, KEY)
     fine = compose(
         mlp((4,), 1, hidden=(4,)),

@@ -1,5 +1,5 @@
-"""What lies in a run directory, damaged in every way: refused by name, passed over with a warning, or of no consequence.
-Two processes in one directory."""
+"""What lies in a run directory, damaged in every way: refused by name, passed over with a warning, or of no
+consequence. Two processes in one directory."""
 
 from __future__ import annotations
 
