@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_classes, check_whole
+from cl_zoo.counters import counted, cycled
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Array, Batch, Key, PyTree
 
@@ -37,7 +38,8 @@ class Reservoir(NamedTuple):
 
     Attributes:
       rows: the stored examples, a pytree of `[capacity, ...]` arrays.
-      seen: `i32[]`, examples offered so far.
+      seen: `i32[]`, examples offered so far. It stands still at 2^31 - 2; from then on an example enters with the
+        probability that the last one had, so the sample leans, very slowly, towards new examples.
     """
 
     rows: PyTree
@@ -55,7 +57,7 @@ def reservoir_slots(seen: Array, present: Array, capacity: int, key: Key) -> Arr
     Algorithm R for all examples at once: the i-th example ever seen goes to slot i while that is free, and afterwards
     to a slot j drawn from 0..i, if that exists. If two of a batch draw the same slot, the later wins, as one by one.
     """
-    number = seen + jnp.cumsum(present, dtype=jnp.int32) - present.astype(jnp.int32)  # how many came before each
+    number = counted(seen, jnp.cumsum(present, dtype=jnp.int32) - present)  # how many came before each
     drawn = jax.random.randint(key, present.shape, 0, number + 1)
     slot = jnp.where(number < capacity, number, drawn)
     return _last_wins(jnp.where(present & (slot < capacity), slot, capacity), capacity)
@@ -82,7 +84,7 @@ def reservoir_add(reservoir: Reservoir, rows: PyTree, weight: Array, key: Key) -
     present = weight > 0
     capacity = jax.tree.leaves(reservoir.rows)[0].shape[0]
     slots = reservoir_slots(reservoir.seen, present, capacity, key)
-    return Reservoir(_put(reservoir.rows, rows, slots), reservoir.seen + jnp.sum(present, dtype=jnp.int32))
+    return Reservoir(_put(reservoir.rows, rows, slots), counted(reservoir.seen, jnp.sum(present, dtype=jnp.int32)))
 
 
 def reservoir_sample(reservoir: Reservoir, size: int, key: Key) -> tuple[PyTree, Array]:
@@ -99,7 +101,7 @@ class Ring(NamedTuple):
 
     Attributes:
       rows: the stored examples, a pytree of `[m * n_classes, ...]` arrays.
-      seen: `i32[n_classes]`, examples of each class offered so far.
+      seen: `i32[n_classes]`, examples of each class offered so far. Beyond 2^30 it goes on from m, in step with m.
     """
 
     rows: PyTree
@@ -141,7 +143,9 @@ def ring_add(ring: Ring, rows: PyTree, labels: Array, weight: Array) -> Ring:
     number = ring.seen + jnp.cumsum(member, axis=0, dtype=jnp.int32) - 1  # of each example, if it were of each class
     slot = jnp.arange(n_classes) * per_class + number % per_class
     slot = jnp.min(jnp.where(member, slot, capacity), axis=1)
-    return Ring(_put(ring.rows, rows, _last_wins(slot, capacity)), ring.seen + jnp.sum(member, axis=0, dtype=jnp.int32))
+    new = jnp.sum(member, axis=0, dtype=jnp.int32)
+    seen = cycled(ring.seen, new, per_class, least=per_class)
+    return Ring(_put(ring.rows, rows, _last_wins(slot, capacity)), seen)
 
 
 def ring_sample(ring: Ring, size: int, key: Key) -> tuple[PyTree, Array]:

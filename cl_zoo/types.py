@@ -79,7 +79,7 @@ class TrainState(NamedTuple):
     """All that changes as a learner learns. `update` keeps its tree, shapes and dtypes.
 
     Attributes:
-      step: `i32[]`, updates so far.
+      step: `i32[]`, updates so far; runners refuse runs of more than 2^31 - 1.
       task: `i32[]`, index of the current task (0 before any).
       key: the run's key; it never changes: draws fold `step` into it.
       params: what the optimiser trains, a pytree.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import Fraction, NonNegative, Range, checked
+from cl_zoo.counters import counted
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.units import (
     check_units,
@@ -114,7 +115,7 @@ def continual_backprop(
         present = jnp.any(record.batch.weight > 0)
         chosen, groups = [], []
         for i, h in enumerate(unit_activations(name, units, state.params, record.taps)):
-            age = part.age[i] + 1
+            age = counted(part.age[i], 1)
             corrected = 1 - decay ** age.astype(jnp.float32)
             mean = decay * part.activation[i] + (1 - decay) * row_mean(h, weight)
             read, readers = weight_magnitude(state.params, units[i], "in")
@@ -131,7 +132,8 @@ def continual_backprop(
             number = jnp.sum(out, dtype=jnp.int32)
             chosen.append(out)
             groups.append(
-                [jnp.where(out, 0, leaf) for leaf in (use, mean, age)] + [due - number, part.replaced[i] + number]
+                [jnp.where(out, 0, leaf) for leaf in (use, mean, age)]
+                + [due - number, counted(part.replaced[i], number)]
             )
         params, opt_state = reset_units(context, state.params, state.opt_state, tuple(chosen), record.batch.x, key)
         new = ContinualBackpropState(*zip(*groups, strict=True))

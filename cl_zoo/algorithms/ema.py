@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cl_zoo.checks import Fraction, checked
+from cl_zoo.counters import counted
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import as_in, wide
 from cl_zoo.estimators.teacher import moved_teacher
@@ -72,7 +73,7 @@ def ema(decay: Fraction, *, warm_up: bool = False, name: str = "ema") -> Compone
         new, old = (state.params, state.model_state), (part.params, part.model_state)
         params, model_state = moved_teacher(old, new, d, record.batch)
         learned = jnp.any(record.batch.weight > 0)
-        return state, EmaState(params, model_state, part.updates + learned)
+        return state, EmaState(params, model_state, counted(part.updates, learned))
 
     def predict(context: Context, state: TrainState, part: EmaState, x: PyTree, task: Array | None) -> PyTree:
         params, model_state = as_in((part.params, part.model_state), (state.params, state.model_state))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import Count, Fraction, Positive, checked
+from cl_zoo.counters import counted
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import interpolate, wide
 from cl_zoo.estimators.fisher import fisher_diagonal
@@ -103,7 +104,7 @@ def fisher_merging(
         model_state = jax.tree.map(lambda a, b: jnp.where(later, a, b), mean, state.model_state)
         total = jax.tree.map(lambda old, new: (decay * old + new).astype(new.dtype), part.fisher, fisher)
         state = state._replace(params=params, model_state=model_state)
-        return state, FisherMergingState(params, model_state, total, part.finished + 1)
+        return state, FisherMergingState(params, model_state, total, counted(part.finished, 1))
 
     return Component(name, frozenset({"boundaries", "end_sample"}), init=init, end_task=end_task)
 

@@ -11,6 +11,7 @@ import optax
 
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
 from cl_zoo.checks import Count, NonNegative, check_range, check_whole, checked
+from cl_zoo.counters import cycled
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.inner_loop import inner_loop, per_parameter_rates
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
@@ -130,7 +131,7 @@ def la_maml(
         new = record.batch.weight * (part.updates % updates_per_batch == 0)
         memory = reservoir_add(part.memory, batch_rows(record.batch), new, key)
         present = jnp.any(record.batch.weight > 0)
-        return state, LaMamlState(memory, part.updates + present.astype(jnp.int32))
+        return state, LaMamlState(memory, cycled(part.updates, present, updates_per_batch))
 
     return Component(name, init=init, loss=loss_hook, observe=observe)
 

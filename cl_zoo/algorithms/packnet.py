@@ -94,6 +94,11 @@ def packnet(
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> PackNetState:
         last_layer(context, state, batch)
+        n = 0 if context.tasks is None else len(context.tasks.index)
+        if n >= _FREE:
+            raise ValueError(
+                f"{name}: the stream has {n} tasks, but owners of weights are int16: there must be fewer than {_FREE}"
+            )
         owner = jax.tree.map(lambda leaf: jnp.full(leaf.shape, _FREE, jnp.int16), state.params)
         return PackNetState(owner, state.model_state)
 

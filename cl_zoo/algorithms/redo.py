@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cl_zoo.checks import Count, NonNegative, checked
+from cl_zoo.counters import counted, cycled
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.units import check_units, reset_units, row_mean, unit_activations
 from cl_zoo.types import Array, Batch, Component, Context, Key, Record, TrainState
@@ -70,7 +71,7 @@ def redo(threshold: NonNegative, every: Count = 1000, *, name: str = "redo") -> 
         context: Context, state: TrainState, part: RedoState, record: Record, key: Key
     ) -> tuple[TrainState, RedoState]:
         present = jnp.any(record.batch.weight > 0)
-        updates = part.updates + present.astype(jnp.int32)
+        updates = cycled(part.updates, present, every)
         now = present & (updates % every == 0)
         dormant = []
         for h in unit_activations(name, context.model.units, state.params, record.taps):
@@ -78,7 +79,7 @@ def redo(threshold: NonNegative, every: Count = 1000, *, name: str = "redo") -> 
             # Not divided: a layer that is silent altogether would give 0 / 0.
             dormant.append(now & (activity <= threshold * jnp.mean(activity)))
         params, opt_state = reset_units(context, state.params, state.opt_state, tuple(dormant), record.batch.x, key)
-        recycled = part.recycled + jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in dormant])
+        recycled = counted(part.recycled, jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in dormant]))
         return state._replace(params=params, opt_state=opt_state), RedoState(updates, recycled)
 
     return Component(name, init=init, observe=observe)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cl_zoo.algorithms.supervised import no_loss
 from cl_zoo.checks import Range, check_classes, checked
+from cl_zoo.counters import counted
 from cl_zoo.entries import Entry
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.losses import mask_outputs
@@ -134,7 +135,7 @@ def _absorb(part: SldaState, z: Array, y: Array, is_row: Array, counter: str) ->
         means = part.means + (own.T @ centred) / jnp.maximum(counts + new, 1)[:, None]
     total = jnp.maximum(jnp.sum(counts) + jnp.sum(new), 1)
     covariance = part.covariance + (scatter - jnp.sum(new) * part.covariance) / total
-    return SldaState(part.counts + new.astype(jnp.int32), means, covariance)
+    return SldaState(counted(part.counts, new.astype(jnp.int32)), means, covariance)
 
 
 ENTRY = Entry(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cl_zoo.buffers import Reservoir
 from cl_zoo.checks import Count, Fraction, checked
+from cl_zoo.counters import counted
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.alignment import match_activations, match_weights, permute, permute_statistics, readers
 from cl_zoo.estimators.averaging import floating, interpolate, recompute_statistics
@@ -155,7 +156,7 @@ def weight_interpolation(
         params, model_state, moved, distance = jax.lax.cond(part.finished > 0, average, leave)
         opt_state = context.optimiser.init(params)
         state = state._replace(params=params, model_state=model_state, opt_state=opt_state)
-        return state, WeightInterpolationState(params, model_state, part.finished + 1, moved, distance)
+        return state, WeightInterpolationState(params, model_state, counted(part.finished, 1), moved, distance)
 
     needs = {"boundaries"}
     if source == "task" and alignment == "activations":

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import Fraction, checked
+from cl_zoo.counters import counted
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.averaging import interpolate
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
@@ -75,7 +76,7 @@ def wise_ft(
 
         merged = choose(has_anchor, interpolate(new, old, old_weight), new)
         kept = merged if anchor == "last" else choose(has_anchor, old, merged)
-        part = WiseFtState(kept[0], kept[1], part.finished + 1)
+        part = WiseFtState(kept[0], kept[1], counted(part.finished, 1))
         return state._replace(params=merged[0], model_state=merged[1]), part
 
     return Component(name, frozenset({"boundaries"}), init=init, end_task=end_task)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import Count, check_whole, checked
+from cl_zoo.checks import LARGEST, Count, check_whole, checked
 from cl_zoo.losses import label_accuracy
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
@@ -157,6 +157,8 @@ def array_stream(
                 f" it must be a multiple of {updates_per_batch}"
             )
     different = len(set(counts)) > 1
+    if sum(counts) > LARGEST:
+        raise ValueError(f"stream: steps are {sum(counts)} in all, but they must be at most {LARGEST}")
     ends = np.cumsum(counts, dtype=np.int32)
     all_open = bool(np.all(tasks.active))
     if joint == "all" and not (all_open or task_ids):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_key, check_whole
+from cl_zoo.checks import LARGEST, check_key, check_whole
 from cl_zoo.evaluation.measures import Measure
 from cl_zoo.types import NEEDS, Agent, Array, Batch, Key, PyTree, Stream, TrainState
 
@@ -79,7 +79,7 @@ def check_run(owner: str, learner: Learner, stream: Stream, key: Key | None) -> 
 
     Raises:
       ValueError: what is no learner, stream or key; a learner that needs what the stream does not provide, or that was
-        composed with the tasks of another one; weights that are not a tree of arrays.
+        composed with the tasks of another one; weights that are not a tree of arrays; more updates than int32 counts.
     """
     if not isinstance(learner, Learner):
         raise ValueError(f"{owner}: learner is {type(learner).__name__}, but it must be what compose returns")
@@ -103,6 +103,11 @@ def check_run(owner: str, learner: Learner, stream: Stream, key: Key | None) -> 
                 " give compose tasks=stream.tasks"
             )
     check_bound(learner.model.weights)
+    if stream.n_tasks * stream.steps > LARGEST:
+        raise ValueError(
+            f"{owner}: the stream has {stream.n_tasks} tasks of {stream.steps} updates, but updates are counted in"
+            f" int32: they must be at most {LARGEST} in all"
+        )
 
 
 def check_bound(weights: PyTree) -> None:
