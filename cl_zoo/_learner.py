@@ -16,6 +16,7 @@ import optax
 from jax.interpreters import partial_eval
 
 from cl_zoo._model import of_arrays
+from cl_zoo.compilation import DoesNotFitError
 from cl_zoo.losses import mask_outputs, scored
 from cl_zoo.models.rewriting import has_plain_convolutions
 from cl_zoo.types import Agent, Array, Batch, Component, Context, Key, Model, PyTree, Record, TaskInfo, TrainState
@@ -70,8 +71,7 @@ class Learner:
                 " whose parameters are those that predict, and ema() for an average"
             )
         state = TrainState(zero, zero, key, params, model_state, opt_state, {})
-        parts = {c.name: c.init(context, state, batch, _key(key, 0, "init", c.name)) for c in self.components if c.init}
-        return state._replace(parts=parts)
+        return state._replace(parts={c.name: _part(c, context, state, batch, key) for c in self.components if c.init})
 
     def begin_task(self, state: TrainState, task: TaskInfo, sample: Batch | None = None) -> TrainState:
         """Before the first update of a task."""
@@ -269,6 +269,13 @@ class Learner:
         if known is not None:  # another task's outputs would be trained
             total = jnp.where(jnp.all(known | (batch.weight == 0)), total, jnp.nan)
         return total, (terms, aux, *(shared[0] if shared else (None, state.model_state, {})))
+
+
+def _part(component: Component, context: Context, state: TrainState, batch: Batch, key: Key) -> PyTree:
+    try:
+        return component.init(context, state, batch, _key(key, 0, "init", component.name))  # type: ignore[misc]
+    except DoesNotFitError as error:
+        raise DoesNotFitError(f"{component.name}: {error}") from None
 
 
 def _leaves(*trees: PyTree) -> list[list[Any]]:

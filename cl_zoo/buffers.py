@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_classes, check_whole
+from cl_zoo.compilation import DoesNotFitError, device_bytes, told_bytes
 from cl_zoo.counters import counted, cycled
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Array, Batch, Key, PyTree
@@ -321,6 +323,12 @@ def _labels(rows: PyTree) -> Array:
 
 
 def _empty(row: PyTree, capacity: int) -> PyTree:
+    n = capacity * sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+    room = device_bytes()
+    if room is not None and n > room:
+        raise DoesNotFitError(
+            f"{capacity} examples in memory take {told_bytes(n)}, but the device has {told_bytes(room)}"
+        )
     return jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), row)
 
 

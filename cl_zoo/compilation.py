@@ -11,7 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["compiler_options", "enable_compilation_cache", "jit", "staged"]
+__all__ = [
+    "DoesNotFitError",
+    "compiler_options",
+    "device_bytes",
+    "enable_compilation_cache",
+    "jit",
+    "staged",
+    "told_bytes",
+    "tree_bytes",
+]
 
 
 def enable_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path:
@@ -99,3 +108,38 @@ def _known_options(flags: str) -> tuple[tuple[str, Any], ...]:
         return True
 
     return tuple((name, value) for name, value in _CPU_OPTIONS.items() if name not in flags and known(name, value))
+
+
+class DoesNotFitError(ValueError):
+    """What a run would keep is more than its devices hold."""
+
+
+def tree_bytes(tree: Any) -> int:
+    """Of all arrays, or shapes, in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def told_bytes(n: float) -> str:
+    """A number of bytes in words.
+
+    Example:
+      >>> told_bytes(1_500_000)
+      '1.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+@functools.cache
+def device_bytes() -> int | None:
+    """The memory of all devices of this process together, or of its machine if they are CPUs; None if unknown."""
+    if jax.default_backend() == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError, AttributeError):
+            return None
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+    return sum(limits) if all(limits) else None

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 from cl_zoo._learner import Learner
-from cl_zoo.compilation import jit
-from cl_zoo.types import Batch, PyTree, TrainState
+from cl_zoo.compilation import jit, tree_bytes
+from cl_zoo.types import Batch, TrainState
 
 __all__ = ["Timing", "state_bytes", "timed", "update_flops"]
 
@@ -46,16 +46,7 @@ def update_flops(learner: Learner, state: TrainState, batch: Batch) -> float:
     return float((analysis or {}).get("flops", float("nan")))
 
 
-def state_bytes(state: PyTree) -> dict[str, int]:
+def state_bytes(state: TrainState) -> dict[str, int]:
     """Bytes of each part of a `TrainState`: "params", "opt_state", ... and each component under its name."""
-
-    def count(tree: PyTree) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-    parts = {name: count(part) for name, part in state.parts.items()}
-    return {
-        "params": count(state.params),
-        "model_state": count(state.model_state),
-        "opt_state": count(state.opt_state),
-        **parts,
-    }
+    trees = {"params": state.params, "model_state": state.model_state, "opt_state": state.opt_state, **state.parts}
+    return {name: tree_bytes(tree) for name, tree in trees.items()}

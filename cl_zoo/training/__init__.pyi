@@ -1,3 +1,5 @@
+from ._cost import Cost as Cost
+from ._cost import cost as cost
 from ._fit import Stopped as Stopped
 from ._fit import fit as fit
 from ._run_stream import clear_programs as clear_programs

@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "_model": {"checks"},
     "types": {"losses", "checks", "identity", "_model"},
     "shuffle": {"types"},
+    "counters": {"types"},
 }
 BASE = set(ALLOWED)
 ALLOWED |= {
