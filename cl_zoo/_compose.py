@@ -91,7 +91,7 @@ def _called(value: Any) -> str:
 def _check_hooks(component: Component) -> None:
     """Refuses hooks whose arguments are not those of their Protocols: too many, too few, or in another order."""
     for hook, given in component._asdict().items():
-        if hook in ("name", "needs") or given is None:
+        if hook in ("name", "needs", "reads_ignored") or given is None:
             continue
         protocol = getattr(types, "".join(word.title() for word in hook.split("_")) + "Hook")
         wanted = list(inspect.signature(protocol.__call__).parameters)[1:]

@@ -15,7 +15,9 @@ import numpy as np
 import optax
 from jax.interpreters import partial_eval
 
+from cl_zoo._batches import blanked, check_batch, check_state
 from cl_zoo._model import of_arrays
+from cl_zoo.checks import check_key
 from cl_zoo.compilation import DoesNotFitError
 from cl_zoo.losses import mask_outputs, scored
 from cl_zoo.models.rewriting import has_plain_convolutions
@@ -60,6 +62,8 @@ class Learner:
 
     def init(self, key: Key, batch: Batch) -> TrainState:
         """The first state, for batches like this one."""
+        check_key("init", "key", key)
+        check_batch("init", batch)
         learner = self.drawn(key, batch)
         params, model_state = learner.model.init(_key(key, 0, "init", "model"), batch.x)
         zero, context = jnp.zeros((), jnp.int32), learner._context()
@@ -75,17 +79,23 @@ class Learner:
 
     def begin_task(self, state: TrainState, task: TaskInfo, sample: Batch | None = None) -> TrainState:
         """Before the first update of a task."""
+        check_state("begin_task", state)
+        if not isinstance(task, TaskInfo):
+            raise ValueError(
+                f"begin_task: task is {type(task).__name__}, but it must be a TaskInfo, as one of stream.tasks"
+            )
         state = state._replace(task=jnp.asarray(task.index, jnp.int32))
-        return self._each("begin_task", state, task, _blank_all(sample))
+        return self._each("begin_task", state, task, self._blank_all(sample))
 
     def end_task(self, state: TrainState, sample: Batch | None = None) -> TrainState:
         """After the last update of a task."""
-        return self._each("end_task", state, _blank_all(sample))
+        return self._each("end_task", state, self._blank_all(sample))
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step, and its metrics, `f32[]` each."""
+        check_batch("update", batch, state)
         context, begun = self._context(), state
-        prepared = batch = _blank(batch)
+        prepared = batch = blanked(batch)
         for c, key in self._with("prepare", state):
             prepared, part = c.prepare(context, state, state.parts.get(c.name), prepared, key)
             state = _with_part(state, c, part)
@@ -125,7 +135,11 @@ class Learner:
         def step() -> tuple[PyTree, PyTree, PyTree, dict[str, PyTree]]:
             # Some optimisers also read the loss (reduce_on_plateau).
             optimiser = optax.with_extra_args_support(self.optimiser)
-            updates, opt_state = optimiser.update(gradient, state.opt_state, old, value=loss, grad=gradient)
+            try:
+                updates, opt_state = optimiser.update(gradient, state.opt_state, old, value=loss, grad=gradient)
+            except (TypeError, AttributeError, ValueError) as error:
+                said = str(error).splitlines()[0]
+                raise ValueError(f"compose: the optimiser needs more than gradients and the loss: {said}") from None
             params, after = optax.apply_updates(old, updates), state
             for c, key in self._with("constrain", state):
                 params, opt_state, part = c.constrain(
@@ -152,7 +166,8 @@ class Learner:
 
     def adapt(self, state: TrainState, batch: Batch) -> tuple[TrainState, PyTree]:
         """Learns from a test batch and predicts it."""
-        batch, outputs = _blank(batch), None
+        check_batch("adapt", batch, state)
+        batch, outputs = blanked(batch), None
         for c, key in self._with("adapt", state):
             state, part, predicted = c.adapt(self._context(), state, state.parts.get(c.name), batch, key)
             outputs = outputs if predicted is None else predicted
@@ -162,6 +177,9 @@ class Learner:
     def predict(self, state: TrainState, x: PyTree, task: Array | None = None) -> PyTree:
         """Outputs for x, inactive ones masked; nan where `task` is none of the stream's (ValueError outside of
         programs)."""
+        check_state("predict", state)
+        if jax.tree.leaves(x) and jax.tree.leaves(x)[0].shape[:1] == (0,):
+            raise ValueError("predict: x has no examples, but there must be at least one")
         context = self._context()
         known = self._known(task)
         for c in self.components:
@@ -211,6 +229,16 @@ class Learner:
             raise ValueError(f"predict: task is {wrong}, but the tasks are 0 to {n - 1}")
         return known
 
+    def _scored(self, batch: Batch) -> Batch:
+        """Examples without a target have weight 0 in losses and estimates, if the losses read targets so. Elsewhere
+        they are examples like others: weights that depend on labels would make every update a branch."""
+        if not all(c.reads_ignored for c in self.components):
+            return batch
+        return batch._replace(weight=scored(batch.y, batch.weight))
+
+    def _blank_all(self, sample: Batch | None) -> Batch | None:
+        return None if sample is None else jax.vmap(lambda batch: blanked(self._scored(batch)))(sample)
+
     def _with(self, hook: str, state: TrainState) -> Iterator[tuple[Any, Key]]:
         """The components that have a hook, and its key at this step."""
         for c in self.components:
@@ -248,7 +276,7 @@ class Learner:
     ) -> tuple[Array, tuple[Any, ...]]:
         """The sum of all losses; each of them, its aux, and what the shared pass returned."""
         shared: list[tuple[PyTree, PyTree, Any]] = []  # made on first use
-        batch = _scored(batch)
+        batch = self._scored(batch)
 
         def forward() -> PyTree:
             if not shared:
@@ -305,28 +333,6 @@ def _key(state_key: Key, step: Array | int, hook: str, name: str) -> Key:
 
 def _with_part(state: TrainState, component: Component, part: PyTree) -> TrainState:
     return state._replace(parts={**state.parts, component.name: part}) if component.init else state
-
-
-def _blank(batch: Batch) -> Batch:
-    """Examples of weight 0 become zeros before any arithmetic: 0 * NaN would be NaN."""
-
-    def blank(leaf: Array) -> Array:
-        present = (batch.weight > 0).reshape((-1,) + (1,) * (leaf.ndim - 1))
-        return jnp.where(present, leaf, jnp.zeros_like(leaf))
-
-    return batch._replace(
-        x=jax.tree.map(blank, batch.x), y=jax.tree.map(blank, batch.y), task=jax.tree.map(blank, batch.task)
-    )
-
-
-def _scored(batch: Batch) -> Batch:
-    """Examples without a target have weight 0 in losses and estimates. Elsewhere they are examples like others: weights
-    that depend on labels would make every update a branch."""
-    return batch._replace(weight=scored(batch.y, batch.weight))
-
-
-def _blank_all(sample: Batch | None) -> Batch | None:
-    return None if sample is None else jax.vmap(lambda batch: _blank(_scored(batch)))(sample)
 
 
 def _check_outputs(context: Context, params: PyTree, model_state: PyTree, batch: Batch) -> None:

@@ -317,6 +317,15 @@ def batch_rows(batch: Batch) -> PyTree:
     return (batch.x, batch.y, batch.task)
 
 
+def check_n_classes(owner: str, n_classes: int | None, outputs: int) -> None:
+    """Refuses a memory by class that would leave classes out."""
+    if n_classes is not None and n_classes < outputs:
+        raise ValueError(
+            f"{owner}: n_classes is {n_classes}, but the model has {outputs} outputs: examples of the others would not"
+            " be kept"
+        )
+
+
 def _labels(rows: PyTree) -> Array:
     check_classes("memory", rows[1], "a memory by class needs labels")
     return rows[1]
@@ -333,6 +342,12 @@ def _empty(row: PyTree, capacity: int) -> PyTree:
 
 
 def _put(kept: PyTree, rows: PyTree, slots: Array) -> PyTree:
+    for old, new in zip(jax.tree.leaves(kept), jax.tree.leaves(rows), strict=True):
+        if old.dtype != new.dtype or old.shape[1:] != new.shape[1:]:
+            raise ValueError(
+                f"memory: an example is {new.dtype}{list(new.shape[1:])}, but the memory was made for"
+                f" {old.dtype}{list(old.shape[1:])}: all batches must be alike"
+            )
     return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), kept, rows)
 
 

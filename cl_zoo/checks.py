@@ -132,7 +132,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return _is_whole(value) and abs(int(value)) <= LARGEST
     if hint is float:
-        return _is_real(value)
+        return _is_real(value) and np.ndim(value) == 0
     if hint is jax.Array:
         return isinstance(value, (jax.Array, np.ndarray, np.number, int, float)) and not isinstance(value, bool)
     if hint is str:
@@ -254,10 +254,10 @@ def check_classes(owner: str, y: Any, why: str) -> None:
         raise ValueError(f"{owner}: y is {told}, but {why}: it must be one whole number for each example, [B]")
 
 
-def check_softmax(owner: str, y: Any, why: str) -> None:
-    """Refuses floating point targets where the softmax of the outputs is taken: it is not what they are learned by."""
+def check_softmax(owner: str, y: Any, outputs: Any, why: str) -> None:
+    """Refuses targets that are not one class for each row of the outputs `[..., C]`, where their softmax is taken."""
     for leaf in jax.tree.leaves(y):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.ndim >= outputs.ndim:
             raise ValueError(f"{owner}: y is {leaf.dtype}{list(leaf.shape)}, but {why}")
 
 

@@ -6,12 +6,14 @@ All return one number per example (or token); `weighted_mean` reduces them to on
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cl_zoo.checks import check_choice
+from cl_zoo.checks import check_choice, check_range
 
 __all__ = [
     "IGNORED",
@@ -24,6 +26,7 @@ __all__ = [
     "mask_outputs",
     "mean_score",
     "next_token_loss",
+    "reads_ignored",
     "scored",
     "soft_cross_entropy",
     "squared_error",
@@ -36,7 +39,16 @@ Array = jax.Array
 PyTree = Any
 
 IGNORED = -1
-"""The label of an example, or of a token, that has none: it counts as if it had weight 0."""
+"""The label of an example, or of a token, that has none: losses and scores that read labels count it as if it had
+weight 0. For any other function -1 is a number as others are."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def reads_ignored(function: F) -> F:
+    """Marks a loss or score for which `IGNORED` is no target."""
+    function.reads_ignored = True  # type: ignore[attr-defined]
+    return function
 
 
 def mask_outputs(outputs: Array, active: Array | None) -> Array:
@@ -53,6 +65,13 @@ def mask_outputs(outputs: Array, active: Array | None) -> Array:
     """
     if active is None:
         return outputs
+    if not isinstance(active, (jax.Array, np.ndarray)) or active.dtype != bool:
+        raise ValueError(
+            f"mask_outputs: active is {getattr(active, 'dtype', type(active).__name__)}, but it must be an array of"
+            " bool, true where an output is open"
+        )
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise ValueError(f"mask_outputs: outputs are {outputs.dtype}, but they must be floating point")
     if active.shape not in (outputs.shape[-1:], (outputs.shape[0], outputs.shape[-1])):
         raise ValueError(
             f"mask_outputs: active is {active.shape} and outputs are {outputs.shape}, but it must be [C] or [B, C]"
@@ -66,7 +85,7 @@ def weighted_mean(values: Array, weight: Array) -> Array:
     """sum(w v) / max(sum w, 1e-12): the mean over the examples that count, 0 where none does.
 
     Args:
-      values, weight: `[B]` each, or both with more axes; what has weight 0 may be anything, also nan.
+      values, weight: `[B]` each, or both with more axes; what has weight 0, or less, may be anything, also nan.
 
     Raises:
       ValueError: values that are not one for each weight: `[B, 1]` would be compared with everything.
@@ -77,7 +96,7 @@ def weighted_mean(values: Array, weight: Array) -> Array:
             " give one number for each example"
         )
     present = jnp.where(weight > 0, values, jnp.zeros((), jnp.result_type(values)))
-    return jnp.sum(present * weight) / jnp.maximum(jnp.sum(weight), 1e-12)
+    return jnp.sum(present * weight) / jnp.maximum(jnp.sum(jnp.maximum(weight, 0)), 1e-12)
 
 
 def mean_score(scores: Array, weight: Array) -> Array:
@@ -85,16 +104,20 @@ def mean_score(scores: Array, weight: Array) -> Array:
     return jnp.where(jnp.any(weight > 0), weighted_mean(scores, weight), jnp.nan)
 
 
-def scored(y: PyTree, weight: Array) -> Array:
-    """The weight, 0 for examples without a target: whose whole numbers are all `IGNORED`."""
+def scored(y: PyTree, weight: Array, function: Any = None) -> Array:
+    """The weight, 0 for examples without a target: whose whole numbers are all `IGNORED`, if the function that is to
+    read them takes that for none."""
     leaves = jax.tree.leaves(y)
+    if function is not None and not getattr(function, "reads_ignored", False):
+        return weight
     if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.signedinteger):
         return weight
     return jnp.where(jnp.any((leaves[0] != IGNORED).reshape((leaves[0].shape[0], -1)), axis=1), weight, 0)
 
 
+@reads_ignored
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """- log softmax(logits)_label for each example: `[B, C]`, `i32[B]` -> `f32[B]`.
+    """- log softmax(logits)_label for each example: `[B, C]`, `i32[B]` -> `f32[B]`, in float32 at least.
 
     A label of `IGNORED` (-1) gives 0; another that is not an output, nan.
 
@@ -108,6 +131,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"cross_entropy: labels are {labels.dtype}, but must be whole numbers")
+    labels, logits = labels.astype(jnp.int32), logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[:, None], axis=1, mode="clip")
     return _of_labels(-chosen[:, 0], labels, logits.shape[-1])
 
@@ -147,7 +171,7 @@ def soft_cross_entropy(
 
     Args:
       student, teacher: logits `[B, C]`.
-      temperature: T > 0.
+      temperature: T > 0. Student and teacher are of one shape.
       student_active, teacher_active: `bool[C]` or `bool[B, C]`, the active outputs; None for all.
 
     Returns:
@@ -161,6 +185,8 @@ def soft_cross_entropy(
       0.6931
     """
     check_several("soft_cross_entropy", student)
+    _check_alike("soft_cross_entropy", student, teacher)
+    check_range("soft_cross_entropy", "temperature", temperature, 0, above=True)
     targets = jax.nn.softmax(mask_outputs(finite(teacher / temperature), teacher_active))
     predicted = jax.nn.log_softmax(mask_outputs(finite(student / temperature), student_active))
     return -jnp.sum(targets * predicted, axis=-1)
@@ -172,6 +198,13 @@ def check_several(owner: str, outputs: Array) -> None:
         raise ValueError(
             f"{owner}: there is one output, of shape {outputs.shape}, whose softmax is always 1; for regression take"
             " what does not need a softmax, as ewc(labels='loss'), mas or synaptic_intelligence"
+        )
+
+
+def _check_alike(owner: str, student: Array, teacher: Array) -> None:
+    if jnp.shape(student) != jnp.shape(teacher):
+        raise ValueError(
+            f"{owner}: student is {jnp.shape(student)} and teacher {jnp.shape(teacher)}, but they must be of one shape"
         )
 
 
@@ -195,7 +228,7 @@ def divergence(student: Array, teacher: Array, direction: str) -> Array:
       `[...]`, at least 0 up to rounding.
 
     Raises:
-      ValueError: an unknown direction.
+      ValueError: an unknown direction, student and teacher of different shapes.
 
     Source: Agarwal et al. 2023, arXiv 2306.13649.
 
@@ -205,6 +238,7 @@ def divergence(student: Array, teacher: Array, direction: str) -> Array:
       0.0
     """
     check_choice("divergence", "direction", direction, ("forward", "reverse", "jsd"))
+    _check_alike("divergence", student, teacher)
     wide = jnp.promote_types(student.dtype, jnp.float32)
     p, q = (jax.nn.log_softmax(finite(logits.astype(wide))) for logits in (student, teacher))
 
@@ -217,6 +251,7 @@ def divergence(student: Array, teacher: Array, direction: str) -> Array:
     return kl(q, p) if direction == "forward" else kl(p, q)
 
 
+@reads_ignored
 def token_losses(outputs: Array, y: Array) -> Array:
     """- log softmax(outputs_bl)_{y_bl} in nats at each position, 0 where y is `IGNORED` (-1), and nan where it is
     another number that is no output.
@@ -237,11 +272,12 @@ def token_losses(outputs: Array, y: Array) -> Array:
       [[0.0, 0.0]]
     """
     _check(outputs, y)
-    outputs = outputs.astype(jnp.float32)
+    outputs, y = outputs.astype(jnp.float32), y.astype(jnp.int32)
     chosen = jnp.take_along_axis(outputs, jnp.maximum(y, 0)[..., None], axis=-1, mode="clip")[..., 0]
     return _of_labels(jax.nn.logsumexp(outputs, axis=-1) - chosen, y, outputs.shape[-1])
 
 
+@reads_ignored
 def next_token_loss(outputs: Array, y: Array) -> Array:
     """sum_l [y_bl >= 0] (- log softmax(outputs_bl)_{y_bl}) / sum_l [y_bl >= 0]. A loss for `supervised`.
 
@@ -259,9 +295,10 @@ def next_token_loss(outputs: Array, y: Array) -> Array:
       >>> round(float(next_token_loss(jnp.zeros((1, 3, 256)), jnp.array([[0, -1, 65]]))[0]), 3)  # log 256
       5.545
     """
-    return _mean(token_losses(outputs, y), y)
+    return _mean(token_losses(outputs, y), y.astype(jnp.int32))
 
 
+@reads_ignored
 def dynamic_fine_tuning_loss(outputs: Array, y: Array) -> Array:
     """sum_l [y_bl >= 0] (- stop(p_bl) log p_bl) / sum_l [y_bl >= 0],   p_bl = softmax(outputs_bl)_{y_bl}.
 
@@ -285,9 +322,10 @@ def dynamic_fine_tuning_loss(outputs: Array, y: Array) -> Array:
       0.3466
     """
     losses = token_losses(outputs, y)
-    return _mean(jax.lax.stop_gradient(jnp.exp(-losses)) * losses, y)
+    return _mean(jax.lax.stop_gradient(jnp.exp(-losses)) * losses, y.astype(jnp.int32))
 
 
+@reads_ignored
 def all_tokens_right(outputs: Array, y: Array) -> Array:
     """1 for an example whose largest output is right at every scored position, else 0: whether greedy decoding gives
     y. Nan where an output is.
@@ -307,9 +345,11 @@ def all_tokens_right(outputs: Array, y: Array) -> Array:
       [0.0, 1.0]
     """
     _check(outputs, y)
+    y = y.astype(jnp.int32)
     return jnp.min(jnp.where(y == IGNORED, 1.0, label_accuracy(outputs, y)), axis=-1)
 
 
+@reads_ignored
 def token_accuracy(outputs: Array, y: Array) -> Array:
     """The fraction of an example's scored positions at which the largest output is right; nan where an output is.
 
@@ -328,13 +368,22 @@ def token_accuracy(outputs: Array, y: Array) -> Array:
       [0.5]
     """
     _check(outputs, y)
-    return _mean(label_accuracy(outputs, y), y)
+    return _mean(label_accuracy(outputs, y), y.astype(jnp.int32))
 
 
+@reads_ignored
 def label_accuracy(outputs: Array, labels: Array) -> Array:
     """1 where the largest output is that of the label, else 0: `[..., C]`, `i32[...]` -> `f32[...]`. Nan where one of
-    the outputs is: what has diverged predicts nothing, not class 0."""
-    right = (jnp.argmax(outputs, axis=-1) == labels).astype(jnp.float32)
+    the outputs is (what has diverged predicts nothing, not class 0), and for labels that are neither outputs nor
+    `IGNORED`.
+
+    Raises:
+      ValueError: labels that are not whole numbers.
+    """
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"label_accuracy: labels are {labels.dtype}, but must be whole numbers; give another score")
+    labels = labels.astype(jnp.int32)
+    right = _of_labels(jnp.argmax(outputs, axis=-1) == labels, labels, outputs.shape[-1]).astype(jnp.float32)
     return jnp.where(jnp.any(jnp.isnan(outputs), axis=-1), jnp.nan, right)
 
 

@@ -170,6 +170,8 @@ class Stream:
         if self.evaluation_function is None:
             raise ValueError("the stream is evaluated without examples, so there are none to measure on")
         check_choice("stream", "split", split, ("validation", "test"))
+        if not isinstance(task, jax.core.Tracer) and not 0 <= int(task) < self.n_tasks:
+            raise ValueError(f"stream: task is {task}, but the tasks are 0 to {self.n_tasks - 1}")
         return self.evaluation_function(self.data, jnp.asarray(task), split)
 
     def score(self, outputs: PyTree, batch: Batch) -> Array:
@@ -187,7 +189,9 @@ class Stream:
         """The mean of `score` over examples, `Batch[E, B, ...]`; nan where there are none."""
 
         def one(batch: Batch) -> tuple[Array, Array]:
-            return self.score(agent.predict(batch.x, batch.task), batch), scored(batch.y, batch.weight)
+            return self.score(agent.predict(batch.x, batch.task), batch), scored(
+                batch.y, batch.weight, self.score_function
+            )
 
         return mean_score(*jax.lax.map(one, examples))
 
@@ -216,6 +220,12 @@ class Context(NamedTuple):
     optimiser: Any
     tasks: TaskInfo | None
     objective: Objective
+
+    def n_outputs(self, state: TrainState, batch: Batch) -> int:
+        """C, of the model's outputs for batches like this one."""
+        apply = self.model.apply
+        outputs = jax.eval_shape(lambda s, b: apply(s.params, s.model_state, b.x, task=b.task)[0], state, batch)
+        return outputs.shape[-1]
 
     def active(self, current: Array, task: Array | None = None) -> Array | None:
         """The active outputs: those of each example's own task where that is given (`bool[B, C]`, a multi-head
@@ -368,6 +378,7 @@ class Component(NamedTuple):
       adapt: learns from a test batch; where it returns no outputs, `predict` gives them afterwards.
       predict: predicts in the network's place; at most one component has it.
       act: chooses `(action, info)` and changes no state; at most one component has it.
+      reads_ignored: whether a target of `losses.IGNORED` is none, as for losses of labels.
     """
 
     name: str
@@ -384,3 +395,4 @@ class Component(NamedTuple):
     adapt: AdaptHook | None = None
     predict: PredictHook | None = None
     act: ActHook | None = None
+    reads_ignored: bool = True

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cl_zoo.buffers import Reservoir, batch_rows, reservoir_add, reservoir_init, reservoir_sample
 from cl_zoo.checks import Count, NonNegative, check_classes, check_whole, checked
 from cl_zoo.entries import Entry, Null
-from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
+from cl_zoo.losses import cross_entropy, finite, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, Record, TrainState
 
 __all__ = ["ENTRY", "DerState", "der"]
@@ -89,7 +89,7 @@ def der(
             params, state.model_state, x, task=task, weight=weight, key=jax.random.fold_in(key, 2), train=True
         )
         first, second = slice(0, batch_size), slice(batch_size, None)
-        squares = jnp.square(now[first] - then[first])
+        squares = jnp.square(finite(now[first]) - finite(then[first]))
         error = jnp.mean(squares, axis=tuple(range(1, squares.ndim)))  # over tokens too, where an example has many
         terms = {"outputs": alpha * weighted_mean(error, weight[first])}
         if beta is not None:

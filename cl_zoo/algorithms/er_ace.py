@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from cl_zoo.algorithms.replay import ReplayState, replay
@@ -80,9 +79,7 @@ def er_ace(
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> ErAceState:
         check_classes(name, batch.y, "it masks classes")
-        apply = context.model.apply
-        outputs = jax.eval_shape(lambda s, b: apply(s.params, s.model_state, b.x, task=b.task)[0], state, batch)
-        return ErAceState(fill(context, state, batch, key), jnp.zeros(outputs.shape[-1], bool))
+        return ErAceState(fill(context, state, batch, key), jnp.zeros(context.n_outputs(state, batch), bool))
 
     def prepare(
         context: Context, state: TrainState, part: ErAceState, batch: Batch, key: Key

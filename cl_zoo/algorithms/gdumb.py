@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cl_zoo.algorithms.supervised import no_loss
-from cl_zoo.buffers import ClassBalanced, batch_rows, class_balanced_memory
+from cl_zoo.buffers import ClassBalanced, batch_rows, check_n_classes, class_balanced_memory
 from cl_zoo.checks import Count, check_whole, checked
 from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
@@ -76,6 +76,7 @@ def gdumb(
     memory = class_balanced_memory(capacity, n_classes)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> GdumbState:
+        check_n_classes(name, n_classes, context.n_outputs(state, batch))
         return memory.init(batch_rows(batch))
 
     def observe(

@@ -84,8 +84,8 @@ def lwf(
         key: Key,
     ) -> tuple[Array, dict[str, PyTree]]:
         why = "lwf distils the softmax of the outputs, so targets must be classes; der keeps outputs of any kind"
-        check_softmax(name, batch.y, why)
         student = forward()
+        check_softmax(name, batch.y, student, why)
         teacher, _, _ = context.model.apply(
             part.params, part.model_state, batch.x, task=batch.task, weight=batch.weight
         )

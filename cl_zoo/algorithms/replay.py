@@ -11,6 +11,7 @@ from cl_zoo.buffers import (
     Reservoir,
     Ring,
     batch_rows,
+    check_n_classes,
     class_balanced_memory,
     joined,
     reservoir_memory,
@@ -82,6 +83,8 @@ def replay(
         kind = (ring_memory if memory == "ring" else class_balanced_memory)(capacity, n_classes)
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> ReplayState:
+        if n_classes is not None:
+            check_n_classes(name, n_classes, context.n_outputs(state, batch))
         return kind.init(batch_rows(batch))
 
     def prepare(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cl_zoo.checks import checked
 from cl_zoo.entries import Entry, Null
-from cl_zoo.losses import cross_entropy, mask_outputs, weighted_mean
+from cl_zoo.losses import IGNORED, cross_entropy, mask_outputs, weighted_mean
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
 __all__ = ["ENTRY", "no_loss", "supervised"]
@@ -75,10 +75,14 @@ def supervised(loss: Callable[..., Array] = cross_entropy, *, name: str = "super
         if reads_active:
             active = jnp.ones(outputs.shape[-1:], bool) if active is None else active
             return weighted_mean(loss(outputs, batch.y, active=active), batch.weight), {}
-        outputs = mask_outputs(outputs, active)
-        return weighted_mean(loss(outputs, batch.y), batch.weight), {}
+        each = loss(mask_outputs(outputs, active), batch.y)
+        if active is not None and loss is cross_entropy:  # the masked output of a label that is not open is no loss
+            label = jnp.clip(batch.y, 0, outputs.shape[-1] - 1)[:, None]
+            is_open = jnp.take_along_axis(jnp.broadcast_to(active, outputs.shape), label, axis=1)[:, 0]
+            each = jnp.where(is_open | (batch.y == IGNORED), each, jnp.nan)
+        return weighted_mean(each, batch.weight), {}
 
-    return Component(name, loss=loss_hook)
+    return Component(name, loss=loss_hook, reads_ignored=getattr(loss, "reads_ignored", False))
 
 
 ENTRY = Entry(

@@ -70,7 +70,6 @@ def fisher_diagonal(
     if labels == "observed":
         check_classes("fisher_diagonal", y, 'labels="observed" needs labels')
     why = f'labels="{labels}" is for classes, by the softmax of the outputs; for other targets give ewc labels="loss"'
-    check_softmax("fisher_diagonal", y, why)
     if batch_square and labels == "expected":
         raise ValueError('fisher_diagonal: batch_square needs labels "sampled" or "observed"')
 
@@ -83,6 +82,7 @@ def fisher_diagonal(
                 f"fisher_diagonal: labels is {labels!r}, for outputs [B, C], but these are {logits.shape}; for others,"
                 ' such as those of tokens, give ewc labels="loss"'
             )
+        check_softmax("fisher_diagonal", batch.y, logits, why)
         check_several("fisher_diagonal", logits)
         p = jax.nn.softmax(logits)
         if labels == "expected":

@@ -79,7 +79,7 @@ def evaluate_adapting(
         return state, stream.score(outputs, batch)
 
     def summary(scores: Array, batches: Batch, n: int) -> Array:
-        weight = jax.vmap(scored)(batches.y, batches.weight)
+        weight = jax.vmap(lambda y, weight: scored(y, weight, stream.score_function))(batches.y, batches.weight)
         if by_example:
             return jnp.where(weight > 0, scores, 0).ravel()[:n]
         return mean_score(scores, weight)

@@ -145,6 +145,9 @@ def settled(measure: Measures | None, stream: Stream) -> tuple[tuple[str, Measur
       ValueError: a number of updates above a task's; examples wanted of a stream that has none; what is not a function.
     """
     found = []
+    if measure is not None and not isinstance(measure, Mapping):
+        told = type(measure).__name__
+        raise ValueError(f"measure is a {told}, but it must be a mapping by name, as {{'accuracy': accuracy()}}")
     for name, given in ({"accuracy": accuracy()} if measure is None else measure).items():
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"measure: the name {name!r} must be of letters, digits, '_', '-' and '.'")
@@ -152,6 +155,11 @@ def settled(measure: Measures | None, stream: Stream) -> tuple[tuple[str, Measur
             raise ValueError(
                 f"measure: {name!r} is {given!r}, but it must be a function or a Measure, as accuracy() is"
             )
+        for function in (accuracy, adapted_accuracy, at):
+            if given is function:
+                raise ValueError(
+                    f"measure: {name!r} is the function {function.__name__}; call it, {function.__name__}()"
+                )
         one = at(given.when, given) if isinstance(given, Measure) else at("task", given)
         if isinstance(one.when, int) and one.when > stream.steps:
             raise ValueError(f"measure: {name!r} is at {one.when} updates, but a task has only {stream.steps}")

@@ -30,6 +30,8 @@ __all__ = [
 
 
 def _after(matrix: ArrayLike) -> np.ndarray:
+    if hasattr(matrix, "measures"):
+        raise ValueError("the accuracy matrix is a Result, but it must be an array; give result.accuracy")
     matrix = np.asarray(matrix, np.float64)
     if matrix.ndim < 2 or matrix.shape[-2] != matrix.shape[-1] + 1:
         raise ValueError(f"the accuracy matrix must be [..., T + 1, T], but its shape is {matrix.shape}")
@@ -48,8 +50,8 @@ def average_accuracy(matrix: ArrayLike) -> np.ndarray:
 def accuracy_after_each_task(matrix: ArrayLike) -> np.ndarray:
     """A_t = 1/(t+1) sum_{i<=t} a_{t,i}: the mean over the tasks seen, after each task, `[..., T]`."""
     after = _after(matrix)
-    seen = np.tril(np.ones(after.shape[-2:]))
-    return (after * seen).sum(-1) / seen.sum(-1)
+    seen = np.tril(np.ones(after.shape[-2:], bool))
+    return np.where(seen, after, 0).sum(-1) / seen.sum(-1)
 
 
 def average_incremental_accuracy(matrix: ArrayLike) -> np.ndarray:
@@ -121,7 +123,7 @@ def anytime_accuracy(curve: ArrayLike, seen: ArrayLike | None = None) -> np.ndar
     counts = np.broadcast_to(counts, curve.shape)
     if not counts.any(-1).all():
         raise ValueError("anytime accuracy: at some point of the curve no task was seen")
-    means = (curve * counts).sum(-1) / counts.sum(-1)
+    means = np.where(counts, curve, 0).sum(-1) / counts.sum(-1)
     return means.reshape((*means.shape[:-2], -1))
 
 

@@ -39,7 +39,7 @@ def dormant_fraction(activations: Array, weight: Array | None = None, *, thresho
       threshold: at least 0.
 
     Returns:
-      `f32[]`.
+      `f32[]`; nan where an activity is.
 
     Source: threshold 0: Dohare et al. 2024, doi 10.1038/s41586-024-07711-7; others: Sokar et al. 2023,
     arXiv 2302.12902.
@@ -50,8 +50,10 @@ def dormant_fraction(activations: Array, weight: Array | None = None, *, thresho
       0.5
     """
     h = jnp.abs(activations).reshape((activations.shape[0], -1, activations.shape[-1])).mean(1)
+    h = h if weight is None else jnp.where(weight[:, None] > 0, h, 0)
     activity = jnp.mean(h, axis=0) if weight is None else weight @ h / jnp.maximum(jnp.sum(weight), 1e-12)
-    return jnp.mean((activity <= threshold * jnp.mean(activity)).astype(jnp.float32))
+    fraction = jnp.mean((activity <= threshold * jnp.mean(activity)).astype(jnp.float32))
+    return jnp.where(jnp.any(jnp.isnan(activity)), jnp.nan, fraction)
 
 
 def effective_rank(features: Array, weight: Array | None = None) -> Array:
@@ -75,7 +77,7 @@ def effective_rank(features: Array, weight: Array | None = None) -> Array:
     total = jnp.sum(values)
     p = values / jnp.where(total > 0, total, 1)
     entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0))
-    return jnp.where(total > 0, jnp.exp(entropy), 0)
+    return jnp.where(total > 0, jnp.exp(entropy), total)  # 0, or nan
 
 
 def stable_rank(features: Array, weight: Array | None = None) -> Array:

@@ -181,7 +181,9 @@ def decoder(
             raise ValueError(f"decoder: tokens are {kind}, but they must be whole numbers")
         table = params["embedding"]
         table = jnp.asarray(table) if isinstance(table, np.ndarray) else table  # NumPy cannot be indexed by a tracer
-        return table[tokens].astype(jnp.promote_types(dtype, table.dtype) if table.dtype == jnp.float64 else dtype)
+        # A token that is none of the vocabulary is nan, not another token.
+        rows = table.at[tokens.astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
+        return rows.astype(jnp.promote_types(dtype, table.dtype) if table.dtype == jnp.float64 else dtype)
 
     def states(params: PyTree, tokens: Array) -> Array:
         def one_round(h: Array, blocks: PyTree) -> tuple[Array, None]:

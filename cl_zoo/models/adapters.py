@@ -59,9 +59,10 @@ def from_nnx(
     `nnx.Param` variables become `params`, all others but keys (normalisation statistics, ...) `model_state`; both are
     nested dicts. A module whose `__call__` takes `tap` calls its dense and convolution layers as `tap("path/to/layer",
     self.layer, x)`, and so gives taps; any other module simply has none. One that takes `task` or `weight` is given
-    them. Its switches are set, as arguments of `__call__` or as attributes: `train`, `training`, `deterministic`,
-    `use_running_average`. Dropout draws from the key of the call. Inside a program on a CPU, convolutions are made fast
-    (`fast_convolutions`): what `__call__` stores outside variables and outputs is lost there.
+    them. Its switches are set, as arguments of `__call__` or as attributes: `train`, `training`, `is_training`,
+    `deterministic`, `use_running_average`. Dropout draws from the key of the call. Inside a program on a CPU,
+    convolutions are made fast (`fast_convolutions`): what `__call__` stores outside variables and outputs is lost
+    there.
 
     Args:
       make: `(rngs) -> module`.
@@ -94,14 +95,16 @@ def from_nnx(
         raise ValueError(f"from_nnx: make gives a {type(abstract).__name__}, but it must give an NNX module")
     graph, abstract_params, abstract_keys, abstract_rest = _split(abstract)
     extra = _accepted(type(abstract).__call__)
-    statistics = any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(abstract))
+    modules = [module for _, module in nnx.iter_modules(abstract)]
+    statistics = any(isinstance(module, nnx.BatchNorm) for module in modules)
+    dropout = any(isinstance(module, nnx.Dropout) and module.rate > 0 for module in modules)
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         _check_shape(x, input_shape)
         _, params, _, rest = _split(make(nnx.Rngs(key)))
         made = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-        if statistics:
-            _check_switch("from_nnx", apply, made, x, None)
+        for what in ["batch statistics"] * statistics + ["dropout"] * dropout:
+            _check_switch("from_nnx", apply, made, x, key, what)
         return made
 
     def apply(
@@ -131,10 +134,12 @@ def from_nnx(
         )
         module: Any = nnx.merge(graph, states[0], keys, states[1])
         if train and key is not None:
-            nnx.reseed(module, default=key)
+            streams = [variable.tag for _, variable in nnx.iter_graph(module) if isinstance(variable, nnx.RngKey)]
+            seeds = {name: jax.random.fold_in(key, i) for i, name in enumerate(sorted({*streams} - {"default"}))}
+            nnx.reseed(module, default=key, **seeds)  # type: ignore[arg-type]
         module.set_attributes(deterministic=not train, use_running_average=not train, raise_if_not_found=False)
         for _, each in nnx.iter_modules(module):
-            for name in ("train", "training"):
+            for name in ("train", "training", "is_training"):
                 if isinstance(vars(each).get(name), bool):  # every module has a method `train`
                     setattr(each, name, train)
         tap = _Tap(perturb)
@@ -186,10 +191,18 @@ def from_linen(
         _check_shape(x, input_shape)
         given: dict[str, Any] = {"tap": _Tap(None), "task": None, "weight": None, **_switches(False)}
         own = module.clone(**{name: given[name] for name in switches})
-        variables = own.init(key, preprocess(x), **{name: given[name] for name in extra})
+        dropped: list[float] = []
+
+        def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            if isinstance(context.module, linen.Dropout) and context.module.rate > 0:
+                dropped.append(context.module.rate)
+            return call(*args, **kwargs)
+
+        with linen.intercept_methods(see):
+            variables = own.init(key, preprocess(x), **{name: given[name] for name in extra})
         made = variables.get("params", {}), {name: value for name, value in variables.items() if name != "params"}
-        if "batch_stats" in made[1]:
-            _check_switch("from_linen", apply, made, x, key)
+        for what in ["batch statistics"] * ("batch_stats" in made[1]) + ["dropout"] * bool(dropped):
+            _check_switch("from_linen", apply, made, x, key, what)
         return made
 
     def apply(
@@ -220,7 +233,9 @@ def from_linen(
 
 def _switches(train: bool) -> dict[str, bool]:
     """What Flax modules call the switch between training and evaluation."""
-    return {"train": train, "training": train, "deterministic": not train, "use_running_average": not train}
+    off = not train
+    on = {"train": train, "training": train, "is_training": train}
+    return {**on, "deterministic": off, "use_running_average": off}
 
 
 def _accepted(call: Callable[..., Any]) -> tuple[str, ...]:
@@ -230,15 +245,21 @@ def _accepted(call: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _check_switch(
-    owner: str, apply: Callable[..., Any], made: tuple[PyTree, PyTree], x: PyTree, key: Key | None
+    owner: str, apply: Callable[..., Any], made: tuple[PyTree, PyTree], x: PyTree, key: Key | None, what: str
 ) -> None:
-    """Refuses normalisation statistics that training would never move, or evaluation would not read."""
-    train, evaluate = (
-        str(jax.make_jaxpr(lambda p, s, x, on=on: apply(p, s, x, train=on, key=key))(*made, x)) for on in (True, False)
-    )
-    if train == evaluate:
+    """Refuses normalisation statistics that training would never move, or evaluation would; and dropout that is the
+    same in both."""
+
+    def traced(train: bool) -> Any:
+        jaxpr = jax.make_jaxpr(lambda s, p, x: apply(p, s, x, train=train, key=key)[:2][::-1])(made[1], made[0], x)
+        return jaxpr.jaxpr
+
+    train, evaluate = traced(True), traced(False)
+    n = len(jax.tree.leaves(made[1]))
+    moves, stays = (any(a is not b for a, b in zip(one.outvars, one.invars[:n])) for one in (train, evaluate))
+    if str(train) == str(evaluate) or (what == "batch statistics" and (stays or not moves)):
         raise ValueError(
-            f"{owner}: the module has batch statistics, but training and evaluation are the same pass; its switch must"
+            f"{owner}: the module has {what}, but training and evaluation are the same pass for them; its switch must"
             f" be one of {', '.join(_switches(True))}, as an argument of __call__ or an attribute"
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from cl_zoo.checks import Count, Range, check_range, check_whole, checked
 from cl_zoo.datasets.few_shot_images import FewShotImages
 from cl_zoo.datasets.images import LabelledImages, check_labels, check_pixels, load_digits
-from cl_zoo.losses import label_accuracy
+from cl_zoo.losses import label_accuracy, reads_ignored
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.episodes import episode_stream
 from cl_zoo.types import Array, Batch, Episode, Key, Stream
@@ -143,6 +143,7 @@ def few_shot(
         query_x, query_y = part(shots, queries, 2)
         return Episode(support_x, support_y, query_x), query_y
 
+    @reads_ignored
     def score(outputs: Array, batch: Batch) -> Array:
         return jnp.mean(label_accuracy(outputs, batch.y), axis=1)
 
@@ -240,6 +241,7 @@ def trajectories(
             asked, asked_y = rows[:, shots:].ravel(), jnp.repeat(places, queries)
         return Episode(data.images[walked], walked_y, data.images[asked]), asked_y
 
+    @reads_ignored
     def score(outputs: Array, batch: Batch) -> Array:
         return jnp.mean(label_accuracy(outputs, batch.y), axis=1)
 

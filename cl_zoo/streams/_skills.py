@@ -13,7 +13,7 @@ import numpy as np
 from cl_zoo.checks import Count, check_choice, check_whole, checked
 from cl_zoo.language.answers import Demonstrated
 from cl_zoo.language.tokenization import left_padded
-from cl_zoo.losses import all_tokens_right, token_accuracy
+from cl_zoo.losses import all_tokens_right, reads_ignored, token_accuracy
 from cl_zoo.streams.arrays import array_stream, scenario_tasks
 from cl_zoo.streams.episodes import episode_stream
 from cl_zoo.types import Array, Batch, Key, Stream
@@ -142,6 +142,7 @@ def skills(
         place = data.start[_SPLITS.index(split), task] + index
         return jax.tree.map(lambda leaf: leaf[place], (data.x, data.y))
 
+    @reads_ignored
     def score(outputs: Array, batch: Batch) -> Array:
         return all_tokens_right(outputs, batch.y)
 
@@ -274,6 +275,7 @@ class SymbolWorld(NamedTuple):
             scored = (place >= begin) & (place < begin + answer.size)
             return row[:-1], jnp.where(scored, row[1:], -1)
 
+        @reads_ignored
         def score(outputs: Array, batch: Batch) -> Array:
             return token_accuracy(outputs, batch.y)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo.checks import LARGEST, Count, check_whole, checked
-from cl_zoo.losses import label_accuracy
+from cl_zoo.losses import label_accuracy, reads_ignored
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
 
@@ -76,6 +76,7 @@ def scenario_tasks(
     return TaskInfo(jnp.asarray(index), jnp.asarray(active))
 
 
+@reads_ignored
 def score_labels(outputs: Array, batch: Batch) -> Array:
     """`label_accuracy` of each example: `[B, C]` -> `f32[B]`."""
     return label_accuracy(outputs, batch.y)
@@ -137,6 +138,10 @@ def array_stream(
         joint="all" or an order over tasks whose outputs are not all active, or an order of examples that carry their
         task.
     """
+    counted = size(data, "train")
+    fewest = smallest if isinstance(counted, jax.core.Tracer) else int(np.min(np.asarray(counted)))
+    if fewest < smallest:
+        raise ValueError(f"stream: smallest is {smallest}, but size gives a task of {fewest} training examples")
     if batch_size > smallest:
         raise ValueError(
             f"stream: batch_size is {batch_size}, but a task may have only {smallest} training examples; it must be at"

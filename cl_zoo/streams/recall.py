@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo.checks import Count, NonNegative, check_whole, checked
-from cl_zoo.losses import token_accuracy
+from cl_zoo.losses import reads_ignored, token_accuracy
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.episodes import episode_stream
 from cl_zoo.types import Array, Batch, Key, PyTree, Stream
@@ -200,6 +200,7 @@ def _check_documents(owner: str, length: int, words: int, values: int) -> None:
 def _one_task(owner: str, data: PyTree, draw: Any, vocabulary: int, **options: Any) -> Stream:
     """One task of drawn sequences, scored by the fraction of correct tokens."""
 
+    @reads_ignored
     def score(outputs: Array, batch: Batch) -> Array:
         return token_accuracy(outputs, batch.y)
 

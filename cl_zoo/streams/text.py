@@ -12,7 +12,7 @@ import numpy as np
 
 from cl_zoo.checks import Count, Range, checked
 from cl_zoo.datasets.text import python_library
-from cl_zoo.losses import next_token_loss
+from cl_zoo.losses import next_token_loss, reads_ignored
 from cl_zoo.streams.arrays import Joint, array_stream, scenario_tasks
 from cl_zoo.types import Array, Batch, Key, Stream
 
@@ -113,6 +113,7 @@ def text_domains(
         order = jax.random.permutation(key, len(texts))
         return data._replace(start=data.start[:, order], size=data.size[:, order])
 
+    @reads_ignored
     def score(outputs: Array, batch: Batch) -> Array:
         return -next_token_loss(outputs, batch.y) / math.log(2)
 

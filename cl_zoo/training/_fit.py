@@ -121,6 +121,10 @@ def fit(
     check_run("fit", learner, stream, key)
     check_whole("fit", "checkpoint_every", checkpoint_every, 1)
     check_whole("fit", "keep", keep, 1)
+    if not isinstance(directory, (str, os.PathLike)) or not str(directory):
+        raise ValueError(f"fit: directory is {directory!r}, but it must be a path")
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise ValueError(f"fit: directory is {str(directory)!r}, but there is a file of that name")
     described = isinstance(config, Mapping) or (dataclasses.is_dataclass(config) and not isinstance(config, type))
     if config is not None and not described:
         raise ValueError(f"fit: config is {type(config).__name__}, but it must be a dataclass or a mapping")

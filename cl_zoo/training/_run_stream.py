@@ -297,7 +297,8 @@ def sweep(
     paired = isinstance(orders, str)
     if paired and orders != "per_seed":
         raise ValueError(f"sweep: orders is {orders!r}, but it must be None, 'per_seed' or an array of keys")
-    jax.eval_shape(lambda s: check_run("sweep", make(jax.tree.map(lambda leaf: leaf[0], s)), stream, None), settings)
+    for i in range(next(iter(lengths))[0]):  # numbers that factories refuse are only seen outside of programs
+        check_run("sweep", make(jax.tree.map(lambda leaf, i=i: leaf[i], settings)), stream, None)
     check_bound(weights)
     shape = (*lengths.pop(), len(keys), *(() if orders is None or paired else (len(orders),)))
     if batch_size is None:

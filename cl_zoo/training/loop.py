@@ -70,6 +70,10 @@ class Result(NamedTuple):
         return self.measures["accuracy"]
 
 
+LARGEST_LOSS = 1e30
+"""A metric above it is as good as infinite: masked outputs, which are about -1e38, went into a sum."""
+
+
 class NonFiniteError(FloatingPointError):
     """A loss or penalty became infinite or not a number."""
 
@@ -338,7 +342,7 @@ def check_finite(
     """
     bad = {}
     for name, (number, value) in metrics.items():
-        if len(wrong := np.flatnonzero(~np.isfinite(value))):
+        if len(wrong := np.flatnonzero(~(np.abs(value) < LARGEST_LOSS))):
             bad[name] = int(number[wrong[0]]), f"{value[wrong[0]]}"
     spoilt = [number for number, fine in finite.items() if not fine]
     if not bad and not spoilt:
@@ -362,9 +366,11 @@ def check_finite(
             " stay below 2; lower the strength or the learning rate, or use Adam"
         )
     elif found == ran[0] and known and ran[0] == 0:
-        cause = "inputs that are not finite, or a label that is none of the outputs"
+        cause = "inputs that are not finite, or a label that is none of the outputs open now"
     else:
-        cause = "too high a learning rate, inputs that are not finite, or a label that is none of the outputs"
+        cause = "too high a learning rate, inputs that are not finite, or a label that is none of the outputs open now"
+    if told not in ("nan", "not finite"):
+        cause += ", or a loss of one's own that sees masked outputs (see the argument active in supervised)"
     raise NonFiniteError(
         f"{name} is {told} at task {task}, step {step}{'' if known else ' or before'}; likely cause: {cause}{kept}"
     )

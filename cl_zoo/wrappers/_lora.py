@@ -204,8 +204,17 @@ def unmerge_adapters(model: Model, params: PyTree, merged: PyTree) -> PyTree:
 def _merged(model: Model, params: PyTree, weights: PyTree, how: Any) -> PyTree:
     if not model.frozen:
         raise ValueError("merge_adapters: the model is not one that lora made")
+    inner = model.bind(weights).inner_params(params)
+    found = jax.tree.leaves(inner, is_leaf=lambda leaf: isinstance(leaf, AdaptedKernel))
+    adapted = sum(isinstance(leaf, AdaptedKernel) for leaf in found)
+    given = len(jax.tree.leaves(params))
+    if adapted == 0 or given != 2 * adapted:
+        raise ValueError(
+            f"merge_adapters: params has {given} arrays, of which {2 * adapted} are adapters of this model, but it must"
+            " be the model's parameters, as result.state.params"
+        )
     return jax.tree.map(
         lambda leaf: how(leaf.kernel, leaf.down, leaf.up) if isinstance(leaf, AdaptedKernel) else leaf,
-        model.bind(weights).inner_params(params),
+        inner,
         is_leaf=lambda leaf: isinstance(leaf, AdaptedKernel),
     )
