@@ -322,7 +322,8 @@ def _nodes(tree: PyTree) -> Iterator[Any]:
     """All tuples, named or not, in a tree."""
     if isinstance(tree, tuple):
         yield tree
-        for child in tree:
+    if isinstance(tree, (tuple, list, dict)):
+        for child in tree.values() if isinstance(tree, dict) else tree:
             yield from _nodes(child)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +11,8 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from cl_zoo import Batch, accuracy, compose, der, ewc, fit, gdumb, replay, run_stream, supervised, sweep
+from cl_zoo import accuracy, compose, der, ewc, fit, gdumb, replay, run_stream, supervised, sweep
+from cl_zoo.datasets import LabelledImages
 from cl_zoo.evaluation import dormant_fraction, effective_rank
 from cl_zoo.evaluation.metrics import average_accuracy, average_incremental_accuracy
 from cl_zoo.language import decoder
@@ -31,6 +31,7 @@ from cl_zoo.losses import (
     weighted_mean,
 )
 from cl_zoo.models import from_linen, from_nnx, mlp
+from cl_zoo.streams import split_mnist
 from cl_zoo.streams.arrays import array_stream, scenario_tasks
 from cl_zoo.wrappers import lora, merge_adapters
 from tests.tiny import tiny_learner, tiny_stream
@@ -302,5 +303,34 @@ def test_label_smoothing_of_masked_outputs_is_named(tiny_images: Any) -> None:
         run_stream(tiny_learner(stream, supervised(smooth)), stream, KEY)
 
 
-def test_batches_keep_their_fields() -> None:
-    assert dataclasses.is_dataclass(LABELLED) and Batch._fields[:4] == ("x", "y", "task", "weight")
+def test_pixels_of_another_scale() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 4, 4)).astype(np.uint8)
+    labels = np.arange(20) % 2
+    spoilt = LabelledImages((noise / 255).astype(np.uint8), labels, noise, labels)
+    with pytest.warns(UserWarning, match="train_images is uint8 from 0 to 1, of 255: were they scaled"):
+        split_mnist(1, images=spoilt, steps=1, batch_size=4)
+    images = LabelledImages(noise, labels, noise, labels)
+    with pytest.raises(ValueError, match="epochs is 5 and steps is 8, but only one of them may be given"):
+        split_mnist(1, images=images, steps=8, epochs=5, batch_size=4)
+    net = mlp((4, 4), 2)
+    params, state = net.init(KEY, jnp.asarray(noise))
+    with pytest.raises(ValueError, match="scale_images: x is int32, but it must be uint8"):
+        net.apply(params, state, jnp.asarray(noise, jnp.int32))
+    with pytest.warns(UserWarning, match="from_linen: x is uint8, from 0 to 255, and nothing scales it"):
+        from_linen(linen.Dense(2)).init(KEY, jnp.asarray(noise))
+
+
+def test_statistics_of_one_example_are_refused() -> None:
+    batch, _ = LABELLED.next(LABELLED.init(KEY))
+    learner = compose(mlp((4,), 2, norm="batch"), optax.sgd(0.1), supervised())
+    state = learner.init(KEY, batch)
+    with pytest.raises(ValueError, match="batch normalisation: the batch is one example"):
+        learner.update(state, jax.tree.map(lambda leaf: leaf[:1], batch))
+
+
+def test_schedule_free_is_found_wherever_it_hides() -> None:
+    free = optax.contrib.schedule_free_sgd(1.0, warmup_steps=2)
+    hidden = optax.partition({"a": free}, lambda params: jax.tree.map(lambda _: "a", params))
+    batch, _ = LABELLED.next(LABELLED.init(KEY))
+    with pytest.raises(ValueError, match="schedule-free"):
+        compose(NET, hidden, supervised()).init(KEY, batch)

@@ -6,6 +6,7 @@ import gzip
 import math
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from importlib import resources
@@ -70,6 +71,12 @@ def check_pixels(owner: str, field: str, pixels: np.ndarray) -> None:
             " images.transpose(0, 2, 3, 1)"
         )
     if pixels.dtype == np.uint8:
+        if pixels.max() <= 1:
+            warnings.warn(
+                f"{owner}: {field} is uint8 from {pixels.min()} to {pixels.max()}, of 255: were they scaled before they"
+                " became whole numbers?",
+                stacklevel=3,
+            )
         return
     if not np.issubdtype(pixels.dtype, np.floating):
         raise ValueError(f"{owner}: {field} is {pixels.dtype}, but it must be uint8, or floating point in [0, 1]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -46,11 +47,24 @@ def _check_shape(x: PyTree, input_shape: tuple[int, ...] | None) -> None:
         )
 
 
+def as_it_is(x: PyTree) -> PyTree:
+    """No preprocessing."""
+    return x
+
+
+def _warn_of_pixels(owner: str, preprocess: Callable[[PyTree], PyTree], x: PyTree) -> None:
+    if preprocess is as_it_is and getattr(x, "dtype", None) == jnp.uint8 and x.ndim > 2:
+        warnings.warn(
+            f"{owner}: x is uint8, from 0 to 255, and nothing scales it; give preprocess=cl_zoo.models.scale_images",
+            stacklevel=2,
+        )
+
+
 @checked
 def from_nnx(
     make: Callable[[nnx.Rngs], nnx.Module],
     *,
-    preprocess: Callable[[PyTree], PyTree] = lambda x: x,
+    preprocess: Callable[[PyTree], PyTree] = as_it_is,
     input_shape: tuple[int, ...] | None = None,
     units: Units = (),
 ) -> Model:
@@ -101,6 +115,7 @@ def from_nnx(
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         _check_shape(x, input_shape)
+        _warn_of_pixels("from_nnx", preprocess, x)
         _, params, _, rest = _split(make(nnx.Rngs(key)))
         made = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
         for what in ["batch statistics"] * statistics + ["dropout"] * dropout:
@@ -155,7 +170,7 @@ def from_nnx(
 def from_linen(
     module: Any,
     *,
-    preprocess: Callable[[PyTree], PyTree] = lambda x: x,
+    preprocess: Callable[[PyTree], PyTree] = as_it_is,
     input_shape: tuple[int, ...] | None = None,
     units: Units = (),
 ) -> Model:
@@ -189,6 +204,7 @@ def from_linen(
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         _check_shape(x, input_shape)
+        _warn_of_pixels("from_linen", preprocess, x)
         given: dict[str, Any] = {"tap": _Tap(None), "task": None, "weight": None, **_switches(False)}
         own = module.clone(**{name: given[name] for name in switches})
         dropped: list[float] = []

@@ -52,6 +52,11 @@ def normalise(layer: nnx.Module, x: Array, weight: Array | None) -> Array:
         mean, variance = (v[...].reshape((1, 1, -1)) for v in (layer.mean, layer.var))
         centred = flat - mean
     else:
+        if isinstance(layer, nnx.BatchNorm) and flat.shape[0] * flat.shape[1] == 1:
+            raise ValueError(
+                "batch normalisation: the batch is one example, whose statistics are itself; give several, or"
+                ' another norm ("layer", "group")'
+            )
         mean = over(jnp.mean(flat, 1, keepdims=True))
         centred = flat - mean
         variance = over(jnp.mean(jnp.square(centred), 1, keepdims=True))

@@ -300,6 +300,8 @@ def image_stream(
     by_size = np.sort(count, axis=1)
     average = int(count[0].sum()) * per_task // n_classes
     per_epoch = max(average // batch_size, 1)
+    if epochs > 1 and steps is not None:
+        raise ValueError(f"stream: epochs is {epochs} and steps is {steps}, but only one of them may be given")
     n_steps = epochs * per_epoch * updates_per_batch if steps is None else steps
     if mixing is not None:
         data = data._replace(mixing=mixing.numbers(n_tasks, per_task))
