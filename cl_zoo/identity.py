@@ -85,6 +85,11 @@ class _Alike:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
+    @property
+    def reads_ignored(self) -> bool:
+        """See `losses.reads_ignored`."""
+        return getattr(self.function, "reads_ignored", False)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Alike) and self.identity == other.identity
 
@@ -95,4 +100,9 @@ class _Alike:
 def alike(function: Callable[..., Any] | None) -> Any:
     """The function, equal to every other that has its `identity`, so that it can be part of the key of a cached
     program."""
-    return function if function is None or isinstance(function, _Alike) else _Alike(function, identity(function))
+    return function if function is None or isinstance(function, _Alike) else _Alike(function, _with_marks(function))
+
+
+def _with_marks(function: Callable[..., Any]) -> Any:
+    """Its `identity`, and whether it is marked: a mark changes what a program does."""
+    return identity(function), getattr(function, "reads_ignored", False)

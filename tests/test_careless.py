@@ -469,8 +469,8 @@ def test_other_targets_are_refused_where_classes_are_meant(y: Any) -> None:
     batch = Batch(x, y, None, jnp.ones(8))
     for component, name in (
         (slda(), "slda"),
-        (replay(12, batch_size=4, memory="class_balanced", n_classes=3), "memory"),
-        (replay(12, batch_size=4, memory="ring", n_classes=3), "memory"),
+        (replay(12, batch_size=4, memory="class_balanced", n_classes=6), "memory"),
+        (replay(12, batch_size=4, memory="ring", n_classes=6), "memory"),
     ):
         learner = compose(MODEL, optax.sgd(0.1), supervised(lambda outputs, y: outputs[:, 0]), component)
         with pytest.raises(ValueError, match=f"{name}: y is .*: it must be one whole number for each example"):

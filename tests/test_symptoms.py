@@ -334,3 +334,9 @@ def test_schedule_free_is_found_wherever_it_hides() -> None:
     batch, _ = LABELLED.next(LABELLED.init(KEY))
     with pytest.raises(ValueError, match="schedule-free"):
         compose(NET, hidden, supervised()).init(KEY, batch)
+
+
+def test_scores_of_a_stream_leave_out_what_has_no_label() -> None:
+    y = np.where(np.arange(40) % 2, IGNORED, (SIDE > 0)).astype(np.int32)
+    result = run_stream(compose(NET, optax.adam(0.05), supervised()), stream_of(X, y, 2), KEY)
+    assert result.accuracy[-1, 0] > 0.9, "half of the labels are IGNORED"

@@ -267,8 +267,11 @@ def _check_switch(
     same in both."""
 
     def traced(train: bool) -> Any:
-        jaxpr = jax.make_jaxpr(lambda s, p, x: apply(p, s, x, train=train, key=key)[:2][::-1])(made[1], made[0], x)
-        return jaxpr.jaxpr
+        def arrays(s: PyTree, p: PyTree, x: PyTree) -> PyTree:
+            outputs, after, _ = apply(p, s, x, train=train, key=key)
+            return after, [leaf for leaf in jax.tree.leaves(outputs) if isinstance(leaf, jax.Array)]
+
+        return jax.make_jaxpr(arrays)(made[1], made[0], x).jaxpr
 
     train, evaluate = traced(True), traced(False)
     n = len(jax.tree.leaves(made[1]))

@@ -61,7 +61,7 @@ def cost(learner: Learner, stream: Stream, *, measure: Measures | None = None, m
       >>> parts = supervised(), replay(200), ewc(1.0)
       >>> found = cost(compose(mlp((28, 28), 10), optax.adam(1e-3), *parts, tasks=stream.tasks), stream)
       >>> found.bytes["params"], found.bytes["replay"], found.grows["replay"]
-      (1077800, 157604, 'examples kept: 200')
+      (1077288, 157604, 'examples kept: 200')
     """
     check_run("cost", learner, stream, None)
     key = jax.eval_shape(lambda: jax.random.key(0))

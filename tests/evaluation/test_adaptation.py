@@ -13,7 +13,7 @@ import pytest
 
 from cl_zoo import Component, Stream, accuracy, compose, run_stream, supervised, ttt
 from cl_zoo.evaluation import adapted_accuracy, evaluate_adapting
-from cl_zoo.losses import IGNORED
+from cl_zoo.losses import IGNORED, reads_ignored
 from cl_zoo.models import mlp
 from cl_zoo.streams import split_mnist
 from cl_zoo.wrappers import with_rotation_head
@@ -59,6 +59,7 @@ def changed_rows(stream: Stream, change: Any) -> Stream:
 def test_what_has_no_label_does_not_count(made: Any) -> None:
     stream, learner, state = made
 
+    @reads_ignored
     def score(outputs: Any, batch: Any) -> Any:
         return jnp.where(batch.y == IGNORED, jnp.nan, 1.0)
 
