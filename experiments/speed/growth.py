@@ -10,6 +10,7 @@ Memory is what the compiler plans for the program (arguments, results, temporari
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import tempfile
 import time
@@ -24,10 +25,11 @@ import optax
 import tyro
 
 from cl_zoo import Component, compose, der, ewc, fit, gdumb, la_maml, mas, replay, supervised, sweep
+from cl_zoo.algorithms.la_maml import look_ahead_sgd
 from cl_zoo.compilation import jit
 from cl_zoo.datasets import LabelledImages
 from cl_zoo.evaluation import accuracy, at
-from cl_zoo.language import decoder, generate
+from cl_zoo.language import decoder
 from cl_zoo.layers import softmax_attention
 from cl_zoo.losses import next_token_loss
 from cl_zoo.models import mlp
@@ -36,6 +38,7 @@ from cl_zoo.training import stream_program
 from cl_zoo.training.loop import finish, start, train_steps
 from cl_zoo.training.run_directory import environment, write_json
 from cl_zoo.types import Batch
+from cl_zoo.wrappers import with_learning_rates
 
 HERE = Path(__file__).parent
 KEY = jax.random.key(0)
@@ -113,12 +116,19 @@ def program(function: Callable[..., Any], *arguments: Any, per: float = 1, donat
 
 
 def steps_of(
-    *components: Component, hidden: tuple[int, ...] = (64,), batch: int = 64, steps: int = 200, classes: int = 10
+    *components: Component,
+    hidden: tuple[int, ...] = (64,),
+    batch: int = 64,
+    steps: int = 200,
+    classes: int = 10,
+    learned_rates: bool = False,
 ) -> Point:
     """Microseconds of a step, from a memory that is full as far as time allows."""
     stream = split_mnist(1, images=images(classes, max(40, -(-batch // classes))), steps=steps, batch_size=batch)
-    model = mlp((28, 28), classes, hidden=hidden)
-    learner = compose(model, optax.sgd(0.01), *(components or [supervised()]), tasks=stream.tasks)
+    model, optimiser = mlp((28, 28), classes, hidden=hidden), optax.sgd(0.01)
+    if learned_rates:
+        model, optimiser = with_learning_rates(model, 0.01), look_ahead_sgd(0.1)
+    learner = compose(model, optimiser, *(components or [supervised()]), tasks=stream.tasks)
     carry = jit(lambda learner, stream: jax.tree.map(_copied, start(learner, stream, KEY)[1]))(learner, stream)
 
     def run(learner: Any, stream: Any, carry: Any) -> Any:
@@ -181,7 +191,7 @@ def sweep_of(runs: int) -> Point:
 
 
 def tokens_of(tokens: int, decoded: bool) -> Point:
-    """A training step on so many tokens in all, or the decoding of 32 tokens after so many."""
+    """A training step on one sequence of so many tokens, or a token with a cache of so many places."""
     net = decoder(256, [softmax_attention(128, 4)], layers=4, hidden=344)
     learner = compose(net.model, optax.sgd(0.01), supervised(next_token_loss))
     x = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, tokens)), jnp.int32)
@@ -189,7 +199,13 @@ def tokens_of(tokens: int, decoded: bool) -> Point:
     state = jit(learner.init)(KEY, batch)
     if not decoded:
         return program(lambda batch, state: learner.update(state, batch)[0], batch, state)
-    return program(lambda x, params: generate(net, params, x, KEY, length=32, temperature=0.0), x, state.params, per=32)
+
+    def decode(params: Any, cache: Any) -> Any:
+        step = lambda cache, token: net.step(params, cache, token[None])[::-1]  # noqa: E731
+        return jax.lax.scan(step, cache, x[0, :32])[0]
+
+    cache = jit(lambda params: net.start(params, 1, tokens))(state.params)
+    return program(decode, state.params, cache, per=32, donated=True)
 
 
 def width_of(parameters: int) -> tuple[int, int]:
@@ -208,12 +224,14 @@ def sizes() -> dict[str, Size]:
         "der": lambda n: [supervised(), der(n, alpha=0.5)],
         "gdumb": lambda n: [gdumb(n, 10)],
         "c-maml": lambda n: [la_maml(n, rate=0.1)],
+        "la-maml": lambda n: [la_maml(n)],
     }
-    ten = {"first and last": at("end", accuracy())}
+    last = {"accuracy": at("end", accuracy())}
 
     def with_rows(name: str) -> Size:
         batch = 10 if "maml" in name else 64
-        return Size(rows, lambda n: steps_of(*memories[name](n), batch=batch), 0, 1, "step")
+        learned = name == "la-maml"
+        return Size(rows, lambda n: steps_of(*memories[name](n), batch=batch, learned_rates=learned), 0, 1, "step")
 
     return {
         **{f"rows, {name}": with_rows(name) for name in memories},
@@ -229,7 +247,7 @@ def sizes() -> dict[str, Size]:
         "classes, exact Fisher": Size((10, 100, 1000), fisher("expected"), 1, 1, "end of a task"),
         "classes, sampled Fisher": Size((10, 100, 1000), fisher("sampled"), 1, 1, "end of a task"),
         "tasks, R": Size((10, 100, 300), lambda n: runs_of(n, None), 2, 2, "run"),
-        "tasks, measured at the end": Size((10, 100, 1000), lambda n: runs_of(n, ten), 1, 1, "run"),
+        "tasks, measured at the end": Size((10, 100, 1000), lambda n: runs_of(n, last), 1, 1, "run"),
         "steps in fit": Size((1_000, 10_000, 100_000), lambda n: fit_of(n, False), 0, 1, "step"),
         "steps in fit, reopened": Size((1_000, 10_000, 100_000), lambda n: fit_of(n, True), 1, 1, "opening"),
         "runs in sweep": Size((1, 4, 16, 64), sweep_of, 1, 1, "sweep"),
@@ -309,9 +327,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Small panels: time against size, both logarithmic, with the slope that theory allows."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
-    columns = 5
-    fig, axes = plt.subplots(-(-len(rows) // columns), columns, figsize=(14, 2.4 * -(-len(rows) // columns)))
+    columns = 7
+    fig, axes = plt.subplots(-(-len(rows) // columns), columns, figsize=(16, 2.4 * -(-len(rows) // columns)))
     for axis, r in zip(np.ravel(axes), rows, strict=False):
         x, y = [p["size"] for p in r["points"]], np.array([p["seconds"] for p in r["points"]])
         spread = np.array([[p["seconds"] - p["least"], p["most"] - p["seconds"]] for p in r["points"]]).T
@@ -321,6 +340,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set(xscale="log", yscale="log", ylim=(y.min() / 4, y.max() * 4))
         axis.set_title(f"{r['name']}: {r['time_exponent']:.2f}", fontsize=8)
         axis.tick_params(labelsize=6)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_minor_formatter(NullFormatter())
         axis.set_ylabel(f"s a {r['what']}", fontsize=6)
     for axis in np.ravel(axes)[len(rows) :]:
         axis.axis("off")
@@ -341,9 +362,12 @@ def main(config: Config) -> None:
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(f"\n{table(rows)}")
     if config.record:
-        device = jax.devices()[0].platform
-        write_json(HERE / "results" / f"growth_{device}.json", {"environment": environment(), "rows": rows})
-        figure(rows, HERE / "results" / f"growth_{device}.png")
+        path = HERE / "results" / f"growth_{jax.devices()[0].platform}.json"
+        kept = json.loads(path.read_text())["rows"] if path.exists() else []
+        every_row = {r["name"]: r for r in [*kept, *rows]}  # those of an earlier run that were not measured again stay
+        rows = [every_row[name] for name in every if name in every_row]
+        write_json(path, {"environment": environment(), "rows": rows})
+        figure(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
