@@ -3,7 +3,7 @@
     python -m pytest -q -n 2 --durations=0 --durations-min=0 > LOG;  python -m tests.choose_long LOG
 
 Of a parametrised test all cases above `SLOW` seconds go but the fastest; a test without cases goes above `VERY_SLOW`,
-unless it is the only one of its kind (`KINDS`); laws stay for the entries that cover every hook.
+unless it is the only one of its kind (`KINDS`); what is left out and was not run stays out; laws stay for the entries that cover every hook.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def left_out(took: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    took = seconds(Path(sys.argv[1]).read_text())
-    names = left_out(took)
-    Path(__file__).with_name("long.txt").write_text("".join(f"{name}\n" for name in names))
-    total, gone = sum(took.values()), sum(took[name] for name in names)
+    took, kept = seconds(Path(sys.argv[1]).read_text()), Path(__file__).with_name("long.txt")
+    not_run = {name for name in kept.read_text().split("\n") if name and name not in took}
+    names = sorted({*left_out(took), *not_run})
+    kept.write_text("".join(f"{name}\n" for name in names))
+    total, gone = sum(took.values()), sum(took.get(name, 0) for name in names)
     print(f"{len(names)} of {len(took)} tests, {gone:.0f} of {total:.0f} seconds, are left out")
