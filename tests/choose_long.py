@@ -3,7 +3,8 @@
     python -m pytest -q -n 2 --durations=0 --durations-min=0 > LOG;  python -m tests.choose_long LOG
 
 Of a parametrised test all cases above `SLOW` seconds go but the fastest; a test without cases goes above `VERY_SLOW`,
-unless it is the only one of its kind (`KINDS`); what is left out and was not run stays out; laws stay for the entries that cover every hook.
+unless it is the only one of its kind (`KINDS`); what is left out and was not run stays out; laws stay for the entries
+that cover every hook.
 """
 
 from __future__ import annotations
