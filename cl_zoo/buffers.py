@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_classes, check_whole
-from cl_zoo.compilation import DoesNotFitError, device_bytes, told_bytes
+from cl_zoo.compilation import DoesNotFitError, device_bytes, told_bytes, tree_bytes
 from cl_zoo.counters import counted, cycled
 from cl_zoo.shuffle import shuffled_index
 from cl_zoo.types import Array, Batch, Key, PyTree
@@ -317,9 +316,9 @@ def batch_rows(batch: Batch) -> PyTree:
     return (batch.x, batch.y, batch.task)
 
 
-def check_n_classes(owner: str, n_classes: int | None, outputs: int) -> None:
+def check_n_classes(owner: str, n_classes: int, outputs: int) -> None:
     """Refuses a memory by class that would leave classes out."""
-    if n_classes is not None and n_classes < outputs:
+    if n_classes < outputs:
         raise ValueError(
             f"{owner}: n_classes is {n_classes}, but the model has {outputs} outputs: examples of the others would not"
             " be kept"
@@ -332,13 +331,15 @@ def _labels(rows: PyTree) -> Array:
 
 
 def _empty(row: PyTree, capacity: int) -> PyTree:
-    n = capacity * sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
-    room = device_bytes()
+    def zeros() -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), row)
+
+    n, room = tree_bytes(jax.eval_shape(zeros)), device_bytes()
     if room is not None and n > room:
         raise DoesNotFitError(
             f"{capacity} examples in memory take {told_bytes(n)}, but the device has {told_bytes(room)}"
         )
-    return jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype), row)
+    return zeros()
 
 
 def _put(kept: PyTree, rows: PyTree, slots: Array) -> PyTree:

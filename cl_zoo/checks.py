@@ -115,9 +115,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin is Annotated:
         return _fits(value, hint.__origin__)
-    if origin is Literal:  # True is not 1
-        plain = value.item() if isinstance(value, np.generic) else value
-        return any(type(one) is type(plain) and one == plain for one in get_args(hint))
+    if origin is Literal:
+        return _is_one_of(value, get_args(hint))
     if hint is Any or isinstance(hint, TypeVar):
         return True
     if hint is None or hint is type(None):
@@ -152,6 +151,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
     kind = origin or hint
     return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    plain = value.item() if isinstance(value, np.generic) else value
+    return any(type(one) is type(plain) and one == plain for one in allowed)  # True is not 1
 
 
 def _is_whole(value: Any) -> bool:
@@ -240,8 +244,7 @@ def check_whole(owner: str, field: str, value: Any, low: int, high: float = LARG
 
 def check_choice(owner: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuses a value that is not one of `allowed`."""
-    plain = value.item() if isinstance(value, np.generic) else value
-    if not any(type(one) is type(plain) and one == plain for one in allowed):  # True is not 1
+    if not _is_one_of(value, allowed):
         raise ValueError(f"{owner}: {field} is {value!r}, but it must be one of {', '.join(map(repr, allowed))}")
 
 

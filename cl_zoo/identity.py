@@ -100,9 +100,7 @@ class _Alike:
 def alike(function: Callable[..., Any] | None) -> Any:
     """The function, equal to every other that has its `identity`, so that it can be part of the key of a cached
     program."""
-    return function if function is None or isinstance(function, _Alike) else _Alike(function, _with_marks(function))
-
-
-def _with_marks(function: Callable[..., Any]) -> Any:
-    """Its `identity`, and whether it is marked: a mark changes what a program does."""
-    return identity(function), getattr(function, "reads_ignored", False)
+    if function is None or isinstance(function, _Alike):
+        return function
+    # A mark changes what a program does.
+    return _Alike(function, (identity(function), getattr(function, "reads_ignored", False)))

@@ -295,7 +295,7 @@ def next_token_loss(outputs: Array, y: Array) -> Array:
       >>> round(float(next_token_loss(jnp.zeros((1, 3, 256)), jnp.array([[0, -1, 65]]))[0]), 3)  # log 256
       5.545
     """
-    return _mean(token_losses(outputs, y), y.astype(jnp.int32))
+    return _mean(token_losses(outputs, y), y)
 
 
 @reads_ignored
@@ -322,7 +322,7 @@ def dynamic_fine_tuning_loss(outputs: Array, y: Array) -> Array:
       0.3466
     """
     losses = token_losses(outputs, y)
-    return _mean(jax.lax.stop_gradient(jnp.exp(-losses)) * losses, y.astype(jnp.int32))
+    return _mean(jax.lax.stop_gradient(jnp.exp(-losses)) * losses, y)
 
 
 @reads_ignored
@@ -368,7 +368,7 @@ def token_accuracy(outputs: Array, y: Array) -> Array:
       [0.5]
     """
     _check(outputs, y)
-    return _mean(label_accuracy(outputs, y), y.astype(jnp.int32))
+    return _mean(label_accuracy(outputs, y), y)
 
 
 @reads_ignored
@@ -388,7 +388,7 @@ def label_accuracy(outputs: Array, labels: Array) -> Array:
 
 
 def _mean(values: Array, y: Array) -> Array:
-    given = y != IGNORED
+    given = y.astype(jnp.int32) != IGNORED  # which unsigned numbers do not have
     return jnp.sum(jnp.where(given, values, 0.0), axis=-1) / jnp.maximum(jnp.sum(given, axis=-1), 1)
 
 

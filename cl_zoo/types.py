@@ -189,9 +189,8 @@ class Stream:
         """The mean of `score` over examples, `Batch[E, B, ...]`; nan where there are none."""
 
         def one(batch: Batch) -> tuple[Array, Array]:
-            return self.score(agent.predict(batch.x, batch.task), batch), scored(
-                batch.y, batch.weight, self.score_function
-            )
+            weight = scored(batch.y, batch.weight, self.score_function)
+            return self.score(agent.predict(batch.x, batch.task), batch), weight
 
         return mean_score(*jax.lax.map(one, examples))
 

@@ -48,11 +48,10 @@ from cl_zoo.losses import (
     weighted_mean,
 )
 from cl_zoo.models import mlp
-from cl_zoo.streams.arrays import array_stream, scenario_tasks
 from cl_zoo.training import loop
 from cl_zoo.types import TaskInfo
 from tests.contract.cases import case
-from tests.tiny import close, same_bytes, tiny_learner, tiny_stream
+from tests.tiny import array_tasks, close, same_bytes, tiny_learner, tiny_stream
 
 KEY = jax.random.key(3)
 MODEL = mlp((4, 4), 6, hidden=(5,))
@@ -399,23 +398,9 @@ VECTORS: dict[str, str | None] = {
 
 
 def vectors(y: Any) -> Stream:
-    x = jax.random.normal(KEY, (2, 40, 4))
-    return array_stream(
-        {"x": x, "y": y},
-        scenario_tasks("domain", 2, 3),
-        size=lambda data, split: jnp.array([40, 40]),
-        fetch=lambda data, split, task, i: (data["x"][task, i], data["y"][task, i]),
-        largest={"train": 40, "validation": 0, "test": 40},
-        smallest=40,
-        steps=4,
-        batch_size=8,
-        sample_size=16,
-        sample_batch=8,
-        evaluation_batch=20,
-        task_ids=False,
-        reorder=lambda data, key: data,
-        score=lambda outputs, batch: -several(outputs, batch.y),
-    )
+    sizes = {"steps": 4, "sample_size": 16, "sample_batch": 8, "evaluation_batch": 20}
+    score = lambda outputs, batch: -several(outputs, batch.y)  # noqa: E731
+    return array_tasks(jax.random.normal(KEY, (2, 40, 4)), y, 3, score=score, **sizes)
 
 
 def several(outputs: Any, y: Any) -> Any:

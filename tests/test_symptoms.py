@@ -32,9 +32,8 @@ from cl_zoo.losses import (
 )
 from cl_zoo.models import from_linen, from_nnx, mlp
 from cl_zoo.streams import split_mnist
-from cl_zoo.streams.arrays import array_stream, scenario_tasks
 from cl_zoo.wrappers import lora, merge_adapters
-from tests.tiny import tiny_learner, tiny_stream
+from tests.tiny import array_tasks, tiny_learner, tiny_stream
 
 KEY = jax.random.key(0)
 NET = mlp((4,), 2, hidden=(8,))
@@ -42,16 +41,7 @@ NET = mlp((4,), 2, hidden=(8,))
 
 def stream_of(x: Any, y: Any, outputs: int, **options: Any) -> Any:
     """One task of 40 examples."""
-    given = {"size": lambda data, split: jnp.array([40]), "smallest": 40, "batch_size": 8, "steps": 30} | options
-    return array_stream(
-        {"x": jnp.asarray(x), "y": jnp.asarray(y)},
-        scenario_tasks("domain", 1, outputs),
-        fetch=lambda data, split, task, i: (data["x"][i], data["y"][i]),
-        largest={"train": 40, "validation": 0, "test": 40},
-        task_ids=False,
-        reorder=lambda data, key: data,
-        **given,
-    )
+    return array_tasks(x[None], y[None], outputs, **{"steps": 30, **options})
 
 
 X = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)

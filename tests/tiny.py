@@ -17,6 +17,7 @@ from cl_zoo.entries import Entry
 from cl_zoo.losses import cross_entropy, next_token_loss
 from cl_zoo.models import mlp
 from cl_zoo.streams import SymbolWorld, few_shot, split_mnist
+from cl_zoo.streams.arrays import array_stream, scenario_tasks
 from cl_zoo.wrappers import episodic
 from tests.contract.cases import case
 
@@ -34,6 +35,20 @@ def tiny_stream(images: LabelledImages, scenario: str = "task", **options: Any) 
         return few_shot(images, **problems, **sizes)
     settings = {"batch_size": BATCH, "steps": STEPS, "sample_size": 40, "sample_batch": 20, "evaluation_batch": 30}
     return split_mnist(3, scenario, images=images, **{**settings, **options})
+
+
+def array_tasks(x: Any, y: Any, outputs: int, **options: Any) -> Stream:
+    """Tasks of the same 40 examples for training and testing: x and y are `[T, 40, ...]`, all outputs open."""
+    given = {"size": lambda data, split: jnp.full(len(x), 40), "smallest": 40, "batch_size": BATCH} | options
+    return array_stream(
+        {"x": jnp.asarray(x), "y": jnp.asarray(y)},
+        scenario_tasks("domain", len(x), outputs),
+        fetch=lambda data, split, task, i: (data["x"][task, i], data["y"][task, i]),
+        largest={"train": 40, "validation": 0, "test": 40},
+        task_ids=False,
+        reorder=lambda data, key: data,
+        **given,
+    )
 
 
 def tiny_learner(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import Count, NonNegative, check_range, checked
+from cl_zoo.checks import Count, Fraction, NonNegative, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.moments import gradient_moment
 from cl_zoo.estimators.quadratic import Quadratic, quadratic, quadratic_penalty, zero_quadratic
@@ -21,7 +21,7 @@ MasState = Quadratic
 def mas(
     strength: NonNegative,
     *,
-    decay: Array | float | None = None,
+    decay: Fraction | None = None,
     whole_first: bool = False,
     micro_batch: Count = 16,
     name: str = "mas",
@@ -59,9 +59,7 @@ def mas(
       >>> from cl_zoo.models import mlp
       >>> learner = compose(mlp((4,), 3), optax.sgd(0.1), supervised(), mas(strength=1.0))
     """
-    if decay is not None:
-        check_range(name, "decay", decay, 0, 1)
-    elif whole_first:
+    if decay is None and whole_first:
         raise ValueError(f"{name}: whole_first says how a moving average begins, but decay is None: tasks are added up")
 
     def init(context: Context, state: TrainState, batch: Batch, key: Key) -> MasState:

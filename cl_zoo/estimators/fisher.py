@@ -66,8 +66,8 @@ def fisher_diagonal(
     check_whole("fisher_diagonal", "micro_batch", micro_batch, 1)
     if labels == "sampled" and key is None:
         raise ValueError('fisher_diagonal: labels="sampled" draws labels, so it needs a key')
-    y = jax.tree.map(lambda leaf: leaf[0], batches.y)
     if labels == "observed":
+        y = jax.tree.map(lambda leaf: leaf[0], batches.y)
         check_classes("fisher_diagonal", y, 'labels="observed" needs labels')
     why = f'labels="{labels}" is for classes, by the softmax of the outputs; for other targets give ewc labels="loss"'
     if batch_square and labels == "expected":

@@ -18,6 +18,9 @@ from cl_zoo.types import Array, Key, Model, PyTree
 
 __all__ = ["from_linen", "from_nnx"]
 
+_ON, _OFF = ("train", "training", "is_training"), ("deterministic", "use_running_average")
+"""What Flax modules call the switch between training and evaluation: on in the one, or in the other."""
+
 Units = tuple[tuple[tuple[tuple[str, ...], int, str], ...], ...]
 
 
@@ -118,8 +121,7 @@ def from_nnx(
         _warn_of_pixels("from_nnx", preprocess, x)
         _, params, _, rest = _split(make(nnx.Rngs(key)))
         made = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-        for what in ["batch statistics"] * statistics + ["dropout"] * dropout:
-            _check_switch("from_nnx", apply, made, x, key, what)
+        _check_switch("from_nnx", apply, made, x, key, statistics, dropout)
         return made
 
     def apply(
@@ -152,9 +154,9 @@ def from_nnx(
             streams = [variable.tag for _, variable in nnx.iter_graph(module) if isinstance(variable, nnx.RngKey)]
             seeds = {name: jax.random.fold_in(key, i) for i, name in enumerate(sorted({*streams} - {"default"}))}
             nnx.reseed(module, default=key, **seeds)  # type: ignore[arg-type]
-        module.set_attributes(deterministic=not train, use_running_average=not train, raise_if_not_found=False)
+        module.set_attributes(**dict.fromkeys(_OFF, not train), raise_if_not_found=False)
         for _, each in nnx.iter_modules(module):
-            for name in ("train", "training", "is_training"):
+            for name in _ON:
                 if isinstance(vars(each).get(name), bool):  # every module has a method `train`
                     setattr(each, name, train)
         tap = _Tap(perturb)
@@ -217,8 +219,7 @@ def from_linen(
         with linen.intercept_methods(see):
             variables = own.init(key, preprocess(x), **{name: given[name] for name in extra})
         made = variables.get("params", {}), {name: value for name, value in variables.items() if name != "params"}
-        for what in ["batch statistics"] * ("batch_stats" in made[1]) + ["dropout"] * bool(dropped):
-            _check_switch("from_linen", apply, made, x, key, what)
+        _check_switch("from_linen", apply, made, x, key, "batch_stats" in made[1], bool(dropped))
         return made
 
     def apply(
@@ -249,9 +250,7 @@ def from_linen(
 
 def _switches(train: bool) -> dict[str, bool]:
     """What Flax modules call the switch between training and evaluation."""
-    off = not train
-    on = {"train": train, "training": train, "is_training": train}
-    return {**on, "deterministic": off, "use_running_average": off}
+    return dict.fromkeys(_ON, train) | dict.fromkeys(_OFF, not train)
 
 
 def _accepted(call: Callable[..., Any]) -> tuple[str, ...]:
@@ -261,10 +260,18 @@ def _accepted(call: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _check_switch(
-    owner: str, apply: Callable[..., Any], made: tuple[PyTree, PyTree], x: PyTree, key: Key | None, what: str
+    owner: str,
+    apply: Callable[..., Any],
+    made: tuple[PyTree, PyTree],
+    x: PyTree,
+    key: Key,
+    statistics: bool,
+    dropout: bool,
 ) -> None:
     """Refuses normalisation statistics that training would never move, or evaluation would; and dropout that is the
     same in both."""
+    if not (statistics or dropout):
+        return
 
     def traced(train: bool) -> Any:
         def arrays(s: PyTree, p: PyTree, x: PyTree) -> PyTree:
@@ -275,8 +282,11 @@ def _check_switch(
 
     train, evaluate = traced(True), traced(False)
     n = len(jax.tree.leaves(made[1]))
-    moves, stays = (any(a is not b for a, b in zip(one.outvars, one.invars[:n])) for one in (train, evaluate))
-    if str(train) == str(evaluate) or (what == "batch statistics" and (stays or not moves)):
+    in_training, in_evaluation = (
+        any(after is not before for after, before in zip(one.outvars, one.invars[:n])) for one in (train, evaluate)
+    )
+    if str(train) == str(evaluate) or (statistics and (in_evaluation or not in_training)):
+        what = "batch statistics" if statistics else "dropout"
         raise ValueError(
             f"{owner}: the module has {what}, but training and evaluation are the same pass for them; its switch must"
             f" be one of {', '.join(_switches(True))}, as an argument of __call__ or an attribute"

@@ -129,16 +129,12 @@ def steps_of(
     if learned_rates:
         model, optimiser = with_learning_rates(model, 0.01), look_ahead_sgd(0.1)
     learner = compose(model, optimiser, *(components or [supervised()]), tasks=stream.tasks)
-    carry = jit(lambda learner, stream: jax.tree.map(_copied, start(learner, stream, KEY)[1]))(learner, stream)
+    carry = jit(lambda learner, stream: start(learner, stream, KEY)[1])(learner, stream)
 
     def run(learner: Any, stream: Any, carry: Any) -> Any:
         return train_steps(learner, stream, carry, 0, steps, {}, {})[0]
 
     return program(run, learner, stream, carry, per=steps, donated=True)
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.copy(leaf)
 
 
 def fisher(labels: str) -> Callable[[int], Point]:
