@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo.checks import Count, checked
-from cl_zoo.layers.mixer import Mixer, linear
+from cl_zoo.layers.mixer import Mixer, linear, product
 from cl_zoo.layers.norms import EPSILON, rms_norm
 from cl_zoo.types import Array, Key, Model, PyTree
 
@@ -155,20 +156,24 @@ def decoder(
             params["head"] = linear(keys[1], width, vocabulary)
         return params, {}
 
-    def ffn(params: PyTree, h: Array) -> Array:
-        gate, up, down = (params[name].astype(h.dtype) for name in ("gate", "up", "down"))
-        return (jax.nn.silu(h @ gate) * (h @ up)) @ down
+    # What the backward pass keeps is written to memory and read again: the products alone.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+    def ffn(block: PyTree, h: Array) -> Array:
+        params, h = block["ffn"], rms_norm(h, block["ffn_norm"]["scale"], epsilon)
+        return product(jax.nn.silu(product(h, params["gate"])) * product(h, params["up"]), params["down"])
 
     def one_block(block: PyTree, h: Array, form: Callable[..., Any], *cache: PyTree) -> tuple[Array, PyTree]:
         u = rms_norm(h, block["mixer_norm"]["scale"], epsilon)
         mixed, new = form(block["mixer"], *cache, u) if cache else (form(block["mixer"], u), None)
         h = h + mixed
-        return h + ffn(block["ffn"], rms_norm(h, block["ffn_norm"]["scale"], epsilon)), new
+        return h + ffn(block, h), new
 
     def logits(params: PyTree, h: Array) -> Array:
         h = rms_norm(h, params["norm"]["scale"], epsilon)
         head = params["embedding"].T if tied else params["head"]
-        return jnp.matmul(h, head.astype(h.dtype), preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
+        rows = h.reshape((-1, width))  # see `product`
+        wide = jnp.promote_types(h.dtype, jnp.float32)
+        return jnp.matmul(rows, head.astype(h.dtype), preferred_element_type=wide).reshape((*h.shape[:-1], -1))
 
     def embed(params: PyTree, tokens: Array) -> Array:
         kind = getattr(tokens, "dtype", None)

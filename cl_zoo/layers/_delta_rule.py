@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cl_zoo.checks import Count, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen, zero_matrix
-from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, to_chunks
+from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, product, to_chunks
 from cl_zoo.layers.norms import normalise
 from cl_zoo.types import Array, Key, PyTree
 
@@ -115,7 +115,7 @@ def delta_rule_step(
 
 def _per_head(params: PyTree, x: Array) -> Array:
     """x W + b for each head: `[B, ..., D]` -> `[B, H, ...]`, in float32 at least."""
-    (wide,) = widen(x @ params["kernel"].astype(x.dtype))
+    (wide,) = widen(product(x, params["kernel"]))
     return jnp.moveaxis(wide + params["bias"], -1, 1)
 
 

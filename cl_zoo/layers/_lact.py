@@ -12,7 +12,7 @@ from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen
 from cl_zoo.layers._rotary import rotary
 from cl_zoo.layers.attention import KeyValues, attend_window, empty_key_values, window_step
-from cl_zoo.layers.mixer import Mixer, from_chunks, head_mixer, head_width, linear, to_chunks
+from cl_zoo.layers.mixer import Mixer, from_chunks, head_mixer, head_width, linear, product, to_chunks
 from cl_zoo.layers.norms import normalise, rms_norm
 from cl_zoo.types import Array, Key, PyTree
 
@@ -229,12 +229,12 @@ def lact(
 
     def gates(params: PyTree, x: Array) -> tuple[Array, Array | None]:
         """Rates `[B, H, ..., 3]` and momentum `[B, H, ...]`."""
-        (logit,) = widen(x @ params["rate"]["kernel"].astype(x.dtype))
+        (logit,) = widen(product(x, params["rate"]["kernel"]))
         rates = jax.nn.softplus(logit + params["rate"]["bias"])
         rates = jnp.moveaxis(rates.reshape((*rates.shape[:-1], heads, 3)), -2, 1)
         if not momentum:
             return rates, None
-        (logit,) = widen(x @ params["momentum"]["kernel"].astype(x.dtype))
+        (logit,) = widen(product(x, params["momentum"]["kernel"]))
         return rates, jnp.moveaxis(jax.nn.sigmoid(logit + params["momentum"]["bias"]), -1, 1)
 
     def unit(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cl_zoo.checks import Count, checked
 from cl_zoo.entries import LayerEntry
-from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, to_chunks
+from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, product, to_chunks
 from cl_zoo.types import Array, Key, PyTree
 
 __all__ = [
@@ -177,7 +177,7 @@ def gated_linear_attention(
     def log_decay(params: PyTree, x: Array) -> Array:
         """`[B, ..., D]` -> `[B, H, ..., d]`."""
         gate = params["decay"]
-        (wide,) = widen((x @ gate["down"].astype(x.dtype)) @ gate["up"].astype(x.dtype))
+        (wide,) = widen(product(product(x, gate["down"]), gate["up"]))
         value = jax.nn.log_sigmoid(wide + gate["bias"]) / temperature
         return jnp.moveaxis(value.reshape((*x.shape[:-1], heads, -1)), -2, 1)
 

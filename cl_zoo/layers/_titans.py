@@ -22,7 +22,7 @@ from cl_zoo.layers.fast_weights import (
     scaled,
     token_gradient,
 )
-from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, linear, to_chunks
+from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, linear, product, to_chunks
 from cl_zoo.layers.norms import normalise
 from cl_zoo.types import Array, Key, PyTree
 
@@ -219,7 +219,7 @@ def titans(
         """theta, log(1 - alpha), log eta: `[B, H, ...]`."""
         logits = {}
         for name, gate in params["gates"].items():
-            (logit,) = widen(x @ gate["kernel"].astype(x.dtype))
+            (logit,) = widen(product(x, gate["kernel"]))
             logits[name] = jnp.moveaxis(logit + gate["bias"], -1, 1)
         rate = base_rate * jax.nn.sigmoid(logits["rate"])
         log_keep = jax.nn.log_sigmoid(-logits["decay"]) if decay else jnp.zeros_like(rate)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from cl_zoo.checks import Count, checked
 from cl_zoo.entries import LayerEntry
+from cl_zoo.layers._blocks import SIZE, attend_by_blocks
 from cl_zoo.layers._rotary import RotaryScaling, rotary
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, head_width, to_chunks
 from cl_zoo.layers.norms import EPSILON, rms_norm
@@ -20,7 +21,9 @@ __all__ = ["ENTRY", "KeyValues", "attend", "attend_window", "softmax_attention",
 
 class KeyValues(NamedTuple):
     """Attributes:
-    k, v: `[B, G, L, d]`, keys (already rotated) and values of G key-value heads; a ring of L tokens for windows.
+    k: `[B G, d, L]`, keys (already rotated) of G key-value heads, laid out as the product with a query reads them: XLA
+      would transpose the whole cache for every token.
+    v: `[B G, L, d]`, their values. L tokens at most; a ring of L tokens for windows.
     padding: `i32[B]`, places at the beginning of each sequence that are never seen; None is none.
     """
 
@@ -42,22 +45,33 @@ def attend(q: Array, k: Array, v: Array, *, scale: float | None = None) -> Array
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; shared keys: Ainslie et al. 2023, arXiv 2305.13245.
     """
-    if q.dtype == jnp.float64:  # the fused kernel has a softmax in float32
-        return _attend_seen(q, k, v, causal_mask(q.shape[-2]), scale)
+    heads, time, d = q.shape[1:]
+    groups = k.shape[1]
+    if jax.default_backend() == "cpu" and time > SIZE:
+        scaled = (q * (d**-0.5 if scale is None else scale)).reshape((-1, heads // groups, time, d))
+        return attend_by_blocks(scaled, *(a.reshape((-1, time, d)) for a in (k, v))).reshape(q.shape)
+    if jax.default_backend() == "cpu" or q.dtype == jnp.float64:  # the fused kernel has a softmax in float32
+        return jax.checkpoint(_attend_seen, static_argnums=4)(q, *_merged(k, v), causal_mask(time), scale)
     z = jax.nn.dot_product_attention(*(jnp.moveaxis(a, 1, 2) for a in (q, k, v)), scale=scale, is_causal=True)
     return jnp.moveaxis(z, 2, 1)
 
 
 def _attend_seen(q: Array, k: Array, v: Array, seen: Array, scale: float | None) -> Array:
-    """`[B, H, T, d]` to those of `[B, G, L, d]` that `seen` `bool[T, L]` or `bool[B, 1, 1, T, L]` marks."""
+    """`[B, H, T, d]` to those of k `[B G, d, L]`, v `[B G, L, d]` that `seen` `bool[T, L]` or `bool[B, 1, 1, T, L]`
+    marks."""
     batch, heads, time, d = q.shape
-    groups = k.shape[1]
-    q = q.reshape((batch, groups, heads // groups, time, d))
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bghtd,bgld->bghtl", q, k, preferred_element_type=wide)
-    scores = jnp.where(seen, scores * (d**-0.5 if scale is None else scale), jnp.finfo(wide).min)
-    z = jnp.einsum("bghtl,bgld->bghtd", jax.nn.softmax(scores).astype(v.dtype), v)
+    scores = jnp.einsum("ntd,ndl->ntl", q.reshape((len(k), -1, d)), k, preferred_element_type=wide)
+    by_head = scores.reshape((batch, len(k) // batch, -1, time, k.shape[-1]))
+    by_head = jnp.where(seen, by_head * (d**-0.5 if scale is None else scale), jnp.finfo(wide).min)
+    rows = jax.nn.softmax(by_head.reshape((-1, k.shape[-1])))  # one axis of rows, as in `rms_norm`
+    z = jnp.einsum("ntl,nld->ntd", rows.reshape(scores.shape).astype(v.dtype), v)
     return z.reshape((batch, heads, time, d))
+
+
+def _merged(k: Array, v: Array) -> tuple[Array, Array]:
+    """Of `[B, G, T, d]`, as `KeyValues` has them."""
+    return tuple(a.reshape((-1, *a.shape[2:])) for a in (jnp.swapaxes(k, -1, -2), v))
 
 
 def attend_window(q: Array, k: Array, v: Array, window: int, *, scale: float | None = None) -> Array:
@@ -76,7 +90,26 @@ def attend_window(q: Array, k: Array, v: Array, window: int, *, scale: float | N
     seen = (column <= row) & (column > row - window)
     first = jnp.arange(q.shape[0])[:, None, None] == 0
     seen = seen & ~(first & (column < size))
-    z = jax.vmap(lambda q, k, v, seen: _attend_seen(q, k, v, seen, scale))(q, with_previous(k), with_previous(v), seen)
+    k, v = jax.vmap(_merged)(with_previous(k), with_previous(v))
+    z = jax.vmap(lambda q, k, v, seen: _attend_seen(q, k, v, seen, scale))(q, k, v, seen)
+    return from_chunks(z, time)
+
+
+def _attend_filled(q: Array, cache: KeyValues, position: Array) -> Array:
+    """Tokens `[B, H, T, d]` at the places position, position + 1, ... of a cache to those up to their own."""
+
+    def rows(q: Array, first: Array) -> Array:
+        column = jnp.arange(cache.v.shape[1])
+        seen = column <= (first + jnp.arange(q.shape[2]))[:, None]
+        if cache.padding is not None:
+            seen = seen & (column >= cache.padding[:, None, None, None, None])
+        return _attend_seen(q, cache.k, cache.v, seen, None)
+
+    time = q.shape[2]
+    if time <= SIZE or jax.default_backend() != "cpu":
+        return rows(q, position)
+    blocks = to_chunks(q, SIZE)
+    z = jax.lax.map(lambda each: rows(*each), (blocks, position + SIZE * jnp.arange(len(blocks))))
     return from_chunks(z, time)
 
 
@@ -89,15 +122,15 @@ def empty_key_values(
     head_size: int, heads: int, batch_size: int, length: int, dtype: Any, padding: Array | None = None
 ) -> KeyValues:
     """Room for `length` tokens."""
-    shape = (batch_size, heads, length, head_size)
-    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), padding)
+    n = batch_size * heads
+    return KeyValues(jnp.zeros((n, head_size, length), dtype), jnp.zeros((n, length, head_size), dtype), padding)
 
 
 def window_step(cache: KeyValues, position: Array, q: Array, k: Array, v: Array) -> tuple[Array, KeyValues]:
     """One more token (q, k already rotated) in a ring of as many places as the window has."""
-    size = cache.k.shape[2]
-    k, v = (store.at[:, :, position % size].set(new) for store, new in ((cache.k, k), (cache.v, v)))
-    cache = KeyValues(k, v)
+    size = cache.v.shape[1]
+    place, (k, v) = position % size, (a.reshape((-1, a.shape[-1])) for a in (k, v))
+    cache = KeyValues(cache.k.at[..., place].set(k), cache.v.at[:, place].set(v))
     return _attend_cache(q, cache, jnp.arange(size) <= position), cache
 
 
@@ -169,15 +202,18 @@ def softmax_attention(
         places = position + jnp.arange(q.shape[2])
         skipped = jnp.int32(0) if cache.padding is None else cache.padding[:, None, None]
         q, k = turned(params, q, k, jnp.maximum(places - skipped, 0))
-        k, v = (
-            jax.lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), position, axis=2)
-            for store, new in ((cache.k, k), (cache.v, v))
+        stores = zip((cache.k, cache.v), _merged(k, v), (2, 1))
+        new = KeyValues(
+            *(jax.lax.dynamic_update_slice_in_dim(a, one.astype(a.dtype), position, axis) for a, one, axis in stores),
+            cache.padding,
         )
-        column = jnp.arange(cache.k.shape[2])
-        seen = column <= places[:, None]
-        if cache.padding is not None:
-            seen = seen & (column >= cache.padding[:, None, None, None, None])
-        return _attend_seen(q, k, v, seen, None), KeyValues(k, v, cache.padding)
+
+        def to_cache() -> Array:
+            return _attend_filled(q, new, position)
+
+        if cache.padding is not None or q.shape[2] <= SIZE:
+            return to_cache(), new
+        return jax.lax.cond(position == 0, lambda: attend(q, k, v), to_cache), new  # a prompt sees itself alone
 
     def recur(
         params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array

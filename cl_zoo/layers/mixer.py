@@ -25,6 +25,7 @@ __all__ = [
     "head_mixer",
     "head_width",
     "linear",
+    "product",
     "to_chunks",
 ]
 
@@ -70,6 +71,15 @@ class HeadCache(NamedTuple):
 def linear(key: Key, n_in: int, n_out: int) -> Array:
     """A kernel `[n_in, n_out]` from N(0, 1 / n_in)."""
     return jax.random.normal(key, (n_in, n_out)) / jnp.sqrt(float(n_in))
+
+
+def product(x: Array, kernel: Any) -> Array:
+    """x W for each token: `[..., n_in]`, `[n_in, n_out]` (or what stands for it) -> `[..., n_out]`.
+
+    Tokens are one axis here: of the gradient x^T g of a kernel, XLA transposes g if they are more.
+    """
+    kernel = kernel.astype(x.dtype)
+    return (x.reshape((-1, x.shape[-1])) @ kernel).reshape((*x.shape[:-1], -1))
 
 
 def causal_convolution(x: Array, kernel: Array) -> Array:
@@ -198,11 +208,11 @@ def head_mixer(
         else:
             z = z.reshape(flat)
         if gate is not None:
-            z = z * gate(x @ params["gate"].astype(x.dtype))
+            z = z * gate(product(x, params["gate"]))
         return times(params, "output", z)
 
     def times(params: PyTree, n: str, x: Array) -> Array:
-        y = x @ params[n].astype(x.dtype)
+        y = product(x, params[n])
         return y + params["bias"][n].astype(x.dtype) if n in biases else y
 
     def project(params: PyTree, x: Array) -> dict[str, Array]:

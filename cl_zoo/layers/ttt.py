@@ -20,7 +20,7 @@ from cl_zoo.layers._rotary import rotary
 from cl_zoo.layers.fast_weights import (
     FastLayer,
 )
-from cl_zoo.layers.mixer import Mixer, head_mixer, head_width, linear
+from cl_zoo.layers.mixer import Mixer, head_mixer, head_width, linear, product
 from cl_zoo.layers.ttt_core import InnerLoss, TttCache, gelu, ttt_chunked, ttt_start, ttt_step
 from cl_zoo.types import Array, Key, PyTree
 
@@ -66,7 +66,7 @@ def _ttt(
 
     def pieces(params: PyTree, x: Array) -> tuple[list[FastLayer], Array, Array, InnerLoss]:
         """Weights at the start, rates of places `[b]` and of tokens `[B, H, ...]`, and the loss."""
-        (logit,) = widen(x @ params["rate"]["kernel"].astype(x.dtype))
+        (logit,) = widen(product(x, params["rate"]["kernel"]))
         token_rate = jnp.moveaxis(jax.nn.sigmoid(logit + params["rate"]["bias"]), -1, 1) * (heads / width)
         offset = params["row_rate"]
         fall = 1 / jnp.arange(1, mini_batch + 1, dtype=offset.dtype) if average else jnp.ones_like(offset)
