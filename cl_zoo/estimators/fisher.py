@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_choice, check_classes, check_softmax, check_whole
 from cl_zoo.estimators.averaging import wide
-from cl_zoo.estimators.moments import Forward, gradient_moment
+from cl_zoo.estimators.moments import Forward, gradient_moment, layer_of, logits_layer, with_layer
 from cl_zoo.losses import check_several, weighted_mean
-from cl_zoo.types import Array, Batch, Key, PyTree
+from cl_zoo.types import Array, Batch, Key, PyTree, Taps
 
 __all__ = ["fisher_diagonal"]
 
@@ -32,6 +34,11 @@ def fisher_diagonal(
 
     With r_c = onehot(c) - p, the gradient of log p(c|x) with respect to the logits, it is the second moment of the
     gradients of sqrt(q_c) r_c . logits: `gradient_moment`, exact and at the cost of a step or two for dense layers.
+    For "expected", where the logits are a dense layer h W + b with taps, and perhaps masked,
+
+        sum_c p_c (r_c r_c^T)_jj = p_j (1 - p_j),    d sqrt(p_c) r_c . logits / d h = sqrt(p_c) (W_:c - W p),
+
+    so that time and memory are linear in the number of classes.
 
     Args:
       forward: `(params, batch, perturb) -> (logits [B, C], taps)`, examples independent of each other, masked logits
@@ -89,7 +96,33 @@ def fisher_diagonal(
             return jnp.sqrt(p.T)[:, :, None] * (jnp.eye(p.shape[-1], dtype=p.dtype)[:, None] - p)
         return (jax.nn.one_hot(_drawn(logits, batch, labels, key), p.shape[-1], dtype=p.dtype) - p)[None]
 
-    return gradient_moment(forward, params, batches, cotangents, moment=jnp.square, key=key, micro_batch=micro_batch)
+    def moment(forward: Forward, cotangents: Callable[[Array, Batch, Key | None], Array]) -> PyTree:
+        return gradient_moment(
+            forward, params, batches, cotangents, moment=jnp.square, key=key, micro_batch=micro_batch
+        )
+
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    last = logits_layer(forward, params, first) if labels == "expected" else None
+    if last is None:
+        return moment(forward, cotangents)
+    jax.eval_shape(lambda batch: cotangents(forward(params, batch, None)[0], batch, None), first)  # refuses
+
+    def probabilities(batch: Batch) -> Array:
+        return jax.nn.softmax(forward(params, batch, None)[0])
+
+    def below(params: PyTree, batch: Batch, perturb: dict[str, Array] | None) -> tuple[Array, Taps]:
+        taps = dict(forward(params, batch, perturb)[1])
+        return taps.pop(last)[0], taps
+
+    def of_inputs(h: Array, batch: Batch, key: Key | None) -> Array:
+        p, kernel = probabilities(batch), layer_of(params, last)["kernel"]
+        return jnp.sqrt(p.T)[:, :, None] * (kernel.T[:, None] - p @ kernel.T)
+
+    def of_logits(logits: Array, batch: Batch, key: Key | None) -> Array:
+        p = jax.nn.softmax(logits)
+        return jnp.sqrt(p * (1 - p))[None]
+
+    return with_layer(moment(below, of_inputs), last, layer_of(moment(forward, of_logits), last))
 
 
 def _drawn(logits: Array, batch: Batch, labels: str, key: Key | None) -> Array:

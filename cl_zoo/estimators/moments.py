@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval
 from cl_zoo.estimators.averaging import wide
 from cl_zoo.types import Array, Batch, Key, PyTree
 
-__all__ = ["Forward", "gradient_moment", "row_gradient_square"]
+__all__ = ["Forward", "gradient_moment", "layer_of", "logits_layer", "row_gradient_square", "with_layer"]
 
 Forward = Callable[[PyTree, Batch, dict[str, Array] | None], tuple[Array, dict[str, tuple[Array, Array]]]]
 
@@ -63,7 +63,7 @@ def gradient_moment(
     first = jax.tree.map(lambda leaf: leaf[0], batches)
     taps = jax.eval_shape(lambda p, b: forward(p, b, None)[1], params, first)
     dense = _dense_taps(params, taps, first.weight.shape[0])
-    dense = {name: dense[name] for name in dense if not _used_beside_its_tap(forward, params, first, name)}
+    dense = {name: dense[name] for name in dense if name not in _used_beside_a_tap(forward, params, first, name)}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     slow = [i for i, (path, _) in enumerate(leaves) if "/".join(_names(path)[:-1]) not in dense]
     values = [leaf for _, leaf in leaves]
@@ -181,26 +181,74 @@ class _Cut:
         return jnp.zeros_like(z)
 
 
-def _used_beside_its_tap(forward: Forward, params: PyTree, batch: Batch, name: str) -> bool:
-    """Whether a layer's parameters reach its own input, or the outputs though its tap's outputs are taken away."""
+def _used_beside_a_tap(forward: Forward, params: PyTree, batch: Batch, name: str, own_input: bool = True) -> set[str]:
+    """The layers whose parameters reach a tap's own input (with `own_input`), or the outputs though the tap's outputs
+    are taken away."""
 
-    def others(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+    def others(params: PyTree, batch: Batch) -> tuple[Array, ...]:
         outputs, taps = forward(params, batch, {name: _Cut()})  # type: ignore[dict-item]
-        return outputs, taps[name][0]
+        return (outputs, taps[name][0]) if own_input else (outputs,)
 
     closed = jax.make_jaxpr(others)(params, batch)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    return any(is_used and "/".join(_names(path)[:-1]) == name for path, is_used in zip(paths, used, strict=False))
+    return {"/".join(_names(path)[:-1]) for path, is_used in zip(paths, used, strict=False) if is_used}
+
+
+def layer_of(params: PyTree, name: str) -> Any:
+    """The parameters of a layer, by the name of its tap; {} where there are none."""
+    for level in name.split("/"):
+        params = params.get(level, {}) if isinstance(params, dict) else {}
+    return params
+
+
+def with_layer(params: PyTree, name: str, layer: PyTree) -> PyTree:
+    """`params` with others for one layer."""
+    level, _, rest = name.partition("/")
+    return params | {level: with_layer(params[level], rest, layer) if rest else layer}
+
+
+def logits_layer(forward: Forward, params: PyTree, batch: Batch) -> str | None:
+    """The dense layer with taps whose outputs are the network's, or are selected among by a mask; None without one."""
+    outputs, taps = jax.eval_shape(lambda p, b: forward(p, b, None), params, batch)
+    for name in reversed(list(_dense_taps(params, taps, batch.weight.shape[0]))):
+        z = taps[name][1]
+        if z.shape != outputs.shape or name in _used_beside_a_tap(forward, params, batch, name):
+            continue
+        if _used_beside_a_tap(forward, params, batch, name, own_input=False):
+            continue
+        closed = jax.make_jaxpr(lambda e, name=name: forward(params, batch, {name: e})[0])(jnp.zeros(z.shape, z.dtype))
+        return name if _passed_on(closed.jaxpr, [0]) == [0] else None
+    return None
+
+
+def _passed_on(jaxpr: Any, given: list[int]) -> list[int] | None:
+    """Which outputs of a program are its inputs `given`, but for a mask and added terms; None if there is more."""
+    same = {jaxpr.invars[i] for i in given}
+    for eqn in jaxpr.eqns:
+        used = [i for i, v in enumerate(eqn.invars) if not hasattr(v, "val") and v in same]
+        inner = next((eqn.params[n] for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in eqn.params), None)
+        if not used:
+            continue
+        if eqn.primitive.name in ("add", "add_any", "convert_element_type", "copy", "select_n"):
+            if len(used) > 1 or (eqn.primitive.name == "select_n" and used == [0]):
+                return None
+            same.add(eqn.outvars[0])
+        elif inner is not None and eqn.primitive.name in ("jit", "pjit", "closed_call", "custom_jvp_call"):
+            out = _passed_on(getattr(inner, "jaxpr", inner), used)
+            if out is None:
+                return None
+            same |= {eqn.outvars[i] for i in out}
+        else:
+            return None
+    return [i for i, v in enumerate(jaxpr.outvars) if not hasattr(v, "val") and v in same]
 
 
 def _dense_taps(params: PyTree, taps: dict[str, tuple[Any, Any]], rows: int) -> dict[str, PyTree]:
     """Layers for which x^2 and g^2 suffice: `kernel` `[in, out]` (and `bias`) over inputs `[B, in]`."""
     found = {}
     for name, (inputs, outputs) in taps.items():
-        layer = params
-        for level in name.split("/"):
-            layer = layer.get(level, {}) if isinstance(layer, dict) else {}
+        layer = layer_of(params, name)
         shapes = {leaf: value.shape for leaf, value in layer.items()} if isinstance(layer, dict) else {}
         kernel = (inputs.shape[-1], outputs.shape[-1])
         expected = [{"kernel": kernel}, {"kernel": kernel, "bias": kernel[1:]}]

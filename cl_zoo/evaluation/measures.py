@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,6 +21,10 @@ __all__ = ["Measure", "accuracy", "adapted_accuracy", "at", "settled"]
 
 Function = Callable[[Learner, TrainState, Stream, Key], PyTree]
 Measures = Mapping[str, "Measure | Function"]
+
+
+MANY = 100
+"""Tasks, above which the default R is warned of: it is then most of many a run."""
 
 
 class Measure(NamedTuple):
@@ -68,21 +73,29 @@ def at(when: str | int, measure: Measure | Function) -> Measure:
 
 @checked
 def accuracy(
-    split: Literal["validation", "test"] = "test", *, batches: Count | None = None, within_task: bool = False
+    split: Literal["validation", "test"] = "test",
+    *,
+    batches: Count | None = None,
+    within_task: bool = False,
+    tasks: Sequence[int] | None = None,
 ) -> Measure:
     """The score on every task, `f32[T]`: `stream.evaluate`. At "task" it is the matrix R, `f32[T + 1, T]`.
+
+    R of many tasks costs T^2 evaluations: where training is short, most of a run. `at("end", accuracy())` costs T, and
+    `tasks` of a fixed number, (T + 1) times that.
 
     Args:
       split: "test" or "validation".
       batches: of each task's examples; None for all. Each batch is a fair part of the whole.
       within_task: whether predictions are restricted to the labels that occur in the task, which gives the
         task-incremental score of a class-incremental run. Needs logits.
+      tasks: the tasks that are scored, in this order, as range(0, 160, 10); None for all.
 
     Returns:
       A `Measure`.
 
     Raises:
-      ValueError: an unknown split, batches below 1.
+      ValueError: an unknown split, batches below 1; tasks that are none, or not of the stream.
 
     Example:
       >>> import jax, optax
@@ -97,7 +110,16 @@ def accuracy(
       ((6, 5), (5, 4, 5))
     """
 
+    if tasks is not None:
+        allowed = "a sequence of tasks of the stream, from 0 to T - 1, as range(0, 160, 10)"
+        is_some = isinstance(tasks, Sequence) and not isinstance(tasks, str) and len(tasks) > 0
+        if not is_some or not all(isinstance(task, int) and task >= 0 for task in tasks):
+            raise ValueError(f"accuracy: tasks is {tasks!r}, but it must be {allowed}")
+    chosen = None if tasks is None else tuple(tasks)
+
     def function(learner: Learner, state: TrainState, stream: Stream, key: Key) -> Array:
+        if chosen is not None and max(chosen) >= stream.n_tasks:
+            raise ValueError(f"accuracy: tasks has {max(chosen)}, but the stream's last task is {stream.n_tasks - 1}")
         agent = learner.agent(state)
 
         def on_examples(task: Array) -> Array:
@@ -115,7 +137,7 @@ def accuracy(
                 return on_examples(task)
             return stream.evaluate(agent, task, split, jax.random.fold_in(key, task))
 
-        return jax.lax.map(on_task, jnp.arange(stream.n_tasks, dtype=jnp.int32))
+        return jax.lax.map(on_task, jnp.array(range(stream.n_tasks) if chosen is None else chosen, jnp.int32))
 
     return Measure(alike(function), needs_examples=batches is not None or within_task)
 
@@ -148,6 +170,12 @@ def settled(measure: Measures | None, stream: Stream) -> tuple[tuple[str, Measur
     if measure is not None and not isinstance(measure, Mapping):
         told = type(measure).__name__
         raise ValueError(f"measure is a {told}, but it must be a mapping by name, as {{'accuracy': accuracy()}}")
+    if measure is None and stream.n_tasks > MANY:
+        warnings.warn(
+            f"no measure is given, so that all {stream.n_tasks} tasks are scored after each, {stream.n_tasks**2} times"
+            " in all; measure={'accuracy': at('end', accuracy())} or accuracy(tasks=...) cost less",
+            stacklevel=3,
+        )
     for name, given in ({"accuracy": accuracy()} if measure is None else measure).items():
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"measure: the name {name!r} must be of letters, digits, '_', '-' and '.'")

@@ -64,12 +64,12 @@ def _product(a: Array, b: Array) -> Array:
 
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     """z, and log_sum `[N, R, T]`."""
-    size = _block(q.shape[2])[0]
-    return jax.lax.map(lambda each: _forward_one(*each, size), (q, k, v))
+    return jax.lax.map(lambda each: _forward_one(*each), (q, k, v))
 
 
-def _forward_one(q: Array, k: Array, v: Array, size: int) -> tuple[Array, Array]:
+def _forward_one(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     shared, time, d = q.shape
+    size = _block(time)[0]
 
     def rows(first: Array | int, q: Array, end: int) -> tuple[Array, Array]:
         """z and log_sum of the block of queries that begins with the token `first`, over the keys before `end`."""
@@ -88,7 +88,8 @@ def _forward_one(q: Array, k: Array, v: Array, size: int) -> tuple[Array, Array]
             found.append(rows(begin, q[:, begin:end], end))
             continue
         blocks = jnp.moveaxis(q[:, begin:end].reshape((shared, -1, size, d)), 1, 0)
-        z, log_sum = jax.lax.map(lambda each, end=end: rows(*each, end), (jnp.arange(begin, end, size), blocks))
+        firsts = jnp.arange(begin, end, size)
+        z, log_sum = jax.lax.map(lambda each, end=end: rows(each[0], each[1], end), (firsts, blocks))
         found.append(
             (jnp.moveaxis(z, 0, 1).reshape((shared, -1, d)), jnp.moveaxis(log_sum, 0, 1).reshape((shared, -1)))
         )
@@ -96,10 +97,9 @@ def _forward_one(q: Array, k: Array, v: Array, size: int) -> tuple[Array, Array]
     return jnp.concatenate(z, axis=1), jnp.concatenate(log_sum, axis=1)
 
 
-def _backward_one(
-    q: Array, k: Array, v: Array, z: Array, log_sum: Array, dz: Array, size: int
-) -> tuple[Array, Array, Array]:
+def _backward_one(q: Array, k: Array, v: Array, z: Array, log_sum: Array, dz: Array) -> tuple[Array, Array, Array]:
     shared, time, d = q.shape
+    size = _block(time)[0]
     own = jnp.sum(z.astype(log_sum.dtype) * dz.astype(log_sum.dtype), axis=-1)
 
     def keys(first: Array | int, k: Array, v: Array, begin: int) -> tuple[Array, Array, Array]:
@@ -115,21 +115,19 @@ def _backward_one(
     dq, dk, dv = jnp.zeros((d, shared, time), log_sum.dtype), [], []
     for begin, end in _spans(time):
         if end - begin == size:
-            more, dk_block, dv_block = keys(begin, k[begin:end], v[begin:end], begin)
-            of_keys = (dk_block, dv_block)
+            more, dk_span, dv_span = keys(begin, k[begin:end], v[begin:end], begin)
         else:
 
-            def add(dq: Array, each: tuple[Array, Array, Array], begin: int = begin) -> tuple[Array, tuple]:
-                more, *of_keys = keys(*each, begin)
-                return dq + more, tuple(of_keys)
+            def add(dq: Array, each: tuple[Array, ...], begin: int = begin) -> tuple[Array, tuple[Array, Array]]:
+                more, dk, dv = keys(each[0], each[1], each[2], begin)
+                return dq + more, (dk, dv)
 
             blocks = (a[begin:end].reshape((-1, size, d)) for a in (k, v))
             none = jnp.zeros((d, shared, time - begin), log_sum.dtype)
-            more, of_keys = jax.lax.scan(add, none, (jnp.arange(begin, end, size), *blocks))
-            of_keys = tuple(a.reshape((-1, d)) for a in of_keys)
+            more, (dk_span, dv_span) = jax.lax.scan(add, none, (jnp.arange(begin, end, size), *blocks))
         dq = dq.at[..., begin:].add(more)
-        dk.append(of_keys[0])
-        dv.append(of_keys[1])
+        dk.append(dk_span.reshape((-1, d)))
+        dv.append(dv_span.reshape((-1, d)))
     return (
         jnp.moveaxis(dq, 0, 2).astype(q.dtype),
         jnp.concatenate(dk).astype(k.dtype),
@@ -148,8 +146,7 @@ def _attend_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, .
 
 
 def _attend_backward(kept: tuple[Array, ...], dz: Array) -> tuple[Array, Array, Array]:
-    size = _block(dz.shape[2])[0]
-    return jax.lax.map(lambda each: _backward_one(*each, size), (*kept, dz))
+    return jax.lax.map(lambda each: _backward_one(*each), (*kept, dz))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -71,7 +71,8 @@ def _attend_seen(q: Array, k: Array, v: Array, seen: Array, scale: float | None)
 
 def _merged(k: Array, v: Array) -> tuple[Array, Array]:
     """Of `[B, G, T, d]`, as `KeyValues` has them."""
-    return tuple(a.reshape((-1, *a.shape[2:])) for a in (jnp.swapaxes(k, -1, -2), v))
+    k = jnp.swapaxes(k, -1, -2)
+    return k.reshape((-1, *k.shape[2:])), v.reshape((-1, *v.shape[2:]))
 
 
 def attend_window(q: Array, k: Array, v: Array, window: int, *, scale: float | None = None) -> Array:
@@ -202,11 +203,11 @@ def softmax_attention(
         places = position + jnp.arange(q.shape[2])
         skipped = jnp.int32(0) if cache.padding is None else cache.padding[:, None, None]
         q, k = turned(params, q, k, jnp.maximum(places - skipped, 0))
-        stores = zip((cache.k, cache.v), _merged(k, v), (2, 1))
-        new = KeyValues(
-            *(jax.lax.dynamic_update_slice_in_dim(a, one.astype(a.dtype), position, axis) for a, one, axis in stores),
-            cache.padding,
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(store, one.astype(store.dtype), position, axis)
+            for store, one, axis in zip((cache.k, cache.v), _merged(k, v), (2, 1))
         )
+        new = KeyValues(keys, values, cache.padding)
 
         def to_cache() -> Array:
             return _attend_filled(q, new, position)

@@ -1,6 +1,8 @@
 """transformers on PyTorch, which `decoder_training.py` is compared with. Runs in the peers' environment.
 
-python experiments/speed/decoder_training_peer.py SETTINGS     a JSON object; for each line that comes in, a step and its seconds
+python experiments/speed/decoder_training_peer.py SETTINGS
+
+SETTINGS is a JSON object. For each line that comes in, it trains and says the seconds of a step.
 """
 
 import json
@@ -49,7 +51,7 @@ def main() -> None:
                     if isinstance(child, nn.Linear):
                         setattr(part, name, LowRank(child, s["rank"]))
     if s["kind"] == "rematerialised":
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     tokens = torch.randint(0, s["vocabulary"], (s["tokens"] // s["time"], s["time"]))
     print("ready", flush=True)

@@ -352,18 +352,17 @@ def main(config: Config) -> None:
     chosen = {n: s for n, s in every.items() if not config.only or any(n.startswith(o) for o in config.only)}
     if not chosen:
         raise SystemExit(f"only: no size begins so; there are {', '.join(every)}")
-    rows = []
+    path, rows = HERE / "results" / f"growth_{jax.default_backend()}.json", []
+    kept = {r["name"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
     for name, size in chosen.items():
         rows.append(row(name, size, list(measured(size, config))))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
+        if config.record:  # after each, so that a kill loses no more than one; those not measured again stay
+            kept[name] = rows[-1]
+            write_json(path, {"environment": environment(), "rows": [kept[n] for n in every if n in kept]})
     print(f"\n{table(rows)}")
     if config.record:
-        path = HERE / "results" / f"growth_{jax.devices()[0].platform}.json"
-        kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        every_row = {r["name"]: r for r in [*kept, *rows]}  # those of an earlier run that were not measured again stay
-        rows = [every_row[name] for name in every if name in every_row]
-        write_json(path, {"environment": environment(), "rows": rows})
-        figure(rows, path.with_suffix(".png"))
+        figure([kept[n] for n in every if n in kept], path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

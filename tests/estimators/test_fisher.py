@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 from cl_zoo import Batch, Model
+from cl_zoo.estimators import fisher as fisher_module
 from cl_zoo.estimators.fisher import fisher_diagonal
+from cl_zoo.estimators.moments import logits_layer
 from cl_zoo.losses import mask_outputs
 from cl_zoo.models import cnn, from_nnx, mlp
 from tests.oracles import ewc as oracle
@@ -214,3 +216,59 @@ def test_impossible_choices_are_refused(options: dict[str, Any], message: str) -
 def test_observed_labels_must_be_there() -> None:
     with pytest.raises(ValueError, match="needs labels"):
         fisher_diagonal(lambda p, b, e: (b.x, {}), {}, batches()._replace(y=None), labels="observed")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("net", ["mlp", "cnn"])
+def test_all_classes_at_once_are_one_after_another(monkeypatch: pytest.MonkeyPatch, net: str, masked: bool) -> None:
+    """What is linear in classes, p_j (1 - p_j) and a row of W for each, is what one-hot cotangents give."""
+    model = mlp((8, 8), 6, hidden=(5,)) if net == "mlp" else cnn((8, 8, 1), 6, channels=(2,), hidden=3)
+    data = batches(8, 4, (8, 8) if net == "mlp" else (8, 8, 1), 6)
+    data = data._replace(weight=data.weight.at[1, 2].set(0))
+    params, state = model.init(KEY, data.x[0])
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(KEY, leaf.shape), params)
+
+    def outputs(params: Any, batch: Batch, perturb: Any) -> Any:
+        logits, taps = forward(model, state, params, batch, perturb)
+        return (mask_outputs(logits, jnp.arange(6) != 2) if masked else logits), taps
+
+    assert logits_layer(outputs, params, jax.tree.map(lambda leaf: leaf[0], data)) == "output"
+    found = fisher_diagonal(outputs, params, data)
+    monkeypatch.setattr(fisher_module, "logits_layer", lambda *_: None)
+    assert relative(found, fisher_diagonal(outputs, params, data)) < 1e-5
+
+
+def test_logits_that_are_more_than_a_layer_are_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = mlp((8, 8), 4, hidden=(5,)), batches(8, 4)
+    params, state = model.init(KEY, data.x[0])
+    first = jax.tree.map(lambda leaf: leaf[0], data)
+
+    def made(change: Any) -> Any:
+        def outputs(params: Any, batch: Batch, perturb: Any) -> Any:
+            logits, taps = forward(model, state, params, batch, perturb)
+            return change(logits, params, taps), taps
+
+        return outputs
+
+    changes: dict[str, Any] = {
+        "scaled": lambda z, params, taps: 2 * z,
+        "bent": lambda z, params, taps: jnp.tanh(z),
+        "beside": lambda z, params, taps: z + taps["hidden_0"][1][:, :4],
+        "twice": lambda z, params, taps: z + z,
+        "mixed": lambda z, params, taps: z[:, ::-1],
+        "shifted": lambda z, params, taps: z + jnp.arange(4.0),
+    }
+    named = {name: logits_layer(made(change), params, first) for name, change in changes.items()}
+    assert named == {name: ("output" if name == "shifted" else None) for name in changes}
+    slow = {name: fisher_diagonal(made(change), params, data) for name, change in changes.items()}
+    monkeypatch.setattr(fisher_module, "logits_layer", lambda *_: None)
+    assert relative(slow["shifted"], fisher_diagonal(made(changes["shifted"]), params, data)) < 1e-5
+
+
+def test_the_fisher_of_many_classes_holds_nothing_of_classes_squared() -> None:
+    classes, data = 300, batches(8, 4)
+    model = mlp((8, 8), classes, hidden=(5,))
+    params, state = model.init(KEY, data.x[0])
+    text = str(jax.make_jaxpr(lambda p: fisher_diagonal(partial(forward, model, state), p, data))(params))
+    assert "300,4,5]" in text  # a row of the last kernel for each class and example
+    assert "300,4,300]" not in text

@@ -14,6 +14,7 @@ import pytest
 
 from cl_zoo import Learner, Stream, accuracy, at, ewc, fit, replay, run_stream, supervised, sweep
 from cl_zoo.evaluation import Measure
+from cl_zoo.evaluation.measures import settled
 from cl_zoo.losses import weighted_mean
 from cl_zoo.streams import (
     associative_recall,
@@ -455,3 +456,21 @@ def test_jit_and_vmap_around_a_run(learner: Learner, stream: Stream, uneven: Str
     for i in range(2):
         one = run_stream(learner, uneven, keys[i], metrics={"loss": 2})
         close(jax.tree.map(lambda leaf, i=i: leaf[i], many), one, 1e-3, 1e-4)
+
+
+def test_chosen_tasks_are_columns_of_R(stream: Stream, tmp_path: Path) -> None:
+    learner = tiny_learner(replay(5, batch_size=2))
+    whole = run_stream(learner, stream, KEY, measure={"accuracy": accuracy()}).measures["accuracy"]
+    some = {"accuracy": accuracy(tasks=[2, 0])}
+    np.testing.assert_array_equal(run_stream(learner, stream, KEY, measure=some).measures["accuracy"], whole[:, [2, 0]])
+    kept = fit(learner, stream, KEY, tmp_path / "run", measure=some, progress=False).measures["accuracy"]
+    np.testing.assert_allclose(kept, whole[:, [2, 0]], atol=1e-6)
+    for tasks, told in (([stream.n_tasks], "last task"), ([-1], "sequence of tasks"), ([], "sequence of tasks")):
+        with pytest.raises(ValueError, match=f"accuracy: tasks .*{told}"):
+            run_stream(learner, stream, KEY, measure={"accuracy": accuracy(tasks=tasks)})
+
+
+def test_a_run_of_many_tasks_says_what_R_costs(tiny_images: Any) -> None:
+    many = permuted_mnist(101, images=tiny_images, steps=1, batch_size=2)
+    with pytest.warns(UserWarning, match="101 tasks are scored after each, 10201 times"):
+        settled(None, many)
