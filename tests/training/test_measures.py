@@ -459,7 +459,7 @@ def test_jit_and_vmap_around_a_run(learner: Learner, stream: Stream, uneven: Str
 
 
 def test_chosen_tasks_are_columns_of_R(stream: Stream, tmp_path: Path) -> None:
-    learner = tiny_learner(replay(5, batch_size=2))
+    learner = tiny_learner(stream, supervised(), replay(5, batch_size=2))
     whole = run_stream(learner, stream, KEY, measure={"accuracy": accuracy()}).measures["accuracy"]
     some = {"accuracy": accuracy(tasks=[2, 0])}
     np.testing.assert_array_equal(run_stream(learner, stream, KEY, measure=some).measures["accuracy"], whole[:, [2, 0]])
