@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from cl_zoo import accuracy, compose, der, ewc, fit, gdumb, replay, run_stream, supervised, sweep
+from cl_zoo import accuracy, compose, der, ewc, fit, gdumb, la_maml, replay, run_stream, supervised, sweep
 from cl_zoo.datasets import LabelledImages
 from cl_zoo.evaluation import dormant_fraction, effective_rank
 from cl_zoo.evaluation.metrics import average_accuracy, average_incremental_accuracy
@@ -62,6 +62,20 @@ def test_minus_one_is_a_number_for_losses_that_do_not_read_labels() -> None:
         np.testing.assert_allclose(both[0].metrics["loss"], both[1].metrics["loss"], rtol=1e-5)
         np.testing.assert_array_equal(both[0].accuracy, both[1].accuracy)
         assert both[0].accuracy[-1, 0] > 0.9
+
+
+def test_minus_one_is_a_number_for_the_losses_of_other_components_too() -> None:
+    score = lambda o, batch: -jnp.abs(o[:, 0] - batch.y[:, 0].astype(jnp.float32))  # noqa: E731
+    loss = lambda o, y: squared_error(o, y.astype(jnp.float32))  # noqa: E731
+    whole, fractions = (
+        run_stream(
+            compose(mlp((4,), 1), optax.sgd(0.01), la_maml(20, rate=0.01, loss=loss)),
+            stream_of(X, SIDE[:, None].astype(kind), 1, score=score),
+            KEY,
+        )
+        for kind in (np.int32, np.float32)
+    )
+    np.testing.assert_allclose(whole.metrics["loss"], fractions.metrics["loss"], rtol=1e-5)
 
 
 def test_a_label_that_is_no_output_scores_nan() -> None:

@@ -133,7 +133,8 @@ def la_maml(
         present = jnp.any(record.batch.weight > 0)
         return state, LaMamlState(memory, cycled(part.updates, present, updates_per_batch))
 
-    return Component(name, init=init, loss=loss_hook, observe=observe)
+    own = getattr(loss, "reads_ignored", False)
+    return Component(name, init=init, loss=loss_hook, observe=observe, reads_ignored=own)
 
 
 def look_ahead_sgd(

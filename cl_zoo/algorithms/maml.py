@@ -216,7 +216,8 @@ def maml(
             training.over_episodes(context, state, batch.x, batch.task, one, batch.y), batch.weight
         ), {}
 
-    return Component(name, loss=loss_hook, adapt=answering.adapt, predict=answering.predict)
+    own = getattr(loss, "reads_ignored", False)
+    return Component(name, loss=loss_hook, adapt=answering.adapt, predict=answering.predict, reads_ignored=own)
 
 
 def mean(values: Array, x: PyTree) -> Array:

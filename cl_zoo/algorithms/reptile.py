@@ -98,7 +98,8 @@ def reptile(
         follow = optax.tree.vdot(back, jax.tree.map(jnp.subtract, params, theta))
         return weighted_mean(before, batch.weight) + follow, {}
 
-    return Component(name, loss=loss_hook, adapt=answering.adapt, predict=answering.predict)
+    own = getattr(loss, "reads_ignored", False)
+    return Component(name, loss=loss_hook, adapt=answering.adapt, predict=answering.predict, reads_ignored=own)
 
 
 ENTRY = Entry(
