@@ -58,7 +58,7 @@ def _spans(time: int) -> list[tuple[int, int]]:
     return list(zip(cuts[:-1], cuts[1:]))
 
 
-def _product(a: Array, b: Array) -> Array:
+def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
@@ -73,13 +73,13 @@ def _forward_one(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
 
     def rows(first: Array | int, q: Array, end: int) -> tuple[Array, Array]:
         """z and log_sum of the block of queries that begins with the token `first`, over the keys before `end`."""
-        scores = _product(q.reshape((-1, d)), k[:end].T).reshape((shared, size, end))
+        scores = _matmul(q.reshape((-1, d)), k[:end].T).reshape((shared, size, end))
         seen = jnp.arange(end) <= first + jnp.arange(size)[:, None]
         scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
         top = jnp.max(scores, axis=-1, keepdims=True)
         p = jnp.exp(scores - top)
         total = jnp.sum(p, axis=-1, keepdims=True)
-        z = _product(p.reshape((-1, end)).astype(v.dtype), v[:end]).reshape(q.shape) / total
+        z = _matmul(p.reshape((-1, end)).astype(v.dtype), v[:end]).reshape(q.shape) / total
         return z.astype(v.dtype), (top + jnp.log(total))[..., 0]
 
     found = []
@@ -106,11 +106,11 @@ def _backward_one(q: Array, k: Array, v: Array, z: Array, log_sum: Array, dz: Ar
         """dq^T `[d, R, T - begin]`, dk and dv of the block of keys that begins with the token `first`."""
         late, to = q[:, begin:].reshape((-1, d)), dz[:, begin:].reshape((-1, d))
         seen = first + jnp.arange(size)[:, None, None] <= jnp.arange(begin, time)
-        scores = _product(k, late.T).reshape((size, shared, -1))
+        scores = _matmul(k, late.T).reshape((size, shared, -1))
         p = jnp.where(seen, jnp.exp(scores - log_sum[:, begin:]), 0)
-        ds = p * (_product(v, to.T).reshape(p.shape) - own[:, begin:])
+        ds = p * (_matmul(v, to.T).reshape(p.shape) - own[:, begin:])
         p, ds = (a.reshape((size, -1)).astype(q.dtype) for a in (p, ds))
-        return _product(k.T, ds).reshape((d, shared, -1)), _product(ds, late), _product(p, to)
+        return _matmul(k.T, ds).reshape((d, shared, -1)), _matmul(ds, late), _matmul(p, to)
 
     dq, dk, dv = jnp.zeros((d, shared, time), log_sum.dtype), [], []
     for begin, end in _spans(time):
