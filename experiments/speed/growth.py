@@ -29,7 +29,7 @@ from cl_zoo.algorithms.la_maml import look_ahead_sgd
 from cl_zoo.compilation import jit
 from cl_zoo.datasets import LabelledImages
 from cl_zoo.evaluation import accuracy, at
-from cl_zoo.language import decoder
+from cl_zoo.language import decoder, unstacked
 from cl_zoo.layers import softmax_attention
 from cl_zoo.losses import next_token_loss
 from cl_zoo.models import mlp
@@ -200,8 +200,9 @@ def tokens_of(tokens: int, decoded: bool) -> Point:
         step = lambda cache, token: net.step(params, cache, token[None])[::-1]  # noqa: E731
         return jax.lax.scan(step, cache, x[0, :32])[0]
 
-    cache = jit(lambda params: net.start(params, 1, tokens))(state.params)
-    return program(decode, state.params, cache, per=32, donated=True)
+    params = unstacked(state.params)  # as `generate` does
+    cache = jit(lambda params: net.start(params, 1, tokens))(params)
+    return program(decode, params, cache, per=32, donated=True)
 
 
 def width_of(parameters: int) -> tuple[int, int]:
