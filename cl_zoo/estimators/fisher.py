@@ -107,15 +107,12 @@ def fisher_diagonal(
         return moment(forward, cotangents)
     jax.eval_shape(lambda batch: cotangents(forward(params, batch, None)[0], batch, None), first)  # refuses
 
-    def probabilities(batch: Batch) -> Array:
-        return jax.nn.softmax(forward(params, batch, None)[0])
-
     def below(params: PyTree, batch: Batch, perturb: dict[str, Array] | None) -> tuple[Array, Taps]:
         taps = dict(forward(params, batch, perturb)[1])
         return taps.pop(last)[0], taps
 
     def of_inputs(h: Array, batch: Batch, key: Key | None) -> Array:
-        p, kernel = probabilities(batch), layer_of(params, last)["kernel"]
+        p, kernel = jax.nn.softmax(forward(params, batch, None)[0]), layer_of(params, last)["kernel"]
         return jnp.sqrt(p.T)[:, :, None] * (kernel.T[:, None] - p @ kernel.T)
 
     def of_logits(logits: Array, batch: Batch, key: Key | None) -> Array:

@@ -114,11 +114,6 @@ def _attend_filled(q: Array, cache: KeyValues, position: Array) -> Array:
     return from_chunks(z, time)
 
 
-def _attend_cache(q: Array, cache: KeyValues, seen: Array) -> Array:
-    """One token `[B, H, d]` to the places of a cache that `seen` `bool[L]` marks."""
-    return _attend_seen(q[:, :, None], cache.k, cache.v, seen[None], None)[:, :, 0]
-
-
 def empty_key_values(
     head_size: int, heads: int, batch_size: int, length: int, dtype: Any, padding: Array | None = None
 ) -> KeyValues:
@@ -132,7 +127,8 @@ def window_step(cache: KeyValues, position: Array, q: Array, k: Array, v: Array)
     size = cache.v.shape[1]
     place, (k, v) = position % size, (a.reshape((-1, a.shape[-1])) for a in (k, v))
     cache = KeyValues(cache.k.at[..., place].set(k), cache.v.at[:, place].set(v))
-    return _attend_cache(q, cache, jnp.arange(size) <= position), cache
+    seen = (jnp.arange(size) <= position)[None]
+    return _attend_seen(q[:, :, None], cache.k, cache.v, seen, None)[:, :, 0], cache
 
 
 @checked
