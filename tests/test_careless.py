@@ -306,7 +306,7 @@ def test_a_part_that_is_not_a_number_is_told(stream: Any, tmp_path: Any) -> None
     with pytest.raises(NonFiniteError, match=r"state.parts\['slda'\] is not finite at task 1, step \d"):
         run_stream(learner, given, KEY)
     with pytest.raises(NonFiniteError, match=r"state.parts\['slda'\] is not finite at task 1, step 2.*that of step 6"):
-        fit(learner, given, KEY, tmp_path, checkpoint_every=3, progress=False)
+        fit(learner, given, KEY, tmp_path, checkpoint_every=3, checkpoint_seconds=0, progress=False)
 
 
 # Optimisers that need more.

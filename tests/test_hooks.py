@@ -78,7 +78,7 @@ def test_laws_over_the_new_hooks(hook: str, tiny_images: Any, tmp_path: Any) -> 
     stream = tiny_stream(tiny_images)
     learner = tiny_learner(stream, supervised(), USERS[hook]())
     whole = run_stream(learner, stream, KEY)
-    host = fit(learner, stream, KEY, tmp_path, progress=False, checkpoint_every=4)
+    host = fit(learner, stream, KEY, tmp_path, progress=False, checkpoint_every=4, checkpoint_seconds=0)
     close(host.state, whole.state, rtol=1e-4, atol=1e-5)
     state, update = whole.state, jax.jit(learner.update)
     batch, _ = stream.next(stream.init(KEY))

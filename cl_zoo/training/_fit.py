@@ -6,11 +6,9 @@ import dataclasses
 import functools
 import os
 import re
-import signal
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_whole
+from cl_zoo.checks import check_range, check_whole
 from cl_zoo.compilation import jit
 from cl_zoo.evaluation.measures import Measure, Measures, settled
 from cl_zoo.files import locked, write_arrays
-from cl_zoo.training.checkpoint import CheckpointError, Checkpoints
+from cl_zoo.training.checkpoint import Checkpoints, Saver
 from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import (
     Carry,
@@ -47,14 +45,11 @@ from cl_zoo.training.loop import (
     train_steps,
     updates,
 )
-from cl_zoo.training.run_directory import MetricsLog, read_metrics, settle_config
+from cl_zoo.training.run_directory import MetricsLog, read_histories, settle_config
+from cl_zoo.training.stops import Stopped, stop_requests
 from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
 
 __all__ = ["Stopped", "fit"]
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and saved itself first."""
 
 
 def fit(
@@ -65,6 +60,7 @@ def fit(
     *,
     config: Any = None,
     checkpoint_every: int = 500,
+    checkpoint_seconds: float = 10.0,
     keep: int = 2,
     measure: Measures | None = None,
     metrics: Metrics | None = None,
@@ -74,10 +70,11 @@ def fit(
     """`run_stream` from a host loop, in a directory. Run it again after a stop of any kind, and it continues.
 
     The updates of a task are cut into chunks at multiples of `checkpoint_every` and of the intervals of measures. At
-    multiples of `checkpoint_every`, and after the end of each task, the whole run goes into a checkpoint. As the grid
-    does not depend on where a run was stopped, a resumed run executes the same programs on the same arrays, and
-    ends in the same bytes (same machine and versions; tested on CPUs). Ctrl-C and SIGTERM stop at the next checkpoint;
-    a second one, or SIGKILL, at once, and the updates since the last one are lost.
+    multiples of `checkpoint_every`, and after the end of each task, the whole run goes into a checkpoint if the last
+    one is `checkpoint_seconds` old; a thread writes it while the run goes on. As the grid does not depend on where a
+    run was stopped, a resumed run executes the same programs on the same arrays, and ends in the same bytes (same
+    machine and versions; tested on CPUs). Ctrl-C and SIGTERM stop at the next multiple, in a checkpoint; a second one,
+    or SIGKILL, at once, and the updates since the last checkpoint are lost.
 
     Args:
       learner, stream, key: as for `run_stream`. Frozen weights are in no checkpoint: those that were bound must be
@@ -86,7 +83,8 @@ def fit(
         each measure, accuracy.npy say, checkpoints/.
       config: a dataclass or mapping that describes learner and stream; kept, and compared on resume. Numbers of the
         learner (rates, strengths) are compared by a checksum of its program.
-      checkpoint_every: updates between checkpoints.
+      checkpoint_every: updates between the places where a checkpoint may be written.
+      checkpoint_seconds: time between checkpoints, at least; with 0 there is one at every such place.
       keep: checkpoints kept.
       measure, metrics: see `run_stream`. Reports are made at once.
       progress: show a bar.
@@ -120,6 +118,7 @@ def fit(
     """
     check_run("fit", learner, stream, key)
     check_whole("fit", "checkpoint_every", checkpoint_every, 1)
+    check_range("fit", "checkpoint_seconds", checkpoint_seconds, 0)
     check_whole("fit", "keep", keep, 1)
     if not isinstance(directory, (str, os.PathLike)) or not str(directory):
         raise ValueError(f"fit: directory is {directory!r}, but it must be a path")
@@ -135,7 +134,18 @@ def fit(
     folder = Path(directory).resolve()
     with locked(folder):
         return _fit(
-            learner, stream, key, folder, config, checkpoint_every, keep, measures, chosen, progress, tensorboard
+            learner,
+            stream,
+            key,
+            folder,
+            config,
+            checkpoint_every,
+            checkpoint_seconds,
+            keep,
+            measures,
+            chosen,
+            progress,
+            tensorboard,
         )
 
 
@@ -146,6 +156,7 @@ def _fit(
     directory: Path,
     config: Any,
     checkpoint_every: int,
+    checkpoint_seconds: float,
     keep: int,
     measures: tuple[tuple[str, Measure], ...],
     chosen: tuple[tuple[str, int], ...] | None,
@@ -187,14 +198,15 @@ def _fit(
     place = jax.ShapeDtypeStruct((), jnp.int32)
     crc = jax.ShapeDtypeStruct((), jnp.uint32)
     template = {"carry": fresh, "measures": taken, "step": place, "log": place, "log_crc32": crc}
-    restored = checkpoints.restore_newest(template)
+    restored, saver = checkpoints.restore_newest(template), Saver(checkpoints, checkpoint_seconds)
     if restored is None:
         carry, done = programs["start"](learner, stream, key), 0
         log.rewind(0)
     else:
         done, saved = restored
+        saver.step = done
         carry, taken = saved["carry"], jax.tree.map(np.array, saved["measures"])
-        _check_place(checkpoints, done, int(saved["step"]), carry[0].key, key)
+        checkpoints.check_place(done, int(saved["step"]), carry[0].key, key)
         log.rewind(int(saved["log"]), int(saved["log_crc32"]))
         for name, found in taken.items():
             write_arrays(directory, name, found)
@@ -210,7 +222,7 @@ def _fit(
         arrays["log_crc32"] = jnp.asarray(log.crc, jnp.uint32)
         for name, found in taken.items():
             write_arrays(directory, name, found)
-        checkpoints.save(done, {"carry": carry, "measures": jax.tree.map(jnp.asarray, taken), **arrays})
+        saver.save(done, {"carry": carry, "measures": taken, **arrays})
 
     def take(name: str, one: Measure, where: tuple[int, ...]) -> None:
         """Measures, reports, logs."""
@@ -225,14 +237,13 @@ def _fit(
             if events:
                 events.scores(done, name, np.atleast_1d(found))
 
-    if new:
-        for name, one in measures:
-            if one.when == "task":
-                take(name, one, (0,))
-        save()
-
     bar = tqdm(total=total, initial=done, disable=not progress, unit="step", smoothing=0.1)
-    with bar, _stop_requests() as stop, closing(events) if events else nullcontext():
+    with bar, saver, stop_requests() as stop, closing(events) if events else nullcontext():
+        if new:
+            for name, one in measures:
+                if one.when == "task":
+                    take(name, one, (0,))
+            save()
         while done < total:
             task = int(np.searchsorted(starts, done, side="right")) - 1
             step, end = int(done - starts[task]), int(lengths[task])
@@ -242,7 +253,7 @@ def _fit(
             n = min(*(every - step % every for every in grid), end - step)
             carry, history = programs["train"](learner, stream, carry, jnp.int32(n), size, chosen)
             history = {name: values[:n] for name, values in jax.device_get(history).items()}
-            newest = f"; the last checkpoint before it is that of step {done}, in {checkpoints.directory}"
+            newest = f"; the last checkpoint before it is that of step {saver.step}, in {checkpoints.directory}"
             ran = task * stream.steps + step + np.arange(n)
             seen = {name: (ran, values) for name, values in history.items()}
             check_finite(ran, seen, carry[0], {int(ran[-1]): programs["finite"](carry[0])}, stream.steps, newest)
@@ -266,18 +277,22 @@ def _fit(
                         take(name, one, (task + 1,))
                     elif one.when == "end" and done == total:
                         take(name, one, ())
-            if step == end or step % checkpoint_every == 0:
-                save()
             bar.update(n)
             if "loss" in history:
                 bar.set_postfix(loss=f"{float(history['loss'][-1]):.3f}")
-            if stop() and done < total:
-                raise Stopped(f"stopped after step {done} of {total}; run the same command again to continue")
+            if step == end or step % checkpoint_every == 0:
+                stopped = stop() and done < total
+                if stopped or done == total or saver.due():
+                    save()
+                if stopped:
+                    saver.wait()
+                    raise Stopped(f"stopped after step {done} of {total}; run the same command again to continue")
+        saver.wait()
 
     measures_found = {
         name: reported(one, taken[name], len(slots(one, stream)), reports[name]) for name, one in measures
     }
-    kept = _histories(directory, chosen, starts, stream.steps)
+    kept = read_histories(directory, chosen, starts, stream.steps)
     return Result(carry[0], kept, measures_found, updates(stream), jnp.ones(stream.n_tasks, bool))
 
 
@@ -298,33 +313,10 @@ def _fingerprint(
     return crc
 
 
-def _check_place(checkpoints: Checkpoints, done: int, step: int, found: Key, key: Key) -> None:
-    """A checkpoint must be of the step that its folder is named after, and of this run's key."""
-    wanted = jax.random.split(key)[0]
-    same = jax.tree.all(jax.tree.map(np.array_equal, *(jax.random.key_data(one) for one in (found, wanted))))
-    if step != done or not same:
-        other = f"of step {step}" if step != done else "of a run with another key"
-        raise CheckpointError(f"{checkpoints.directory}: the checkpoint of step {done} is {other}; restore it")
-
-
 def _kept(learner: Learner, stream: Stream, key: Key, chosen: tuple[tuple[str, int], ...]) -> dict[str, Array]:
     """Room for one value of each metric that is kept."""
     learner, carry = start(learner, stream, key)
     return histories(learner, stream, carry, 1, chosen)[1]
-
-
-def _histories(
-    directory: Path, chosen: tuple[tuple[str, int], ...] | None, starts: np.ndarray, steps: int
-) -> dict[str, Array]:
-    """The metrics that a run has logged, as `run_stream` gives them."""
-    found = {}
-    for name, (at_step, values) in read_metrics(directory).items():
-        stride = 1 if chosen is None else dict(chosen)[name]
-        task = np.searchsorted(starts, at_step, side="right") - 1
-        history = np.full((len(starts), steps // stride), np.nan, np.float32)
-        history[task, (at_step - starts[task]) // stride] = values
-        found[name] = jnp.asarray(history)
-    return found
 
 
 @functools.lru_cache(maxsize=16)
@@ -376,24 +368,3 @@ def _checksum(data: PyTree) -> int:
     for leaf in jax.tree.leaves(data):
         crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8).data, crc)
     return crc
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a request; the second acts as it would have."""
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
-        for signal_number, handler in before.items():
-            signal.signal(signal_number, handler)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for signal_number, handler in before.items():
-            signal.signal(signal_number, handler)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 import warnings
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cl_zoo.types import PyTree
+from cl_zoo.types import Key, PyTree
 
-__all__ = ["CheckpointError", "Checkpoints"]
+__all__ = ["CheckpointError", "Checkpoints", "Saver"]
 
 
 class CheckpointError(ValueError):
@@ -78,6 +81,14 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: no usable checkpoint; " + "; ".join(problems))
         return None
 
+    def check_place(self, done: int, step: int, found: Key, key: Key) -> None:
+        """The checkpoint of step `done` must say that it is of that step, and of the run of `key`."""
+        wanted = jax.random.split(key)[0]
+        same = jax.tree.all(jax.tree.map(np.array_equal, *(jax.random.key_data(one) for one in (found, wanted))))
+        if step != done or not same:
+            other = f"of step {step}" if step != done else "of a run with another key"
+            raise CheckpointError(f"{self.directory}: the checkpoint of step {done} is {other}; restore it")
+
     def _restore(self, step: int, template: PyTree) -> PyTree:
         manifest = self._manager.restore(step, args=self._args.Composite(manifest=self._args.JsonRestore()))
         leaves = manifest["manifest"]["leaves"]
@@ -94,6 +105,53 @@ class Checkpoints:
             if have["crc32"] != found["crc32"]:
                 raise CheckpointError(f"the bytes of {have['name']} are not those that were written")
         return tree
+
+
+class Saver:
+    """Checkpoints written on a thread while the run goes on, at most one in `seconds`.
+
+    The run waits for a copy of its state on the host, and for the checkpoint before. What writing raises (OSError) is
+    raised by the next `save` or `wait`. Use it in a `with`, which waits for what is being written.
+
+    Args:
+      checkpoints: where they go.
+      seconds: at least 0.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, seconds: float):
+        self._checkpoints, self._seconds = checkpoints, seconds
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._begun = -math.inf
+        self.step = 0
+        """Of the newest checkpoint."""
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def due(self) -> bool:
+        """Whether the last one was begun `seconds` ago."""
+        return time.monotonic() - self._begun >= self._seconds
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Copies `tree` to the host, so that its memory may be donated, and begins to write it."""
+        self.wait()
+        self._begun, self.step = time.monotonic(), step
+        self._writing = self._thread.submit(self._checkpoints.save, step, jax.tree.map(_on_host, tree))
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._writing is not None:
+            self._writing.result()
+
+
+def _on_host(leaf: Any) -> Any:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jax.random.key_data(leaf).copy(), impl=jax.random.key_impl(leaf))
+    return np.array(leaf)
 
 
 def _abstract(leaf: Any) -> Any:

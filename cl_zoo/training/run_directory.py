@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.files import write_array, write_json
+from cl_zoo.files import write_json
+from cl_zoo.types import Array
 
-__all__ = ["ConfigError", "MetricsLog", "environment", "read_metrics", "settle_config", "write_array", "write_json"]
+__all__ = [
+    *("ConfigError", "MetricsLog", "environment", "read_histories", "read_metrics", "settle_config"),
+    *("write_array", "write_json"),
+]
 
 
 class ConfigError(ValueError):
@@ -195,3 +200,17 @@ def read_metrics(directory: str | os.PathLike[str]) -> dict[str, tuple[np.ndarra
         name: (np.array([step for step, _ in rows], np.int64), np.array([value for _, value in rows], np.float32))
         for name, rows in found.items()
     }
+
+
+def read_histories(
+    directory: Path, chosen: tuple[tuple[str, int], ...] | None, starts: np.ndarray, steps: int
+) -> dict[str, Array]:
+    """The metrics that a run has logged, as `run_stream` gives them."""
+    found = {}
+    for name, (at_step, values) in read_metrics(directory).items():
+        stride = 1 if chosen is None else dict(chosen)[name]
+        task = np.searchsorted(starts, at_step, side="right") - 1
+        history = np.full((len(starts), steps // stride), np.nan, np.float32)
+        history[task, (at_step - starts[task]) // stride] = values
+        found[name] = jnp.asarray(history)
+    return found

@@ -458,7 +458,15 @@ def test_killed_and_resumed_run_ends_in_the_same_bytes(
     covering: SimpleNamespace, whole: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(name: str) -> Any:
-        return fit(covering.learner, covering.stream, KEY, tmp_path / name, checkpoint_every=3, progress=False)
+        return fit(
+            covering.learner,
+            covering.stream,
+            KEY,
+            tmp_path / name,
+            checkpoint_every=3,
+            checkpoint_seconds=0,
+            progress=False,
+        )
 
     once = run("once")
     with monkeypatch.context() as patch:

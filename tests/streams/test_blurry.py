@@ -255,7 +255,7 @@ def test_replay_runs_and_resumes_to_the_same_bytes(
     assert int(result.state.parts["replay"].seen) == 18 * BATCH
     assert np.asarray(result.accuracy[-1]).mean() > np.asarray(result.accuracy[0]).mean()
 
-    run = partial(fit, learner, stream, KEY, checkpoint_every=4, progress=False)
+    run = partial(fit, learner, stream, KEY, checkpoint_every=4, checkpoint_seconds=0, progress=False)
     once = run(tmp_path / "once")
     close((result.state, result.accuracy), (once.state, once.accuracy), rtol=1e-4, atol=1e-5)
     save = Checkpoints.save
@@ -274,4 +274,4 @@ def test_replay_runs_and_resumes_to_the_same_bytes(
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "once" / file).read_bytes()
     other = stream_of(tiny_images, blurry(0.2) if mixing == "blurry" else drifting("linear", width=0.9), steps=6)
     with pytest.raises(ConfigError, match="run.data_crc32 was"):
-        fit(learner, other, KEY, tmp_path / "once", checkpoint_every=4, progress=False)
+        fit(learner, other, KEY, tmp_path / "once", checkpoint_every=4, checkpoint_seconds=0, progress=False)

@@ -49,7 +49,9 @@ def resumed(tiny_images: Any, tmp_path_factory: Any) -> tuple[Any, Path, Any]:
     learner = tiny_learner(stream, supervised())
 
     def run(directory: Path) -> Any:
-        return fit(learner, stream, KEY, directory, checkpoint_every=3, progress=False, tensorboard=True)
+        return fit(
+            learner, stream, KEY, directory, checkpoint_every=3, checkpoint_seconds=0, progress=False, tensorboard=True
+        )
 
     folder = tmp_path_factory.mktemp("damage")
     result = run(folder / "whole")

@@ -102,7 +102,9 @@ def test_a_bandit_is_learnt_and_forgotten(tmp_path: Path) -> None:
     assert (np.asarray(result.metrics["reinforce/off"]) < 1e-5).all()
     assert result.measures["curve"].shape == (2, 3, 2)
 
-    other = fit(learner, stream, KEY, tmp_path, measure=measure, checkpoint_every=20, progress=False)
+    other = fit(
+        learner, stream, KEY, tmp_path, measure=measure, checkpoint_every=20, checkpoint_seconds=0, progress=False
+    )
     close((other.state, other.metrics, other.measures), (result.state, result.metrics, result.measures), 1e-3, 1e-4)
     again = run_stream(learner, bandit(), KEY)
     np.testing.assert_allclose(again.accuracy, result.accuracy, atol=1e-5)

@@ -26,7 +26,7 @@ def run(tiny_images: Any) -> Any:
     learner = tiny_learner(stream, supervised(), ewc(10.0))
 
     def start(directory: Path, **options: Any) -> Any:
-        settings = {"checkpoint_every": 3, "progress": False, "tensorboard": True, **options}
+        settings = {"checkpoint_every": 3, "checkpoint_seconds": 0, "progress": False, "tensorboard": True, **options}
         return fit(learner, stream, KEY, directory, **settings)
 
     return start

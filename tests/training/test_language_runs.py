@@ -51,7 +51,7 @@ def subject(stream: Stream, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     averaged = weight_interpolation(0.25, alignment=None)
     learner = language_learner(replay(100, batch_size=ROWS), averaged, ewc(10.0, labels="loss"))
     directory = tmp_path_factory.mktemp("language")
-    once = fit(learner, stream, KEY, directory / "once", checkpoint_every=3, progress=False)
+    once = fit(learner, stream, KEY, directory / "once", checkpoint_every=3, checkpoint_seconds=0, progress=False)
     yield SimpleNamespace(learner=learner, directory=directory, once=once)
     forget_programs()
 
@@ -61,7 +61,7 @@ def test_run_stopped_in_the_middle_of_a_domain_ends_in_the_same_bytes(
 ) -> None:
     def resume() -> Any:
         where = subject.directory / "stopped"
-        return fit(subject.learner, stream, KEY, where, checkpoint_every=3, progress=False)
+        return fit(subject.learner, stream, KEY, where, checkpoint_every=3, checkpoint_seconds=0, progress=False)
 
     save = Checkpoints.save
     # Within the first domain and within the second; both times what came after the last checkpoint is lost.

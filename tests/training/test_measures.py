@@ -80,7 +80,7 @@ MEASURES = {
 
 
 def run(learner: Learner, stream: Stream, directory: Path, **options: Any) -> Any:
-    settings = {"checkpoint_every": 3, "measure": MEASURES, "progress": False, **options}
+    settings = {"checkpoint_every": 3, "checkpoint_seconds": 0, "measure": MEASURES, "progress": False, **options}
     return fit(learner, stream, KEY, directory, **settings)
 
 

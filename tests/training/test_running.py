@@ -23,7 +23,7 @@ from cl_zoo.evaluation.cost import state_bytes, timed, update_flops
 from cl_zoo.files import InUseError, locked
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist
-from cl_zoo.training import loop, stream_program
+from cl_zoo.training import Stopped, loop, stream_program
 from cl_zoo.training.checkpoint import CheckpointError, Checkpoints
 from cl_zoo.training.run_directory import ConfigError, read_metrics
 from tests.tiny import STEPS, same_bytes, tiny_learner, tiny_stream
@@ -42,7 +42,13 @@ def learner(stream: Any) -> Any:
 
 
 def run(learner: Any, stream: Any, directory: Path, **options: Any) -> Any:
-    return fit(learner, stream, KEY, directory, **{"checkpoint_every": 3, "progress": False, **options})
+    return fit(
+        learner,
+        stream,
+        KEY,
+        directory,
+        **{"checkpoint_every": 3, "checkpoint_seconds": 0, "progress": False, **options},
+    )
 
 
 def test_second_run_compiles_nothing(learner: Any, stream: Any) -> None:
@@ -121,7 +127,7 @@ def test_what_was_not_kept_of_each_update_is_not_blamed_on_one(stream: Any, tmp_
     with pytest.raises(NonFiniteError, match="loss is nan at task 0, step 1 or before"):
         run_stream(wild, stream, KEY, metrics={"loss": 2})
     with pytest.raises(NonFiniteError, match=r"state.params is not finite at task 0, step \d or before"):
-        fit(wild, stream, KEY, tmp_path, metrics=(), checkpoint_every=3, progress=False)
+        fit(wild, stream, KEY, tmp_path, metrics=(), checkpoint_every=3, checkpoint_seconds=0, progress=False)
 
 
 def test_shortened_log_is_refused(learner: Any, stream: Any, tmp_path: Path) -> None:
@@ -281,6 +287,45 @@ def test_all_checkpoints_damaged_is_an_error(learner: Any, stream: Any, tmp_path
         run(learner, stream, tmp_path)
 
 
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
+
+
+def test_checkpoints_by_time_and_where_a_run_is_stopped(learner: Any, stream: Any, tmp_path: Path) -> None:
+    """A short run writes its beginning and its end. A request to stop is heard at the next multiple of 3."""
+    asked = iter([False, True])
+
+    def ask(scores: Any) -> Any:
+        if next(asked, False):
+            signal.raise_signal(signal.SIGINT)
+        return scores
+
+    def slowly(directory: Path) -> Any:
+        measure = {"accuracy": accuracy(), "asking": at(2, accuracy())._replace(report=ask)}
+        return run(learner, stream, directory, checkpoint_seconds=1000, measure=measure)
+
+    with pytest.raises(Stopped, match="stopped after step 6 of 18"):
+        slowly(tmp_path / "stopped")
+    assert _steps(tmp_path / "stopped") == [0, 6]
+    resumed, once = slowly(tmp_path / "stopped"), slowly(tmp_path / "once")
+    assert _steps(tmp_path / "once") == [0, 18]
+    same_bytes(resumed.state, once.state)
+
+
+def test_what_writing_raises_is_raised(learner: Any, stream: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Also what the last checkpoint raised, of which nothing comes after."""
+    real = Checkpoints.save
+
+    def last(self: Any, step: int, tree: Any) -> None:
+        if step == 18:
+            raise OSError("no room")
+        real(self, step, tree)
+
+    monkeypatch.setattr(Checkpoints, "save", last)
+    with pytest.raises(OSError, match="no room"):
+        run(learner, stream, tmp_path / "last", checkpoint_seconds=0)
+
+
 def test_full_disk_leaves_the_checkpoint_before(learner: Any, stream: Any, tmp_path: Path, monkeypatch: Any) -> None:
     once = run(learner, stream, tmp_path / "once")
     save = Checkpoints.save
@@ -307,7 +352,7 @@ from tests.tiny import tiny_learner
 stream = split_mnist(3, "class", images=tests.conftest.tiny_images.__wrapped__(), batch_size=8, steps=60)
 learner = tiny_learner(stream, supervised(), replay(50, batch_size=8), ewc(100.0))
 print("ready", flush=True)
-fit(learner, stream, jax.random.key(0), sys.argv[1], checkpoint_every=10, progress=False)
+fit(learner, stream, jax.random.key(0), sys.argv[1], checkpoint_every=10, checkpoint_seconds=0, progress=False)
 print("done", flush=True)
 """
 

@@ -237,7 +237,10 @@ def test_seeds_share_the_frozen_weights() -> None:
 def test_checkpoints_hold_adapters_alone_and_runs_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cl_zoo.training.checkpoint import Checkpoints
 
-    unbound, arguments = learner(replay(8, batch_size=4)), {"progress": False, "checkpoint_every": 4}
+    unbound, arguments = (
+        learner(replay(8, batch_size=4)),
+        {"progress": False, "checkpoint_every": 4, "checkpoint_seconds": 0},
+    )
     one = unbound.bind(WEIGHTS)
     whole = run_stream(one, stream(), jax.random.key(0))
     save = Checkpoints.save
