@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo._model import Array, Key, Model, PyTree, Taps, of_arrays
-from cl_zoo.checks import check_choice
+from cl_zoo.checks import check_choice, check_whole
 from cl_zoo.identity import alike
 from cl_zoo.losses import mask_outputs, mean_score, scored
 
@@ -119,14 +119,14 @@ class Stream:
       steps: batches per task; where tasks differ, those of the longest.
       provides: which of `NEEDS` it fulfils.
       init_function: `(key) -> cursor`, the place in the stream; it goes into checkpoints.
-      next_function: `(data, cursor, agent) -> (Batch, cursor)`; the agent is the current learner, for environments.
+      next_function: `(data, cursor, agent) -> (Batch, cursor)`; the agent is the current learner.
       sample_function: `(data, task, key) -> Batch[M, B, ...]`, a bounded sample of a task, for consolidation; or None.
       reorder_function: `(data, key) -> data` with the tasks drawn again (class order, permutations, angles); it shares
         the images, so a `vmap` over keys holds one copy of them. None: they have one order.
       evaluation_function: `(data, task, split) -> Batch[E, B, ...]`, split "validation" or "test"; None: no examples.
       score_function: `(outputs, batch) -> f32[B]`; None without examples.
-      evaluate_function: `(data, agent, task, split, key) -> f32[]`, the score on a task; None is the mean of `score`
-        over `evaluation`.
+      evaluate_function: `(data, agent, task, split, key) -> f32[]`, the score on a task; None: the mean of `score`.
+      first_function: `(data, n) -> Stream`, that of the first n tasks alone; None: it cannot be cut.
       tasks: `TaskInfo` with a leading axis `T`.
       data: what the functions read, a pytree of arrays.
       task_steps: `i32[T]`, batches of each task, at most `steps`; None where all have `steps`.
@@ -142,6 +142,7 @@ class Stream:
     evaluation_function: Callable[[PyTree, Array, str], Batch] | None = None
     score_function: Callable[[PyTree, Batch], Array] | None = None
     evaluate_function: Callable[[PyTree, Agent, Array, str, Key], Array] | None = None
+    first_function: Callable[[PyTree, int], Stream] | None = None
     tasks: TaskInfo = None  # type: ignore[assignment]
     data: PyTree = None
     task_steps: Array | None = None
@@ -176,8 +177,7 @@ class Stream:
 
     def score(self, outputs: PyTree, batch: Batch) -> Array:
         """The score of each example, `f32[B]`."""
-        assert self.score_function is not None
-        return self.score_function(outputs, batch)
+        return self.score_function(outputs, batch)  # type: ignore[misc]
 
     def evaluate(self, agent: Agent, task: Array | int, split: str, key: Key) -> Array:
         """The score on a task, `f32[]`."""
@@ -193,6 +193,13 @@ class Stream:
             return self.score(agent.predict(batch.x, batch.task), batch), weight
 
         return mean_score(*jax.lax.map(one, examples))
+
+    def first(self, n_tasks: int) -> Stream:
+        """The stream of the first tasks alone. ValueError where there are not so many, or it cannot be cut."""
+        check_whole("stream", "n_tasks", n_tasks, 1, self.n_tasks)
+        if self.first_function is None:
+            raise ValueError("the stream cannot be cut: it was made without a first_function, as task_stream gives one")
+        return self.first_function(self.data, n_tasks)
 
     def reorder(self, key: Key) -> Stream:
         """The same stream with its tasks drawn again. ValueError where they have one order."""
@@ -222,9 +229,8 @@ class Context(NamedTuple):
 
     def n_outputs(self, state: TrainState, batch: Batch) -> int:
         """C, of the model's outputs for batches like this one."""
-        apply = self.model.apply
-        outputs = jax.eval_shape(lambda s, b: apply(s.params, s.model_state, b.x, task=b.task)[0], state, batch)
-        return outputs.shape[-1]
+        one = self.model.apply
+        return jax.eval_shape(lambda s, b: one(s.params, s.model_state, b.x, task=b.task)[0], state, batch).shape[-1]
 
     def active(self, current: Array, task: Array | None = None) -> Array | None:
         """The active outputs: those of each example's own task where that is given (`bool[B, C]`, a multi-head
@@ -281,6 +287,7 @@ class Record(NamedTuple):
 
 Aux = dict[str, PyTree]
 Forward = Callable[[], PyTree]
+Changed = tuple[TrainState, Any]
 
 
 class InitHook(Protocol):
@@ -290,7 +297,7 @@ class InitHook(Protocol):
 class BeginTaskHook(Protocol):
     def __call__(
         self, context: Context, state: TrainState, part: Any, task: TaskInfo, sample: Batch, key: Key
-    ) -> tuple[TrainState, Any]: ...
+    ) -> Changed: ...
 
 
 class PrepareHook(Protocol):
@@ -327,15 +334,11 @@ class ConstrainHook(Protocol):
 
 
 class ObserveHook(Protocol):
-    def __call__(
-        self, context: Context, state: TrainState, part: Any, record: Record, key: Key
-    ) -> tuple[TrainState, Any]: ...
+    def __call__(self, context: Context, state: TrainState, part: Any, record: Record, key: Key) -> Changed: ...
 
 
 class EndTaskHook(Protocol):
-    def __call__(
-        self, context: Context, state: TrainState, part: Any, sample: Batch, key: Key
-    ) -> tuple[TrainState, Any]: ...
+    def __call__(self, context: Context, state: TrainState, part: Any, sample: Batch, key: Key) -> Changed: ...
 
 
 class AdaptHook(Protocol):

@@ -94,7 +94,8 @@ def array_stream(
     steps: int | Sequence[int],
     batch_size: Count,
     task_ids: bool,
-    reorder: Callable[[PyTree, Key], PyTree],
+    reorder: Callable[[PyTree, Key], PyTree] | None,
+    keep_last: bool = False,
     joint: Joint | None = None,
     order: tuple[Callable[[Key], PyTree], Callable[[PyTree, PyTree], tuple[Array, Array, PyTree]]] | None = None,
     updates_per_batch: int = 1,
@@ -105,7 +106,7 @@ def array_stream(
 ) -> Stream:
     """A stream over any labelled data of which one example can be fetched by task and index.
 
-    Every epoch of a task is a new random order of its examples, and an incomplete last batch is left out. Which example
+    Every epoch of a task is a new random order of its examples. Which example
     comes at which step is computed from the cursor; there is no table of orders.
 
     Args:
@@ -119,6 +120,7 @@ def array_stream(
       batch_size: examples per batch.
       task_ids: whether examples carry their task.
       reorder: see `Stream`.
+      keep_last: whether the incomplete last batch of an epoch is filled up with examples of weight 0, and not left out.
       joint: None; "all": every batch draws from all tasks at once, the usual upper bound; "seen": from the tasks up to
         the current one.
       order: None, one task after another; or `init(key) -> cursor` and `(data, cursor) -> (task, index, cursor)`, the
@@ -142,7 +144,7 @@ def array_stream(
     fewest = smallest if isinstance(counted, jax.core.Tracer) else int(np.min(np.asarray(counted)))
     if fewest < smallest:
         raise ValueError(f"stream: smallest is {smallest}, but size gives a task of {fewest} training examples")
-    if batch_size > smallest:
+    if batch_size > smallest and not keep_last:
         raise ValueError(
             f"stream: batch_size is {batch_size}, but a task may have only {smallest} training examples; it must be at"
             f" most {smallest}"
@@ -209,12 +211,13 @@ def array_stream(
         if joint is not None:
             sizes = jnp.where((jnp.arange(n_tasks) <= task) | (joint == "all"), sizes, 0)
         n = sizes[task] if joint is None else jnp.sum(sizes)
-        per_epoch = n // batch_size
+        per_epoch = -(-n // batch_size) if keep_last else n // batch_size
         position = step % per_epoch * batch_size + jnp.arange(batch_size)
+        weight = (position < n).astype(jnp.float32) if keep_last else jnp.ones(batch_size)
         index = shuffled_index(cursor.key, position, n, task, step // per_epoch)
         if joint is not None:
             task, index = jax.vmap(lambda i: locate(sizes, i))(index)
-        return batch(data, "train", task, index, jnp.ones(batch_size)), cursor._replace(step=cursor.step + 1)
+        return batch(data, "train", task, index, weight), cursor._replace(step=cursor.step + 1)
 
     def stacked(index: Array, rows_each: int, data: PyTree, split: str, task: Array) -> Batch:
         """Examples `[E * rows_each]` of a task in batches; places beyond what the task has get weight 0."""

@@ -1,3 +1,4 @@
+from ._continue import grow_outputs as grow_outputs
 from ._cost import Cost as Cost
 from ._cost import cost as cost
 from ._fit import fit as fit

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -22,6 +20,8 @@ from cl_zoo.checks import check_range, check_whole
 from cl_zoo.compilation import jit
 from cl_zoo.evaluation.measures import Measure, Measures, settled
 from cl_zoo.files import locked, write_arrays
+from cl_zoo.training._continue import check_begun, first_tasks, placed, rows_of
+from cl_zoo.training._description import checksum, described_run, fingerprint
 from cl_zoo.training.checkpoint import Checkpoints, Saver
 from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import (
@@ -32,7 +32,6 @@ from cl_zoo.training.loop import (
     check_finite,
     check_run,
     chosen_metrics,
-    example_batch,
     finish,
     histories,
     is_finite,
@@ -45,7 +44,7 @@ from cl_zoo.training.loop import (
     train_steps,
     updates,
 )
-from cl_zoo.training.run_directory import MetricsLog, read_histories, settle_config
+from cl_zoo.training.run_directory import MetricsLog, read_histories, settle_run
 from cl_zoo.training.stops import Stopped, stop_requests
 from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
 
@@ -64,6 +63,8 @@ def fit(
     keep: int = 2,
     measure: Measures | None = None,
     metrics: Metrics | None = None,
+    state: TrainState | None = None,
+    after: Result | None = None,
     progress: bool = True,
     tensorboard: bool = False,
 ) -> Result:
@@ -76,6 +77,10 @@ def fit(
     machine and versions; tested on CPUs). Ctrl-C and SIGTERM stop at the next multiple, in a checkpoint; a second one,
     or SIGKILL, at once, and the updates since the last checkpoint are lost.
 
+    A run goes on with tasks that did not exist when it began: given a stream that begins with the tasks of the run in
+    the directory (`task_stream`), it learns the others, and ends in the bytes of a run that had them all from the
+    start. What was not there to be measured on is nan. The outputs must be as many as then.
+
     Args:
       learner, stream, key: as for `run_stream`. Frozen weights are in no checkpoint: those that were bound must be
         bound again on resume, and are compared; others are drawn again.
@@ -86,7 +91,7 @@ def fit(
       checkpoint_every: updates between the places where a checkpoint may be written.
       checkpoint_seconds: time between checkpoints, at least; with 0 there is one at every such place.
       keep: checkpoints kept.
-      measure, metrics: see `run_stream`. Reports are made at once.
+      measure, metrics, state, after: see `run_stream`. Reports are made at once.
       progress: show a bar.
       tensorboard: also write event files for TensorBoard, into tensorboard/: metrics as `train/METRIC`, scores as
         `MEASURE/task_I`, with the steps and numbers of metrics.csv. Turned on for a run that has begun, they begin at
@@ -99,7 +104,8 @@ def fit(
       ValueError: as `run_stream`; an impossible number; a config of another kind.
       ImportError: tensorboard without the package tensorboardX.
       ConfigError: the directory holds a run of another configuration, names the field; or of another learner or stream
-        (a changed rate), where the versions of its packages are these; metrics.csv or config.json were changed.
+        (a changed rate, other outputs), where the versions of its packages are these; metrics.csv or config.json were
+        changed.
       InUseError: another process runs in the directory.
       CheckpointError: there are checkpoints, but none is whole.
       NonFiniteError: names what is not finite, task, step and likely cause; the last good checkpoint stays.
@@ -129,24 +135,15 @@ def fit(
         raise ValueError(f"fit: config is {type(config).__name__}, but it must be a dataclass or a mapping")
     config = dict(config) if isinstance(config, Mapping) else config and dataclasses.asdict(config)
     measures, chosen = settled(measure, stream), chosen_metrics(metrics)
+    begun = check_begun("fit", learner, stream, key, state, after)
     if chosen:  # unknown names are refused before anything is written
         jax.eval_shape(lambda: _kept(learner, stream, key, chosen))
     folder = Path(directory).resolve()
     with locked(folder):
         return _fit(
-            learner,
-            stream,
-            key,
-            folder,
-            config,
-            checkpoint_every,
-            checkpoint_seconds,
-            keep,
-            measures,
-            chosen,
-            progress,
-            tensorboard,
-        )
+            learner, stream, key, folder, config, checkpoint_every, checkpoint_seconds, keep, measures, chosen, begun,
+            after, progress, tensorboard,
+        )  # fmt: skip
 
 
 def _fit(
@@ -160,25 +157,12 @@ def _fit(
     keep: int,
     measures: tuple[tuple[str, Measure], ...],
     chosen: tuple[tuple[str, int], ...] | None,
+    begun: tuple[int, tuple[TrainState, PyTree] | None],
+    after: Result | None,
     progress: bool,
     tensorboard: bool,
 ) -> Result:
-    weights = learner.model.weights
-    events = EventLog(directory) if tensorboard else None
-    run = {
-        "n_tasks": stream.n_tasks,
-        "steps": stream.steps,
-        "checkpoint_every": checkpoint_every,
-        "measures": {name: one.when for name, one in measures},
-        "metrics": None if chosen is None else dict(chosen),
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "data_crc32": _checksum((stream.data, stream.tasks, stream.task_steps)),
-        "batch": [
-            f"{leaf.dtype}{list(leaf.shape)}"
-            for leaf in jax.tree.leaves(jax.eval_shape(lambda: example_batch(learner, stream, key)))
-        ],
-        **({} if weights is None else {"weights_crc32": _checksum(weights)}),
-    }
+    events, weights = EventLog(directory) if tensorboard else None, learner.model.weights
     learner, stream = jax.tree.map(jnp.asarray, (learner, stream))  # not to be sent to the device at every call
     if learner.model.frozen and learner.model.weights is None:
         learner = learner.bind(_programs(jax.tree.structure((learner, stream)))["draw"](learner, stream, key))
@@ -189,23 +173,42 @@ def _fit(
     size = min(*grid, int(lengths.max()))
 
     fresh = jax.eval_shape(programs["start"], learner, stream, key)
-    run["program_crc32"] = _fingerprint(programs, learner, stream, key, fresh, size, chosen)
-    settle_config(directory, {"config": config, "run": run})
-    log, checkpoints = MetricsLog(directory), Checkpoints(directory / "checkpoints", keep)
-    taken = {
-        name: room(name, one, learner, stream, key, fresh[0], slots(one, stream), np.full) for name, one in measures
-    }
+
+    def described(learner: Learner, stream: Stream) -> dict[str, Any]:
+        run = described_run(learner, stream, key, weights, checkpoint_every, measures, chosen)
+        size = min(*grid, int(np.max(task_lengths(stream))))
+        programs = _programs(jax.tree.structure((learner, stream)))
+        run["program_crc32"] = fingerprint(programs, learner, stream, key, fresh, size, chosen)
+        return run if begun[1] is None else run | {"begun_crc32": checksum(begun[1][0])}
+
+    def rooms(stream: Stream) -> dict[str, PyTree]:
+        return {
+            name: room(name, one, learner, stream, key, fresh[0], slots(one, stream), np.full) for name, one in measures
+        }
+
+    sizes = settle_run(
+        directory, config, stream, lambda n: described(*first_tasks(learner, stream, n)), described(learner, stream)
+    )
+    log, checkpoints, taken = MetricsLog(directory), Checkpoints(directory / "checkpoints", keep), rooms(stream)
     place = jax.ShapeDtypeStruct((), jnp.int32)
     crc = jax.ShapeDtypeStruct((), jnp.uint32)
-    template = {"carry": fresh, "measures": taken, "step": place, "log": place, "log_crc32": crc}
-    restored, saver = checkpoints.restore_newest(template), Saver(checkpoints, checkpoint_seconds)
+    templates = [
+        {"carry": fresh, "measures": found, "step": place, "log": place, "log_crc32": crc}
+        for found in (taken, *(rooms(stream.first(n)) for n in sizes))
+    ]
+    restored, saver = checkpoints.restore_newest(*templates), Saver(checkpoints, checkpoint_seconds)
     if restored is None:
-        carry, done = programs["start"](learner, stream, key), 0
+        carry, done = programs["start"](learner, stream, key), int(np.append(starts, total)[begun[0]])
+        if begun[1] is not None:
+            carry = jax.tree.map(_copy, (begun[1][0], carry[1] if begun[1][1] is None else begun[1][1]))
+        if after is not None:
+            known = {name: after.measures.get(name, taken[name]) for name, one in measures if one.report is None}
+            taken |= {name: placed(taken[name], found) for name, found in known.items()}
         log.rewind(0)
     else:
         done, saved = restored
         saver.step = done
-        carry, taken = saved["carry"], jax.tree.map(np.array, saved["measures"])
+        carry, taken = saved["carry"], placed(taken, jax.tree.map(np.asarray, saved["measures"]))
         checkpoints.check_place(done, int(saved["step"]), carry[0].key, key)
         log.rewind(int(saved["log"]), int(saved["log_crc32"]))
         for name, found in taken.items():
@@ -215,6 +218,8 @@ def _fit(
         events.rewind(None if restored is None else done)
     new, restored = restored is None, None  # only the carry may hold its memory
     reports: dict[str, dict[int, PyTree]] = {name: {} for name, _ in measures}
+    if after is not None:
+        reports = {name: rows_of(after, name) if one.report else {} for name, one in measures}
 
     def save() -> None:
         numbers = {"step": done, "log": log.length()}
@@ -242,7 +247,7 @@ def _fit(
         if new:
             for name, one in measures:
                 if one.when == "task":
-                    take(name, one, (0,))
+                    take(name, one, (begun[0],))
             save()
         while done < total:
             task = int(np.searchsorted(starts, done, side="right")) - 1
@@ -293,24 +298,9 @@ def _fit(
         name: reported(one, taken[name], len(slots(one, stream)), reports[name]) for name, one in measures
     }
     kept = read_histories(directory, chosen, starts, stream.steps)
-    return Result(carry[0], kept, measures_found, updates(stream), jnp.ones(stream.n_tasks, bool))
-
-
-def _fingerprint(
-    programs: Mapping[str, Any], learner: Learner, stream: Stream, key: Key, carry: Carry, size: int, chosen: Any
-) -> int:
-    """A checksum of all transitions as they are traced, with every number that the learner and the stream hold."""
-    t = jax.ShapeDtypeStruct((), jnp.int32)
-    crc = 0
-    for name, arguments in {
-        "begin": (learner, stream, key, carry, t),
-        "train": (learner, stream, carry, t, size, chosen),
-        "finish": (learner, stream, key, carry, t),
-    }.items():
-        traced = programs[name].trace(*arguments).jaxpr
-        crc = zlib.crc32(re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr)).encode(), crc)
-        crc = zlib.crc32(str(_checksum(traced.consts)).encode(), crc)
-    return crc
+    if after is not None:
+        kept = {name: jnp.asarray(placed(np.asarray(kept[name]), after.metrics.get(name, kept[name]))) for name in kept}
+    return Result(carry[0], kept, measures_found, updates(stream), jnp.ones(stream.n_tasks, bool), carry[1])
 
 
 def _kept(learner: Learner, stream: Stream, key: Key, chosen: tuple[tuple[str, int], ...]) -> dict[str, Array]:
@@ -360,11 +350,6 @@ def _programs(structure: Any) -> dict[str, Callable[..., Any]]:
 
 
 def _copy(leaf: Array) -> Array:
-    return leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.copy(leaf)
-
-
-def _checksum(data: PyTree) -> int:
-    crc = 0
-    for leaf in jax.tree.leaves(data):
-        crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8).data, crc)
-    return crc
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+    return jnp.copy(leaf)

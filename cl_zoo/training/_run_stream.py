@@ -15,6 +15,7 @@ from cl_zoo._learner import Learner
 from cl_zoo.checks import check_key, check_whole
 from cl_zoo.compilation import jit, staged
 from cl_zoo.evaluation.measures import Measure, Measures, settled
+from cl_zoo.training._continue import check_begun, joined
 from cl_zoo.training.loop import (
     Carry,
     Metrics,
@@ -48,6 +49,8 @@ def run_stream(
     *,
     measure: Measures | None = None,
     metrics: Metrics | None = None,
+    state: TrainState | None = None,
+    after: Result | None = None,
 ) -> Result:
     """Trains on every task in turn and measures: a `scan` over tasks, one compiled program.
 
@@ -61,13 +64,16 @@ def run_stream(
       measure: what is measured, by name, see `at` and `Measure`. None is `{"accuracy": accuracy()}`: the score on every
         task of the test split, before the first task and after each.
       metrics: which of the learner's metrics to keep: names, or by name n, to keep every n-th value. None keeps all.
+      state: to begin from, in place of the learner's own first state: another run's, or one that was loaded.
+      after: the result of a run with this key over the first tasks of this stream, which goes on with the others.
 
     Returns:
-      A `Result`.
+      A `Result`; with `after`, that of all tasks, nan where a task was not there yet to be measured on.
 
     Raises:
       ValueError: the learner needs what the stream lacks; a measure that this stream cannot give, or at more updates
-        than a task has; unknown metrics; weights that are not those of the model.
+        than a task has; unknown metrics; weights that are not those of the model; a state of other shapes, `after` with
+        another key or without tasks to come.
       NonFiniteError: a loss or penalty was not finite; names task, step and likely cause.
 
     Example:
@@ -83,26 +89,34 @@ def run_stream(
     """
     check_run("run_stream", learner, stream, key)
     measures, chosen = settled(measure, stream), chosen_metrics(metrics)
-    if staged() or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((learner, stream, key))):
-        return _run(learner, stream, key, measures, chosen)
-    result = stream_program(learner, stream, measure=measure, metrics=metrics)(learner, stream, key)
-    _check_result(result, stream, dict(chosen or ()))
-    return _with_reports(result, measures, stream)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((learner, stream, key, state, after)))
+    if staged() or traced:
+        if after is not None:
+            raise ValueError(
+                "run_stream: after is given inside of a program, but there a run can only go on from a state"
+            )
+        return _run(learner, stream, key, None if state is None else (state, None), measures, chosen)
+    first, begun = check_begun("run_stream", learner, stream, key, state, after)
+    program = _program(jax.tree.structure((learner, stream)), measures, chosen, first)
+    result = program(learner, stream, key, begun)
+    _check_result(result, stream, dict(chosen or ()), first)
+    result = _with_reports(result, measures, stream)
+    return result if after is None else joined(after, result, stream, measures)
 
 
-def _check_result(result: Result, stream: Stream, strides: dict[str, int]) -> None:
-    """Refuses a run whose metrics or states are not finite."""
+def _check_result(result: Result, stream: Stream, strides: dict[str, int], first: int = 0) -> None:
+    """Refuses a run whose metrics or states are not finite; `first` is its first task."""
 
     @functools.cache  # most metrics have the same stride
     def numbers(stride: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        task, place = np.nonzero(updates(stream, stride))
-        return task * stream.steps + (place + 1) * stride - 1, (task, place)
+        task, place = np.nonzero(updates(stream, stride)[first:])
+        return (first + task) * stream.steps + (place + 1) * stride - 1, (task, place)
 
     found = {}
     for name, values in jax.device_get(result.metrics).items():
         number, place = numbers(strides.get(name, 1))
         found[name] = number, values[place]
-    last = np.arange(stream.n_tasks) * stream.steps + np.asarray(task_lengths(stream)) - 1
+    last = (np.arange(stream.n_tasks) * stream.steps + np.asarray(task_lengths(stream)) - 1)[first:]
     finite = dict(zip(last.tolist(), jax.device_get(result.finite).tolist(), strict=True))
     check_finite(numbers(1)[0], found, result.state, finite, stream.steps)
 
@@ -116,13 +130,13 @@ def stream_program(
     are not reported.
     """
     check_run("run_stream", learner, stream, None)
-    return _program(jax.tree.structure((learner, stream)), settled(measure, stream), chosen_metrics(metrics))
+    return _program(jax.tree.structure((learner, stream)), settled(measure, stream), chosen_metrics(metrics), 0)
 
 
 @functools.lru_cache(maxsize=64)
-def _program(structure: Any, *options: Any) -> Callable[[Learner, Stream, Key], Result]:
+def _program(structure: Any, *options: Any) -> Callable[..., Result]:
     """One program for each structure; when evicted, all that it holds is freed."""
-    return jit(lambda learner, stream, key: _run(learner, stream, key, *options))
+    return jit(lambda learner, stream, key, begun=None: _run(learner, stream, key, begun, *options))
 
 
 def _with_reports(
@@ -145,10 +159,15 @@ def _run(
     learner: Learner,
     stream: Stream,
     key: Key,
+    begun: tuple[TrainState, PyTree] | None,
     measures: tuple[tuple[str, Measure], ...],
     metrics: tuple[tuple[str, int], ...] | None,
+    first: int = 0,
 ) -> Result:
+    """From the `first` task on; `begun` is a state to begin from, and the place in the stream where that is another."""
     learner, carry = start(learner, stream, key)
+    if begun is not None:
+        carry = begun[0], carry[1] if begun[1] is None else begun[1]
     by_task = [(name, one) for name, one in measures if one.when == "task"]
 
     def take(name: str, one: Measure, state: TrainState, slot: Array | int) -> PyTree:
@@ -169,11 +188,11 @@ def _run(
         carry, outputs = jax.lax.cond(t < stream.n_tasks, lambda c: train(c, t), lambda c: (c, nothing), carry)
         return carry, (found, outputs)
 
-    rounds = jnp.arange(stream.n_tasks + 1, dtype=jnp.int32)
+    rounds = jnp.arange(first, stream.n_tasks + 1, dtype=jnp.int32)
     carry, (found, outputs) = jax.lax.scan(measure_then_train, carry, rounds)
     kept, points, finite = jax.tree.map(lambda leaf: leaf[:-1], outputs)
     last = {name: take(name, one, carry[0], 0) for name, one in measures if one.when == "end"}
-    return Result(carry[0], kept, {**found, **points, **last}, updates(stream), finite)
+    return Result(carry[0], kept, {**found, **points, **last}, updates(stream)[first:], finite, carry[1])
 
 
 def _task(
@@ -330,7 +349,7 @@ def _sweep_program(
             elif orders is not None:
                 own = stream.reorder(orders[place[2]])
             learner = _bound(make(jax.tree.map(lambda leaf: leaf[place[0]], settings)), weights)
-            result = _run(learner, own, key, *options)
+            result = _run(learner, own, key, None, *options)._replace(cursor=None)
             return result if keep_states else result._replace(state=None)
 
         flat = jax.lax.map(one, jnp.arange(math.prod(shape)), batch_size=batch_size if batch_size > 1 else None)
@@ -360,7 +379,7 @@ def _runs_that_fit(
         return 1
     first = jax.tree.map(lambda leaf: leaf[0], settings)
     result = jax.eval_shape(
-        lambda s, d, k, w: _run(_bound(make(s), w), d, k, *options), first, stream, keys[0], weights
+        lambda s, d, k, w: _run(_bound(make(s), w), d, k, None, *options), first, stream, keys[0], weights
     )
     state = sum(leaf.size * 4 for leaf in jax.tree.leaves(result.state))
     metrics = sum(leaf.size * 4 for leaf in jax.tree.leaves(result._replace(state=None)))

@@ -55,11 +55,11 @@ class Checkpoints:
         if not self._manager.save(step, args=items):
             raise OSError(f"{self.directory}: the checkpoint of step {step} was not written")
 
-    def restore_newest(self, template: PyTree) -> tuple[int, PyTree] | None:
+    def restore_newest(self, *templates: PyTree) -> tuple[int, PyTree] | None:
         """The newest checkpoint that is whole, as `(step, tree)`; None if there is none at all.
 
         Args:
-          template: a tree of the same structure, of arrays or shapes.
+          *templates: a tree of the same structure, of arrays or shapes; or several, one of which it must be like.
 
         Raises:
           CheckpointError: there are checkpoints, but none can be used; states what is wrong with each.
@@ -67,7 +67,7 @@ class Checkpoints:
         problems = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                tree = self._restore(step, template)
+                tree = self._restore(step, templates)
             except Exception as error:
                 problems.append(f"step {step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
                 continue
@@ -89,15 +89,14 @@ class Checkpoints:
             other = f"of step {step}" if step != done else "of a run with another key"
             raise CheckpointError(f"{self.directory}: the checkpoint of step {done} is {other}; restore it")
 
-    def _restore(self, step: int, template: PyTree) -> PyTree:
+    def _restore(self, step: int, templates: tuple[PyTree, ...]) -> PyTree:
         manifest = self._manager.restore(step, args=self._args.Composite(manifest=self._args.JsonRestore()))
         leaves = manifest["manifest"]["leaves"]
-        wanted = _describe(template, checksum=False)
-        for have, want in zip(leaves, wanted, strict=False):
-            if {**have, "crc32": None} != {**want, "crc32": None}:
-                raise CheckpointError(f"it holds {_say(have)} where this run has {_say(want)}")
-        if len(leaves) != len(wanted):
-            raise CheckpointError(f"it holds {len(leaves)} arrays, this run has {len(wanted)}")
+        for template in templates:
+            if _difference(leaves, template) is None:
+                break
+        else:
+            raise CheckpointError(_difference(leaves, templates[0]))
         abstract = jax.tree.map(_abstract, template)
         items = self._args.Composite(tree=self._args.StandardRestore(abstract))
         tree = self._manager.restore(step, args=items)["tree"]
@@ -169,6 +168,15 @@ def _describe(tree: PyTree, checksum: bool = True) -> list[dict[str, Any]]:
         name = jax.tree_util.keystr(path)
         described.append({"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": crc})
     return described
+
+
+def _difference(leaves: list[dict[str, Any]], template: PyTree) -> str | None:
+    """How the arrays that a checkpoint describes differ from those of a template."""
+    wanted = _describe(template, checksum=False)
+    for have, want in zip(leaves, wanted, strict=False):
+        if {**have, "crc32": None} != {**want, "crc32": None}:
+            return f"it holds {_say(have)} where this run has {_say(want)}"
+    return None if len(leaves) == len(wanted) else f"it holds {len(leaves)} arrays, this run has {len(wanted)}"
 
 
 def _say(leaf: dict[str, Any]) -> str:

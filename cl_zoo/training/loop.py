@@ -55,6 +55,7 @@ class Result(NamedTuple):
       updated: `bool[T, steps]`, false beyond the end of a task that is shorter than others.
       finite: `bool[T]`, whether the state after each task was finite (where it was not, `run_stream` and `fit` raise,
         `sweep` does not).
+      cursor: the place in the stream at the end, from which a run goes on; None of a sweep.
     """
 
     state: PyTree
@@ -62,6 +63,7 @@ class Result(NamedTuple):
     measures: dict[str, PyTree]
     updated: Array
     finite: Array
+    cursor: PyTree = None
 
     @property
     def accuracy(self) -> Array:

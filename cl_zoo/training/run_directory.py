@@ -8,7 +8,7 @@ import os
 import platform
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo.files import write_json
-from cl_zoo.types import Array
+from cl_zoo.types import Array, Stream
 
 __all__ = [
     *("ConfigError", "MetricsLog", "environment", "read_histories", "read_metrics", "settle_config"),
+    "settle_run",
     *("write_array", "write_json"),
 ]
 
@@ -47,12 +48,55 @@ def environment() -> dict[str, Any]:
     }
 
 
-def settle_config(directory: Path, config: Mapping[str, Any]) -> None:
+def settle_run(
+    directory: Path, config: Any, stream: Stream, before: Callable[[int], dict[str, Any]], now: dict[str, Any]
+) -> list[int]:
+    """Writes what a run is into config.json, or compares; a run of the first tasks of the stream may grow.
+
+    Args:
+      config: the user's.
+      before: `(n) -> run`, what it was when there were n tasks.
+      now: what it is.
+
+    Returns:
+      Numbers of tasks that it had before, of which there may be checkpoints.
+
+    Raises:
+      ConfigError: see `settle_config`; another number of outputs.
+    """
+    try:
+        found = json.loads((directory / "config.json").read_text())["run"]
+        n, sizes, outputs = found["n_tasks"], list(found.get("n_tasks_before", [])), found["outputs"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        n, sizes, outputs = stream.n_tasks, [], now["outputs"]  # what is wrong is told below
+    sizes = [size for size in sizes if isinstance(size, int) and 0 < size < stream.n_tasks]
+    kept = {"n_tasks_before": sizes} if sizes else {}
+    if isinstance(n, int) and n > stream.n_tasks:
+        raise ConfigError(f"cannot go on in {directory}: the run has {n} tasks, and now there are {stream.n_tasks}")
+    if outputs != now["outputs"]:
+        raise ConfigError(
+            f"cannot go on in {directory}: the run began with {outputs} outputs, and now there are {now['outputs']};"
+            " fix them from the start (task_stream(classes=...)), or begin another run from grow_outputs(...)"
+        )
+    if not isinstance(n, int) or n >= stream.n_tasks or stream.first_function is None:
+        settle_config(directory, {"config": config, "run": now | kept})
+        return sizes
+    grown = [*sizes, n]
+    settle_config(
+        directory,
+        {"config": config, "run": before(n) | kept},
+        {"config": config, "run": now | {"n_tasks_before": grown}},
+    )
+    return grown
+
+
+def settle_config(directory: Path, config: Mapping[str, Any], grown: Mapping[str, Any] | None = None) -> None:
     """Writes config.json, or compares with the one that is there.
 
     Args:
       directory: of the run; made if missing.
       config: a mapping of values that JSON can hold.
+      grown: what is written in its place where the one that is there is the same.
 
     Raises:
       ConfigError: the directory's run has another value somewhere; names the field and both values.
@@ -89,6 +133,8 @@ def settle_config(directory: Path, config: Mapping[str, Any]) -> None:
                 f"cannot resume {directory}: {written} was {old.get(field, 'absent')!r}, now it is"
                 f" {new.get(field, 'absent')!r}; restore it, or use another directory"
             )
+    if grown is not None:
+        write_json(path, json.loads(json.dumps(grown, default=_plain, allow_nan=False)))
 
 
 PROGRAM = "run.program_crc32"
