@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cl_zoo.datasets import load_omniglot
+from cl_zoo.datasets import load_omniglot, read_table
 from cl_zoo.datasets.cifar import _mapped
-from cl_zoo.datasets.few_shot_images import _listed, _read
+from cl_zoo.datasets.few_shot_images import _listed, read_images
 from cl_zoo.datasets.images import read_idx
 from cl_zoo.language import load_pretrained, load_tokenizer
 from cl_zoo.language.gguf_files import read_gguf
@@ -96,9 +96,17 @@ PARSERS: dict[str, tuple[Callable[[Path], bytes], Callable[[Path, bytes], Any]]]
     "idx": (lambda _: idx(), alone("a-idx3-ubyte", lambda path: read_idx(path, 3))),
     "idx.gz": (lambda _: gzip.compress(idx()), alone("a.gz", lambda path: read_idx(path, 3))),
     "npy": (lambda _: npy(), alone("a.npy", lambda path: _mapped(path, (5, 3, 4)))),
-    "png": (lambda _: picture("png"), alone("a.png", lambda path: _read([path], "RGB", 12))),
-    "jpeg": (lambda _: picture("jpeg"), alone("a.jpg", lambda path: _read([path], "RGB", 12))),
+    "png": (lambda _: picture("png"), alone("a.png", lambda path: read_images([path], "RGB", 12))),
+    "jpeg": (lambda _: picture("jpeg"), alone("a.jpg", lambda path: read_images([path], "RGB", 12))),
     "csv": (lambda _: b"filename,label\na.png,x\n", alone("train.csv", lambda path: _listed(path, path.parent))),
+    "table.csv": (
+        lambda _: b"width,kind,year\n1,cat,2024\n2.5,dog,2025\n-3e2,cat,2025\n",
+        alone("table.csv", lambda path: read_table(path, target="kind", task="year")),
+    ),
+    "table.jsonl": (
+        lambda _: b'{"at": [1, 2], "y": "cat"}\n{"at": [3, 4.5], "y": "dog"}\n',
+        alone("table.jsonl", lambda path: read_table(path, target="y")),
+    ),
     "gguf": (lambda place: gguf(place / "good.gguf"), alone("a.gguf", opened)),
     "tokenizer.json": (
         lambda _: (LLAMA / "tokenizer.json").read_bytes(),
@@ -201,7 +209,7 @@ def test_image_bombs(tmp_path: Path) -> None:
     image.new("1", (9000, 9000)).save(path)
     assert path.stat().st_size < 20_000
     with pytest.raises(ValueError, match="9000 x 9000 pixels"):
-        _read([path], "L", 28)
+        read_images([path], "L", 28)
 
 
 def test_gzip_bombs(tmp_path: Path) -> None:

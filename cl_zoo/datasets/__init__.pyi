@@ -8,5 +8,8 @@ from .few_shot_images import load_mini_imagenet as load_mini_imagenet
 from .few_shot_images import load_omniglot as load_omniglot
 from .images import LabelledImages as LabelledImages
 from .images import load_digits as load_digits
+from .own import load_tfds as load_tfds
+from .own import read_image_folder as read_image_folder
+from .own import read_table as read_table
 from .text import python_library as python_library
 from .text import read_text_domains as read_text_domains

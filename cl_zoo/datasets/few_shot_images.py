@@ -15,7 +15,7 @@ import numpy as np
 from cl_zoo.checks import Count, Whole, check_whole, checked
 from cl_zoo.datasets.images import tfds_splits
 
-__all__ = ["FewShotImages", "load_mini_imagenet", "load_omniglot"]
+__all__ = ["FewShotImages", "folders", "images_in", "load_mini_imagenet", "load_omniglot", "read_images"]
 
 
 class FewShotImages(NamedTuple):
@@ -84,12 +84,12 @@ def load_omniglot(
             raise ValueError(f"{owner}: source='folder' needs data_dir, the folder of images_background")
         paths: list[Path] = []
         for split, folder in ((names[0], "images_background"), (names[2], "images_evaluation")):
-            for alphabet in _folders(Path(data_dir) / folder, "Omniglot's folder"):
-                for character in _folders(alphabet, "an alphabet"):
-                    files = _images_in(character)
+            for alphabet in folders(Path(data_dir) / folder, "Omniglot's folder"):
+                for character in folders(alphabet, "an alphabet"):
+                    files = images_in(character)
                     paths += files
                     split += [f"{alphabet.name}/{character.name}"] * len(files)
-        images = _read(paths, "L", size)
+        images = read_images(paths, "L", size)
     found_images = _labelled(names, 255 - images, owner)
     return found_images if drawn is None else _drawn(found_images, drawn, seed, owner)
 
@@ -137,11 +137,11 @@ def load_mini_imagenet(data_dir: str | os.PathLike[str], *, size: Count = 84) ->
         if listed:
             found = _listed(folder / f"{split}.csv", folder / "images")
         else:
-            classes = _folders(folder / split, "mini-ImageNet's folder, with train, val and test or their csv files")
-            found = [(mine.name, path) for mine in classes for path in _images_in(mine)]
+            classes = folders(folder / split, "mini-ImageNet's folder, with train, val and test or their csv files")
+            found = [(mine.name, path) for mine in classes for path in images_in(mine)]
         rows += [name for name, _ in found]
         paths += [path for _, path in found]
-    return _labelled(names, _read(paths, "RGB", size), "load_mini_imagenet")
+    return _labelled(names, read_images(paths, "RGB", size), "load_mini_imagenet")
 
 
 def _listed(path: Path, folder: Path) -> list[tuple[str, Path]]:
@@ -169,7 +169,7 @@ def _listed(path: Path, folder: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def _folders(parent: Path, what: str) -> list[Path]:
+def folders(parent: Path, what: str) -> list[Path]:
     if not parent.is_dir():
         raise FileNotFoundError(f"{parent}: no such folder; data_dir must be {what}")
     found = sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -178,7 +178,7 @@ def _folders(parent: Path, what: str) -> list[Path]:
     return found
 
 
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     found = sorted(
         path
         for path in folder.iterdir()
@@ -205,7 +205,7 @@ LARGEST_IMAGE = 2**25
 """Pixels: a small file may announce, and unpack to, gigabytes."""
 
 
-def _read(paths: Sequence[Path], mode: str, size: int) -> np.ndarray:
+def read_images(paths: Sequence[Path], mode: str, size: int) -> np.ndarray:
     pillow = _pillow()
     images = np.empty((len(paths), size, size, 3) if mode == "RGB" else (len(paths), size, size), np.uint8)
     # What a damaged file makes Pillow raise depends on its format, and on the place of the damage.

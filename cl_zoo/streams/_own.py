@@ -12,7 +12,7 @@ import numpy as np
 
 from cl_zoo.checks import Count, check_range, check_whole, checked
 from cl_zoo.datasets.images import LARGEST_LABEL
-from cl_zoo.losses import IGNORED
+from cl_zoo.losses import IGNORED, squared_error
 from cl_zoo.streams.arrays import Outputs, Scenario, array_stream, score_labels
 from cl_zoo.types import Array, Batch, PyTree, Stream, TaskInfo
 
@@ -69,7 +69,7 @@ def task_stream(
       batch_size: examples per training batch; a task may have fewer.
       steps: batches of each task, one number or one for each task; None: as many as `epochs` have.
       epochs: passes over each task, one number or one for each.
-      score: `(outputs, batch) -> f32[B]`; None is `label_accuracy` for labels, else minus the mean squared error.
+      score: `(outputs, batch) -> f32[B]`; None is `label_accuracy` for labels, else minus `squared_error`.
       **options: `updates_per_batch`, `joint`, `sample_size`, `sample_batch` and `evaluation_batch` of `array_stream`.
 
     Returns:
@@ -175,12 +175,8 @@ def _stream(
 
 
 def minus_squared_error(outputs: PyTree, batch: Batch) -> Array:
-    """Of each example, the mean over its targets, negated: higher is better. `f32[B]`."""
-    errors = [
-        jnp.mean(jnp.square(o - y).reshape((y.shape[0], -1)), axis=1)
-        for o, y in zip(jax.tree.leaves(outputs), jax.tree.leaves(batch.y), strict=True)
-    ]
-    return -sum(errors) / len(errors)  # type: ignore[return-value]
+    """Higher is better, as for all scores: `f32[B]`."""
+    return -squared_error(outputs, batch.y)
 
 
 def classes_are_told(found: dict[str, list[Any]]) -> bool:
