@@ -8,4 +8,8 @@ from ._run_stream import stream_program as stream_program
 from ._run_stream import sweep as sweep
 from .loop import NonFiniteError as NonFiniteError
 from .loop import Result as Result
+from .saving import load_params as load_params
+from .saving import load_state as load_state
+from .saving import save_params as save_params
+from .saving import save_state as save_state
 from .stops import Stopped as Stopped

@@ -193,7 +193,7 @@ def _fit(
     place = jax.ShapeDtypeStruct((), jnp.int32)
     crc = jax.ShapeDtypeStruct((), jnp.uint32)
     templates = [
-        {"carry": fresh, "measures": found, "step": place, "log": place, "log_crc32": crc}
+        {"state": fresh[0], "cursor": fresh[1], "measures": found, "step": place, "log": place, "log_crc32": crc}
         for found in (taken, *(rooms(stream.first(n)) for n in sizes))
     ]
     restored, saver = checkpoints.restore_newest(*templates), Saver(checkpoints, checkpoint_seconds)
@@ -208,7 +208,7 @@ def _fit(
     else:
         done, saved = restored
         saver.step = done
-        carry, taken = saved["carry"], placed(taken, jax.tree.map(np.asarray, saved["measures"]))
+        carry, taken = (saved["state"], saved["cursor"]), placed(taken, jax.tree.map(np.asarray, saved["measures"]))
         checkpoints.check_place(done, int(saved["step"]), carry[0].key, key)
         log.rewind(int(saved["log"]), int(saved["log_crc32"]))
         for name, found in taken.items():
@@ -227,7 +227,7 @@ def _fit(
         arrays["log_crc32"] = jnp.asarray(log.crc, jnp.uint32)
         for name, found in taken.items():
             write_arrays(directory, name, found)
-        saver.save(done, {"carry": carry, "measures": taken, **arrays})
+        saver.save(done, {"state": carry[0], "cursor": carry[1], "measures": taken, **arrays})
 
     def take(name: str, one: Measure, where: tuple[int, ...]) -> None:
         """Measures, reports, logs."""

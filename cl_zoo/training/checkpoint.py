@@ -31,13 +31,13 @@ class Checkpoints:
 
     Args:
       directory: the folder; made if missing.
-      keep: at least 1.
+      keep: at least 1; None keeps all.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+    def __init__(self, directory: str | os.PathLike[str], keep: int | None = 2):
         import orbax.checkpoint as ocp  # slow to import, and only needed here
 
-        self._args = ocp.args
+        self._args, self._restore_args = ocp.args, ocp.checkpoint_utils.construct_restore_args
         self.directory = Path(directory).resolve()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -55,11 +55,12 @@ class Checkpoints:
         if not self._manager.save(step, args=items):
             raise OSError(f"{self.directory}: the checkpoint of step {step} was not written")
 
-    def restore_newest(self, *templates: PyTree) -> tuple[int, PyTree] | None:
+    def restore_newest(self, *templates: PyTree, partial: bool = False) -> tuple[int, PyTree] | None:
         """The newest checkpoint that is whole, as `(step, tree)`; None if there is none at all.
 
         Args:
           *templates: a tree of the same structure, of arrays or shapes; or several, one of which it must be like.
+          partial: whether the checkpoint may have more than the template, a dict, has at its top.
 
         Raises:
           CheckpointError: there are checkpoints, but none can be used; states what is wrong with each.
@@ -67,7 +68,7 @@ class Checkpoints:
         problems = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                tree = self._restore(step, templates)
+                tree = self._restore(step, templates, partial)
             except Exception as error:
                 problems.append(f"step {step}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
                 continue
@@ -89,16 +90,23 @@ class Checkpoints:
             other = f"of step {step}" if step != done else "of a run with another key"
             raise CheckpointError(f"{self.directory}: the checkpoint of step {done} is {other}; restore it")
 
-    def _restore(self, step: int, templates: tuple[PyTree, ...]) -> PyTree:
+    def _restore(self, step: int, templates: tuple[PyTree, ...], partial: bool) -> PyTree:
         manifest = self._manager.restore(step, args=self._args.Composite(manifest=self._args.JsonRestore()))
         leaves = manifest["manifest"]["leaves"]
+        if partial:
+            tops = tuple(f"[{name!r}]" for name in templates[0])
+            leaves = [leaf for leaf in leaves if leaf["name"].startswith(tops)]
         for template in templates:
             if _difference(leaves, template) is None:
                 break
         else:
             raise CheckpointError(_difference(leaves, templates[0]))
         abstract = jax.tree.map(_abstract, template)
-        items = self._args.Composite(tree=self._args.StandardRestore(abstract))
+        if partial:
+            options = {"restore_args": self._restore_args(abstract), "partial_restore": True}
+            items = self._args.Composite(tree=self._args.PyTreeRestore(abstract, **options))
+        else:
+            items = self._args.Composite(tree=self._args.StandardRestore(abstract))
         tree = self._manager.restore(step, args=items)["tree"]
         for have, found in zip(leaves, _describe(tree), strict=True):
             if have["crc32"] != found["crc32"]:

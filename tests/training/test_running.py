@@ -97,15 +97,17 @@ def test_loss_that_is_not_finite_stops_the_run(stream: Any, tmp_path: Path) -> N
         run(stiff, stream, tmp_path)
     whole, tree = _saved(tmp_path, stiff, stream)
     assert whole in (6, 9)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree["carry"][0].params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree["state"].params))
     wild = tiny_learner(stream, supervised(), optimiser=optax.sgd(float("inf")))
     with pytest.raises(NonFiniteError, match="at task 0, step 1; likely cause: too high a learning rate"):
         run_stream(wild, stream, KEY)
 
 
 def _saved(directory: Path, learner: Any, stream: Any) -> Any:
+    state, cursor = jax.eval_shape(loop.start, learner, stream, KEY)[1]
     template = {
-        "carry": jax.eval_shape(loop.start, learner, stream, KEY)[1],
+        "state": state,
+        "cursor": cursor,
         "measures": {"accuracy": jax.ShapeDtypeStruct((4, 3), jnp.float32)},
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "log": jax.ShapeDtypeStruct((), jnp.int32),
