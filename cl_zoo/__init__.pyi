@@ -1,4 +1,5 @@
 from . import algorithms as algorithms
+from . import augmentation as augmentation
 from . import buffers as buffers
 from . import datasets as datasets
 from . import estimators as estimators

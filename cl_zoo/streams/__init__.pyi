@@ -13,6 +13,7 @@ from ._skills import skills as skills
 from .arrays import Cursor as Cursor
 from .arrays import array_stream as array_stream
 from .arrays import scenario_tasks as scenario_tasks
+from .batching import as_batch as as_batch
 from .episodes import episode_stream as episode_stream
 from .images import permuted_mnist as permuted_mnist
 from .images import rotated_mnist as rotated_mnist

@@ -13,8 +13,9 @@ import numpy as np
 from cl_zoo.checks import Count, check_range, check_whole, checked
 from cl_zoo.datasets.images import LARGEST_LABEL
 from cl_zoo.losses import IGNORED, squared_error
+from cl_zoo.shuffle import shuffled_index
 from cl_zoo.streams.arrays import Outputs, Scenario, array_stream, score_labels
-from cl_zoo.types import Array, Batch, PyTree, Stream, TaskInfo
+from cl_zoo.types import Array, Batch, Key, PyTree, Stream, TaskInfo
 
 __all__ = ["TaskData", "task_stream"]
 
@@ -27,12 +28,27 @@ class TaskData(NamedTuple):
     Attributes:
       x, y: by split, pytrees of `[N, ...]` arrays.
       start, count: `i32[3, T]`, where each task begins in each split, and how many examples it has.
+      runs: where batches are balanced, examples of each class of each task; else None.
     """
 
     x: dict[str, PyTree]
     y: dict[str, PyTree]
     start: Array
     count: Array  # type: ignore[assignment]
+    runs: Any
+
+
+class Runs(NamedTuple):
+    """Attributes:
+    order: `i32[N]`, places within their task of the training examples, by task and label.
+    start, count: `i32[T, C]`, where each class of each task begins in it, and how many there are.
+    classes: `i32[T]`, how many classes a task has; those come first.
+    """
+
+    order: Array
+    start: Array
+    count: Array  # type: ignore[assignment]
+    classes: Array
 
 
 @checked
@@ -47,6 +63,7 @@ def task_stream(
     batch_size: Count = 128,
     steps: int | Sequence[int] | None = None,
     epochs: int | Sequence[int] = 1,
+    balanced: bool = False,
     score: Callable[[PyTree, Batch], Array] | None = None,
     **options: Any,
 ) -> Stream:
@@ -69,6 +86,8 @@ def task_stream(
       batch_size: examples per training batch; a task may have fewer.
       steps: batches of each task, one number or one for each task; None: as many as `epochs` have.
       epochs: passes over each task, one number or one for each.
+      balanced: draw every batch from the classes of the task in turn, so that rare ones come as often as others; an
+        epoch then has as many batches as before, in which frequent ones do not all come.
       score: `(outputs, batch) -> f32[B]`; None is `label_accuracy` for labels, else minus `squared_error`.
       **options: `updates_per_batch`, `joint`, `sample_size`, `sample_batch` and `evaluation_batch` of `array_stream`.
 
@@ -122,9 +141,13 @@ def task_stream(
             for split, pairs in found.items()
         }
 
-    data = TaskData(
-        joined(0), joined(1), jnp.asarray(np.cumsum(count, axis=1, dtype=np.int32) - count), jnp.asarray(count)
-    )
+    runs = None
+    if balanced:
+        if not classes_are_told(found):
+            raise ValueError("task_stream: balanced is True, but y is not labels, [N] whole numbers")
+        runs = _by_class([y for _, y in found["train"]], active.shape[1])
+    start = np.cumsum(count, axis=1, dtype=np.int32) - count
+    data = TaskData(joined(0), joined(1), jnp.asarray(start), jnp.asarray(count), runs)
     return _stream(data, active, tuple(lengths), batch_size, scenario, score, tuple(options.items()))
 
 
@@ -151,7 +174,8 @@ def _stream(
         ends = {split: int(count[i, :n].sum()) for i, split in enumerate(_SPLITS)}
         x, y = ({split: jax.tree.map(lambda leaf, end=end: leaf[:end], parts[split]) for split, end in ends.items()}
                 for parts in (data.x, data.y))  # fmt: skip
-        fewer = TaskData(x, y, data.start[:, :n], data.count[:, :n])
+        runs = data.runs and Runs(data.runs.order[: ends["train"]], *(leaf[:n] for leaf in data.runs[1:]))
+        fewer = TaskData(x, y, data.start[:, :n], data.count[:, :n], runs)
         return _stream(fewer, active[:n], lengths[:n], batch_size, scenario, score, options)
 
     return dataclasses.replace(
@@ -164,7 +188,8 @@ def _stream(
             smallest=int(count[0].min()),
             steps=lengths,
             batch_size=batch_size,
-            keep_last=True,
+            keep_last=data.runs is None,
+            pick=None if data.runs is None else _pick,
             task_ids=scenario == "task",
             reorder=None,
             score=score,
@@ -172,6 +197,28 @@ def _stream(
         ),
         first_function=first,
     )
+
+
+def _by_class(labels: list[np.ndarray], n_outputs: int) -> Runs:
+    orders, counts = [], np.zeros((len(labels), n_outputs), np.int32)
+    for t, y in enumerate(labels):
+        orders.append(np.argsort(np.where(y == IGNORED, np.iinfo(np.int32).max, y), kind="stable"))
+        found = np.unique(y[y != IGNORED], return_counts=True)[1]
+        counts[t, : len(found)] = found
+    first = np.cumsum([0, *map(len, labels)])[:-1, None]
+    starts = first + np.cumsum(counts, axis=1) - counts
+    classes = (counts > 0).sum(axis=1)
+    return Runs(*(jnp.asarray(a, jnp.int32) for a in (np.concatenate(orders), starts, counts, classes)))
+
+
+def _pick(data: TaskData, key: Key, task: Array, position: Array) -> Array:
+    """The example at each place of a balanced stream: classes in turn, of each its examples in random orders."""
+    runs = data.runs
+    label, turn = position % runs.classes[task], position // runs.classes[task]
+    n = runs.count[task][label]
+    epoch, place = turn // n, turn % n
+    index = jax.vmap(lambda p, n, label, e: shuffled_index(key, p, n, task, label, e))(place, n, label, epoch)
+    return runs.order[runs.start[task][label] + index]
 
 
 def minus_squared_error(outputs: PyTree, batch: Batch) -> Array:

@@ -96,6 +96,7 @@ def array_stream(
     task_ids: bool,
     reorder: Callable[[PyTree, Key], PyTree] | None,
     keep_last: bool = False,
+    pick: Callable[[PyTree, Key, Array, Array], Array] | None = None,
     joint: Joint | None = None,
     order: tuple[Callable[[Key], PyTree], Callable[[PyTree, PyTree], tuple[Array, Array, PyTree]]] | None = None,
     updates_per_batch: int = 1,
@@ -121,6 +122,8 @@ def array_stream(
       task_ids: whether examples carry their task.
       reorder: see `Stream`.
       keep_last: whether the incomplete last batch of an epoch is filled up with examples of weight 0, and not left out.
+      pick: `(data, key, task, position) -> index`, the examples at places of a task's stream, `i32[B]`, in place of one
+        epoch after another.
       joint: None; "all": every batch draws from all tasks at once, the usual upper bound; "seen": from the tasks up to
         the current one.
       order: None, one task after another; or `init(key) -> cursor` and `(data, cursor) -> (task, index, cursor)`, the
@@ -144,7 +147,7 @@ def array_stream(
     fewest = smallest if isinstance(counted, jax.core.Tracer) else int(np.min(np.asarray(counted)))
     if fewest < smallest:
         raise ValueError(f"stream: smallest is {smallest}, but size gives a task of {fewest} training examples")
-    if batch_size > smallest and not keep_last:
+    if batch_size > smallest and not keep_last and pick is None:
         raise ValueError(
             f"stream: batch_size is {batch_size}, but a task may have only {smallest} training examples; it must be at"
             f" most {smallest}"
@@ -170,6 +173,8 @@ def array_stream(
     all_open = bool(np.all(tasks.active))
     if joint == "all" and not (all_open or task_ids):
         raise ValueError('stream: joint="all" needs outputs="all", as examples of later tasks come from the start')
+    if pick is not None and joint is not None:
+        raise ValueError(f"stream: joint is {joint!r}, but balanced batches are of one task")
     if order is not None and (task_ids or not all_open or joint is not None):
         raise ValueError(
             'stream: mixing removes task boundaries, so it needs scenario="domain", or scenario="class" with'
@@ -207,6 +212,10 @@ def array_stream(
             step = cursor.step - task * counts[0]
         if updates_per_batch > 1:
             step = step // updates_per_batch
+        if pick is not None:
+            index = pick(data, cursor.key, task, step * batch_size + jnp.arange(batch_size))
+            after = cursor._replace(step=cursor.step + 1)
+            return batch(data, "train", task, index, jnp.ones(batch_size)), after
         sizes = size(data, "train")
         if joint is not None:
             sizes = jnp.where((jnp.arange(n_tasks) <= task) | (joint == "all"), sizes, 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cl_zoo._learner import Learner
 from cl_zoo.checks import check_weights
@@ -85,7 +86,7 @@ def save_params(path: str | os.PathLike[str], params: PyTree) -> None:
     if len(flat) < len(jax.tree.leaves(params)):
         raise ValueError("save_params: two parameters have one name, but each must have its own")
     beside = Path(path).with_name(Path(path).name + ".part")
-    _safetensors().flax.save_file(jax.tree.map(jnp.asarray, flat), os.fspath(beside))
+    _safetensors().numpy.save_file(jax.tree.map(np.ascontiguousarray, flat), os.fspath(beside))
     os.replace(beside, path)
 
 
@@ -120,7 +121,7 @@ def _named(tree: PyTree) -> list[tuple[str, Any]]:
 
 def _safetensors() -> Any:
     try:
-        import safetensors.flax
+        import safetensors.numpy
     except ImportError as error:
         raise ValueError("parameters in safetensors need that package: pip install 'cl_zoo[language]'") from error
     return safetensors

@@ -23,6 +23,7 @@ BASE = set(ALLOWED)
 ALLOWED |= {
     "estimators": BASE,
     "buffers": BASE,
+    "augmentation": BASE,
     "layers": BASE | {"estimators"},
     "models": BASE | {"layers"},
     "wrappers": BASE | {"layers", "models"},

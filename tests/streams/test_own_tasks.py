@@ -75,6 +75,25 @@ def test_active_outputs(options: Any, wanted: list[str]) -> None:
     assert (batch.task is None) == (options.get("scenario") != "task")
 
 
+def test_balanced_batches() -> None:
+    """18 of class 0, 3 of class 3: as often; of each class its examples in turn, all before one comes again."""
+    y = np.array([0] * 18 + [3] * 3 + [-1] * 2)
+    tasks = [(np.arange(23.0)[:, None], y), task(12, [1, 2, 5], 1)]
+    stream = task_stream(tasks, tests=0, balanced=True, batch_size=6, steps=[6, 3], scenario="task")
+    one, two = batches(stream)
+    for batch in one:
+        assert sorted(batch.y.tolist()) == [0] * 3 + [3] * 3 and batch.weight.min() == 1
+    rare = np.concatenate([np.asarray(b.x)[np.asarray(b.y) == 3, 0] for b in one]).reshape(6, 3)
+    assert all(sorted(turn) == [18, 19, 20] for turn in rare.tolist()) and len({tuple(turn) for turn in rare}) > 1
+    common = np.concatenate([np.asarray(b.x)[np.asarray(b.y) == 0, 0] for b in one])
+    assert sorted(common) == list(range(18))
+    for batch in two:
+        assert sorted(batch.y.tolist()) == [1, 1, 2, 2, 5, 5]
+    assert jax.tree.structure(stream.first(1)) == jax.tree.structure(
+        task_stream(tasks[:1], tests=0, balanced=True, batch_size=6, steps=[6], scenario="task", classes=6)
+    )
+
+
 def test_evaluation_has_all_test_examples() -> None:
     stream = task_stream(TASKS, tests=TESTS, validation=0.2, batch_size=4, evaluation_batch=3)
     for t, (x, y) in enumerate(TESTS):
@@ -166,6 +185,7 @@ def test_one_epoch_of_small_tasks_learns(capfd: Any) -> None:
         (TASKS, {"scenario": "tasks"}, "scenario is 'tasks'"),
         ([(TASKS[0][0][:0], TASKS[0][1][:0])], {}, "task 0 has no training examples"),
         (TASKS, {"sample_sizes": 3}, "sample_sizes"),
+        (TASKS, {"balanced": True, "joint": "seen"}, "joint is 'seen', but balanced"),
     ],
 )
 def test_careless_input(tasks: Any, options: Any, message: str) -> None:
