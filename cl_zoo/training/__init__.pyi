@@ -6,6 +6,8 @@ from ._run_stream import clear_programs as clear_programs
 from ._run_stream import run_stream as run_stream
 from ._run_stream import stream_program as stream_program
 from ._run_stream import sweep as sweep
+from .callbacks import Event as Event
+from .callbacks import patience as patience
 from .loop import NonFiniteError as NonFiniteError
 from .loop import Result as Result
 from .saving import load_params as load_params

@@ -22,6 +22,7 @@ from cl_zoo.evaluation.measures import Measure, Measures, settled
 from cl_zoo.files import locked, write_arrays
 from cl_zoo.training._continue import check_begun, first_tasks, placed, rows_of
 from cl_zoo.training._description import checksum, described_run, fingerprint
+from cl_zoo.training.callbacks import Event
 from cl_zoo.training.checkpoint import Checkpoints, Saver
 from cl_zoo.training.event_log import EventLog
 from cl_zoo.training.loop import (
@@ -65,6 +66,8 @@ def fit(
     metrics: Metrics | None = None,
     state: TrainState | None = None,
     after: Result | None = None,
+    callback: Callable[[Event], Any] | None = None,
+    stop: Mapping[str, Callable[[np.ndarray], bool]] | None = None,
     progress: bool = True,
     tensorboard: bool = False,
 ) -> Result:
@@ -92,6 +95,10 @@ def fit(
       checkpoint_seconds: time between checkpoints, at least; with 0 there is one at every such place.
       keep: checkpoints kept.
       measure, metrics, state, after: see `run_stream`. Reports are made at once.
+      callback: called with an `Event` after each chunk of updates and at the end of each task: to log elsewhere, say.
+        A run that was killed tells it again what came after its last checkpoint.
+      stop: by the name of a measure at n updates, a function of its results in the task so far, `[k, ...]`: where it is
+        true, the task ends there. See `patience`.
       progress: show a bar.
       tensorboard: also write event files for TensorBoard, into tensorboard/: metrics as `train/METRIC`, scores as
         `MEASURE/task_I`, with the steps and numbers of metrics.csv. Turned on for a run that has begun, they begin at
@@ -136,13 +143,23 @@ def fit(
     config = dict(config) if isinstance(config, Mapping) else config and dataclasses.asdict(config)
     measures, chosen = settled(measure, stream), chosen_metrics(metrics)
     begun = check_begun("fit", learner, stream, key, state, after)
+    if callback is not None and not callable(callback):
+        raise ValueError(f"fit: callback is {type(callback).__name__}, but it must be a function of an Event")
+    stop = dict(stop or {})
+    within = [name for name, one in measures if isinstance(one.when, int)]
+    for name, function in stop.items():
+        if name not in within or not callable(function):
+            raise ValueError(
+                f"fit: stop has {name!r}: {type(function).__name__}, but it must be functions by the name of a measure"
+                f" at n updates, one of {', '.join(within) or 'none here'}"
+            )
     if chosen:  # unknown names are refused before anything is written
         jax.eval_shape(lambda: _kept(learner, stream, key, chosen))
     folder = Path(directory).resolve()
     with locked(folder):
         return _fit(
             learner, stream, key, folder, config, checkpoint_every, checkpoint_seconds, keep, measures, chosen, begun,
-            after, progress, tensorboard,
+            after, callback or (lambda event: None), stop, progress, tensorboard,
         )  # fmt: skip
 
 
@@ -159,6 +176,8 @@ def _fit(
     chosen: tuple[tuple[str, int], ...] | None,
     begun: tuple[int, tuple[TrainState, PyTree] | None],
     after: Result | None,
+    callback: Callable[[Event], Any],
+    stop: dict[str, Callable[[np.ndarray], bool]],
     progress: bool,
     tensorboard: bool,
 ) -> Result:
@@ -179,6 +198,7 @@ def _fit(
         size = min(*grid, int(np.max(task_lengths(stream))))
         programs = _programs(jax.tree.structure((learner, stream)))
         run["program_crc32"] = fingerprint(programs, learner, stream, key, fresh, size, chosen)
+        run |= {"stop": sorted(stop)} if stop else {}
         return run if begun[1] is None else run | {"begun_crc32": checksum(begun[1][0])}
 
     def rooms(stream: Stream) -> dict[str, PyTree]:
@@ -190,11 +210,13 @@ def _fit(
         directory, config, stream, lambda n: described(*first_tasks(learner, stream, n)), described(learner, stream)
     )
     log, checkpoints, taken = MetricsLog(directory), Checkpoints(directory / "checkpoints", keep), rooms(stream)
+    made = np.zeros(stream.n_tasks, np.int32)  # updates of each task
     place = jax.ShapeDtypeStruct((), jnp.int32)
     crc = jax.ShapeDtypeStruct((), jnp.uint32)
+    counts = {"step": place, "log": place, "log_crc32": crc}
     templates = [
-        {"state": fresh[0], "cursor": fresh[1], "measures": found, "step": place, "log": place, "log_crc32": crc}
-        for found in (taken, *(rooms(stream.first(n)) for n in sizes))
+        {"state": fresh[0], "cursor": fresh[1], "measures": found, "updates": made[:n], **counts}
+        for n, found in ((stream.n_tasks, taken), *((n, rooms(stream.first(n))) for n in sizes))
     ]
     restored, saver = checkpoints.restore_newest(*templates), Saver(checkpoints, checkpoint_seconds)
     if restored is None:
@@ -204,11 +226,13 @@ def _fit(
         if after is not None:
             known = {name: after.measures.get(name, taken[name]) for name, one in measures if one.report is None}
             taken |= {name: placed(taken[name], found) for name, found in known.items()}
+            made[: begun[0]] = np.asarray(after.updated).sum(axis=1)
         log.rewind(0)
     else:
         done, saved = restored
         saver.step = done
         carry, taken = (saved["state"], saved["cursor"]), placed(taken, jax.tree.map(np.asarray, saved["measures"]))
+        made = placed(made, np.asarray(saved["updates"]))
         checkpoints.check_place(done, int(saved["step"]), carry[0].key, key)
         log.rewind(int(saved["log"]), int(saved["log_crc32"]))
         for name, found in taken.items():
@@ -222,14 +246,12 @@ def _fit(
         reports = {name: rows_of(after, name) if one.report else {} for name, one in measures}
 
     def save() -> None:
-        numbers = {"step": done, "log": log.length()}
-        arrays = {name: jnp.asarray(number, jnp.int32) for name, number in numbers.items()}
-        arrays["log_crc32"] = jnp.asarray(log.crc, jnp.uint32)
+        arrays = {"step": np.int32(done), "log": np.int32(log.length()), "log_crc32": np.uint32(log.crc)}
         for name, found in taken.items():
             write_arrays(directory, name, found)
-        saver.save(done, {"state": carry[0], "cursor": carry[1], "measures": taken, **arrays})
+        saver.save(done, {"state": carry[0], "cursor": carry[1], "measures": taken, "updates": made, **arrays})
 
-    def take(name: str, one: Measure, where: tuple[int, ...]) -> None:
+    def take(name: str, one: Measure, where: tuple[int, ...]) -> Any:
         """Measures, reports, logs."""
         number = int(np.ravel_multi_index(where, slots(one, stream))) if where else 0
         found = programs["measure"](learner, stream, key, carry[0], jnp.int32(number), name, one)
@@ -241,9 +263,10 @@ def _fit(
             log.scores(done, name, np.atleast_1d(found))
             if events:
                 events.scores(done, name, np.atleast_1d(found))
+        return found
 
     bar = tqdm(total=total, initial=done, disable=not progress, unit="step", smoothing=0.1)
-    with bar, saver, stop_requests() as stop, closing(events) if events else nullcontext():
+    with bar, saver, stop_requests() as asked, closing(events) if events else nullcontext():
         if new:
             for name, one in measures:
                 if one.when == "task":
@@ -270,23 +293,29 @@ def _fit(
             log.updates(done, task, numbers)
             if events:
                 events.updates(done, numbers)
-            done, step = done + n, step + n
+            done, step, made[task], scores = done + n, step + n, step + n, {}
             for name, one in measures:
                 if isinstance(one.when, int) and step % one.when == 0:
-                    take(name, one, (task, step // one.when - 1))
+                    scores[name] = take(name, one, (task, step // one.when - 1))
+                    so_far = taken[name][task, : step // one.when] if name in stop else None
+                    if so_far is not None and step < end and stop[name](so_far):  # it ends here, others need not agree
+                        carry = programs["skip"](learner, stream, carry, jnp.int32(end - step))
+                        n, done, step = n + end - step, done + end - step, end
             if step == end:
                 carry = programs["finish"](learner, stream, key, carry, jnp.int32(task))
                 check_finite(ran, {}, carry[0], {int(ran[-1]): programs["finite"](carry[0])}, stream.steps, newest)
                 for name, one in measures:
                     if one.when == "task":
-                        take(name, one, (task + 1,))
+                        scores[name] = take(name, one, (task + 1,))
                     elif one.when == "end" and done == total:
-                        take(name, one, ())
+                        scores[name] = take(name, one, ())
+            last = {name: float(values[-1]) for name, values in history.items()}
+            callback(Event(done, task, step == end, last, scores, carry[0]))
             bar.update(n)
             if "loss" in history:
                 bar.set_postfix(loss=f"{float(history['loss'][-1]):.3f}")
             if step == end or step % checkpoint_every == 0:
-                stopped = stop() and done < total
+                stopped = asked() and done < total
                 if stopped or done == total or saver.due():
                     save()
                 if stopped:
@@ -300,7 +329,8 @@ def _fit(
     kept = read_histories(directory, chosen, starts, stream.steps)
     if after is not None:
         kept = {name: jnp.asarray(placed(np.asarray(kept[name]), after.metrics.get(name, kept[name]))) for name in kept}
-    return Result(carry[0], kept, measures_found, updates(stream), jnp.ones(stream.n_tasks, bool), carry[1])
+    updated = updates(stream) & (jnp.arange(stream.steps) < jnp.asarray(made)[:, None])
+    return Result(carry[0], kept, measures_found, updated, jnp.ones(stream.n_tasks, bool), carry[1])
 
 
 def _kept(learner: Learner, stream: Stream, key: Key, chosen: tuple[tuple[str, int], ...]) -> dict[str, Array]:
@@ -330,6 +360,10 @@ def _programs(structure: Any) -> dict[str, Callable[..., Any]]:
         strides, kept = histories(learner, stream, carry, size, names)
         return train_steps(learner, stream, carry, 0, count, strides, kept)
 
+    def skip(learner: Learner, stream: Stream, carry: Carry, count: Array) -> Carry:
+        agent = learner.agent(carry[0])
+        return carry[0], jax.lax.fori_loop(0, count, lambda _, cursor: stream.next(cursor, agent)[1], carry[1])
+
     def end_task(learner: Learner, stream: Stream, key: Key, carry: Carry, t: Array) -> Carry:
         return finish(learner, stream, key, carry[0], t), carry[1]
 
@@ -343,6 +377,7 @@ def _programs(structure: Any) -> dict[str, Callable[..., Any]]:
         "start": jit(start_all),
         "begin": jit(begin_task, donate_argnums=3),
         "train": jit(train, static_argnums=(4, 5), donate_argnums=2),
+        "skip": jit(skip, donate_argnums=2),
         "finish": jit(end_task, donate_argnums=3),
         "finite": jit(is_finite),
         "measure": jit(measure, static_argnums=(5, 6)),

@@ -111,6 +111,7 @@ def _saved(directory: Path, learner: Any, stream: Any) -> Any:
         "measures": {"accuracy": jax.ShapeDtypeStruct((4, 3), jnp.float32)},
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "log": jax.ShapeDtypeStruct((), jnp.int32),
+        "updates": jax.ShapeDtypeStruct((3,), jnp.int32),
         "log_crc32": jax.ShapeDtypeStruct((), jnp.uint32),
     }
     return Checkpoints(directory / "checkpoints").restore_newest(template)
