@@ -9,6 +9,7 @@ from .measures import Measure as Measure
 from .measures import accuracy as accuracy
 from .measures import adapted_accuracy as adapted_accuracy
 from .measures import at as at
+from .measures import confusion as confusion
 from .probes import dormant_fraction as dormant_fraction
 from .probes import effective_rank as effective_rank
 from .probes import mean_absolute_weight as mean_absolute_weight

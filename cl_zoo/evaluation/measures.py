@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import Count, check_choice, check_whole, checked
+from cl_zoo.checks import Count, check_choice, check_classes, check_whole, checked
 from cl_zoo.evaluation.adaptation import evaluate_adapting
 from cl_zoo.identity import alike
 from cl_zoo.losses import mask_outputs
 from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
 
-__all__ = ["Measure", "accuracy", "adapted_accuracy", "at", "settled"]
+__all__ = ["Measure", "accuracy", "adapted_accuracy", "at", "confusion", "settled"]
 
 Function = Callable[[Learner, TrainState, Stream, Key], PyTree]
 Measures = Mapping[str, "Measure | Function"]
@@ -138,6 +138,52 @@ def accuracy(
         return jax.lax.map(on_task, jnp.array(range(stream.n_tasks) if chosen is None else chosen, jnp.int32))
 
     return Measure(alike(function), needs_examples=batches is not None or within_task)
+
+
+@checked
+def confusion(split: Literal["validation", "test"] = "test", *, tasks: Sequence[int] | None = None) -> Measure:
+    """How many examples of class c are predicted as class k, n_ck: `i32[C, C]`, over all tasks.
+
+    Args:
+      split: "test" or "validation".
+      tasks: over these alone.
+
+    Returns:
+      A `Measure`; `metrics.class_accuracy` of it is the accuracy of each class. Examples without a label, and
+      predictions that are nan, are left out.
+
+    Raises:
+      ValueError: at the trace, where targets are no classes.
+
+    Example:
+      >>> import jax, optax
+      >>> from cl_zoo import compose, run_stream, supervised
+      >>> from cl_zoo.models import mlp
+      >>> from cl_zoo.streams import split_mnist
+      >>> stream = split_mnist(2, "class", steps=5)
+      >>> learner = compose(mlp((28, 28), 10), optax.adam(1e-3), supervised(), tasks=stream.tasks)
+      >>> result = run_stream(learner, stream, jax.random.key(0), measure={"confusion": confusion()})
+      >>> result.measures["confusion"].shape, int(result.measures["confusion"][-1].sum())
+      ((3, 10, 10), 2000)
+    """
+
+    def function(learner: Learner, state: TrainState, stream: Stream, key: Key) -> Array:
+        chosen = jnp.arange(stream.n_tasks) if tasks is None else jnp.asarray(list(tasks))
+        n = stream.tasks.active.shape[-1]
+
+        def of_batch(batch: Any) -> Array:
+            check_classes("confusion", batch.y, "a confusion matrix counts classes")
+            outputs = learner.predict(state, batch.x, batch.task)
+            here = (batch.weight > 0) & (batch.y >= 0) & (batch.y < n) & ~jnp.isnan(outputs).any(axis=-1)
+            place = jnp.where(here, batch.y * n + outputs.argmax(axis=-1), n * n)
+            return jnp.zeros(n * n, jnp.int32).at[place].add(1, mode="drop")
+
+        def of_task(task: Array) -> Array:
+            return jax.lax.map(of_batch, stream.evaluation(task, split)).sum(axis=0)
+
+        return jax.lax.map(of_task, chosen).sum(axis=0).reshape(n, n)
+
+    return Measure(alike(function), needs_examples=True)
 
 
 @checked

@@ -184,3 +184,44 @@ def statistics(values: ArrayLike) -> Statistics:
         raise ValueError("statistics of no runs")
     sd = float(values.std(ddof=1)) if values.size > 1 else float("nan")
     return Statistics(float(values.mean()), sd, sd / float(np.sqrt(values.size)), int(values.size))
+
+
+def confidence_interval(values: ArrayLike, level: float = 0.95, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """mean -+ t sd / sqrt(n), t of Student's distribution with n - 1 degrees: holds the expected value of a run with
+    probability `level`, if runs are normal.
+
+    Args:
+      values: scores, runs along `axis`; nan for one run.
+      level: in (0, 1).
+      axis: of the runs.
+
+    Returns:
+      Lower and upper end.
+
+    Raises:
+      ValueError: a level outside of (0, 1).
+
+    Example:
+      >>> low, high = confidence_interval([0.5, 0.7, 0.9])
+      >>> round(float(low), 3), round(float(high), 3)
+      (0.203, 1.197)
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"confidence_interval: level is {level}, but it must be in (0, 1)")
+    from scipy import stats  # slow to import, and only needed here
+
+    values = np.asarray(values, np.float64)
+    n = values.shape[axis]
+    if n < 2:
+        nothing = np.full_like(values.mean(axis=axis), np.nan)
+        return nothing, nothing
+    half = stats.t.ppf((1 + level) / 2, n - 1) * values.std(axis=axis, ddof=1) / np.sqrt(n)
+    return values.mean(axis=axis) - half, values.mean(axis=axis) + half
+
+
+def class_accuracy(confusion: ArrayLike) -> np.ndarray:
+    """Of each class, the fraction of its examples that are predicted as it, n_cc / sum_k n_ck: `[..., C, C]` ->
+    `[..., C]`; nan where there are none."""
+    counts = np.asarray(confusion, np.float64)
+    total = counts.sum(axis=-1)
+    return np.diagonal(counts, axis1=-2, axis2=-1) / np.where(total > 0, total, np.nan)

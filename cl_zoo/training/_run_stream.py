@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo._learner import Learner
-from cl_zoo.checks import check_key, check_whole
 from cl_zoo.compilation import jit, staged
 from cl_zoo.evaluation.measures import Measure, Measures, settled
 from cl_zoo.training._continue import check_begun, joined
@@ -21,7 +20,6 @@ from cl_zoo.training.loop import (
     Metrics,
     Result,
     begin,
-    check_bound,
     check_finite,
     check_run,
     chosen_metrics,
@@ -39,7 +37,7 @@ from cl_zoo.training.loop import (
 )
 from cl_zoo.types import Array, Key, PyTree, Stream, TrainState
 
-__all__ = ["clear_programs", "run_stream", "stream_program", "sweep"]
+__all__ = ["clear_programs", "run_one", "run_stream", "stream_program", "with_reports"]
 
 
 def run_stream(
@@ -95,12 +93,12 @@ def run_stream(
             raise ValueError(
                 "run_stream: after is given inside of a program, but there a run can only go on from a state"
             )
-        return _run(learner, stream, key, None if state is None else (state, None), measures, chosen)
+        return run_one(learner, stream, key, None if state is None else (state, None), measures, chosen)
     first, begun = check_begun("run_stream", learner, stream, key, state, after)
     program = _program(jax.tree.structure((learner, stream)), measures, chosen, first)
     result = program(learner, stream, key, begun)
     _check_result(result, stream, dict(chosen or ()), first)
-    result = _with_reports(result, measures, stream)
+    result = with_reports(result, measures, stream)
     return result if after is None else joined(after, result, stream, measures)
 
 
@@ -136,12 +134,10 @@ def stream_program(
 @functools.lru_cache(maxsize=64)
 def _program(structure: Any, *options: Any) -> Callable[..., Result]:
     """One program for each structure; when evicted, all that it holds is freed."""
-    return jit(lambda learner, stream, key, begun=None: _run(learner, stream, key, begun, *options))
+    return jit(lambda learner, stream, key, begun=None: run_one(learner, stream, key, begun, *options))
 
 
-def _with_reports(
-    result: Result, measures: tuple[tuple[str, Measure], ...], stream: Stream, leading: int = 0
-) -> Result:
+def with_reports(result: Result, measures: tuple[tuple[str, Measure], ...], stream: Stream, leading: int = 0) -> Result:
     """What the measures' reports make of their results; `leading` axes stand before those of a run."""
     found = {name: reported(one, result.measures[name], leading + len(slots(one, stream))) for name, one in measures}
     return result._replace(measures=found)
@@ -149,13 +145,13 @@ def _with_reports(
 
 def clear_programs() -> None:
     """Forgets all programs that `run_stream`, `sweep` and `fit` have kept, and with them their learners."""
-    from cl_zoo.training import _fit
+    from cl_zoo.training import _fit, _sweep
 
-    for kept in (_program, _sweep_program, _fit._programs):
+    for kept in (_program, _sweep._sweep_program, _sweep._maker, _fit._programs):
         kept.cache_clear()
 
 
-def _run(
+def run_one(
     learner: Learner,
     stream: Stream,
     key: Key,
@@ -255,132 +251,3 @@ def _task(
     loop = carry, kept, points
     carry, kept, points = jax.lax.fori_loop(0, -(-steps // chunk), chunk_then_measure, loop)
     return carry, (cut(kept), points)
-
-
-def sweep(
-    make: Callable[[Any], Learner],
-    settings: PyTree,
-    stream: Stream,
-    keys: Key,
-    *,
-    orders: Key | str | None = None,
-    batch_size: int | None = None,
-    keep_states: bool = False,
-    weights: PyTree = None,
-    measure: Measures | None = None,
-    metrics: Metrics | None = None,
-) -> Result:
-    """Every setting x every seed x every task order, as one compiled program.
-
-    Args:
-      make: `settings -> Learner`, called inside the program: numbers of a setting may be used wherever a factory takes
-        one, and new values compile nothing.
-      settings: a pytree of arrays with one leading axis `[H]`.
-      stream: what to learn from; all runs share its images.
-      keys: `[S]` keys, one per seed.
-      orders: None, the stream's own tasks for all; "per_seed", each seed with an order drawn from its key; or `[O]`
-        keys, one per order, each used with every setting and seed.
-      batch_size: runs that are vmapped at once; the rest follow one batch after another. None takes 1 on a CPU, where
-        batching gains nothing, and elsewhere as many as half the device's memory holds.
-      keep_states: also return the final states.
-      weights: bound to the learner of each run, one copy for all: inside `make` they would be constants of the program.
-      measure, metrics: see `run_stream`.
-
-    Returns:
-      A `Result` whose leaves have leading axes `[H, S]`, or `[H, S, O]` with keys for orders. Runs that diverged give
-      numbers that are not finite, and no error.
-
-    Raises:
-      ValueError: as `run_stream`; settings without a common leading axis.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from cl_zoo import compose, ewc, supervised
-      >>> from cl_zoo.models import mlp
-      >>> from cl_zoo.streams import split_mnist
-      >>> stream = split_mnist(scenario="domain", steps=10)
-      >>> make = lambda strength: compose(mlp((28, 28), 2), optax.adam(1e-3), supervised(), ewc(strength))
-      >>> result = sweep(make, jnp.array([0.0, 1e3, 1e6]), stream, jax.random.split(jax.random.key(0), 2))
-      >>> result.accuracy.shape
-      (3, 2, 6, 5)
-    """
-    if not callable(make):
-        raise ValueError(f"sweep: make is {type(make).__name__}, but it must be a function, settings -> Learner")
-    check_key("sweep", "keys", keys, 1)
-    if orders is not None and not isinstance(orders, str):
-        check_key("sweep", "orders", orders, 1)
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(settings)}
-    if len(lengths) != 1 or lengths == {()}:
-        raise ValueError(f"sweep: settings need one common leading axis, but their leaves begin with {sorted(lengths)}")
-    options = settled(measure, stream), chosen_metrics(metrics)
-    paired = isinstance(orders, str)
-    if paired and orders != "per_seed":
-        raise ValueError(f"sweep: orders is {orders!r}, but it must be None, 'per_seed' or an array of keys")
-    for i in range(next(iter(lengths))[0]):  # numbers that factories refuse are only seen outside of programs
-        check_run("sweep", make(jax.tree.map(lambda leaf, i=i: leaf[i], settings)), stream, None)
-    check_bound(weights)
-    shape = (*lengths.pop(), len(keys), *(() if orders is None or paired else (len(orders),)))
-    if batch_size is None:
-        batch_size = _runs_that_fit(make, settings, stream, keys, shape, weights, options)
-    check_whole("sweep", "batch_size", batch_size, 1)
-    program = _sweep_program(make, jax.tree.structure(stream), shape, batch_size, paired, keep_states, *options)
-    result = program(stream, settings, keys, None if paired else orders, weights)
-    return _with_reports(result, options[0], stream, len(shape))
-
-
-@functools.lru_cache(maxsize=16)
-def _sweep_program(
-    make: Callable[[Any], Learner],
-    structure: Any,
-    shape: tuple[int, ...],
-    batch_size: int,
-    paired: bool,
-    keep_states: bool,
-    *options: Any,
-) -> Callable[..., Result]:
-    @jit
-    def program(stream: Stream, settings: PyTree, keys: Key, orders: Key | None, weights: PyTree) -> Result:
-        def one(index: Array) -> Result:
-            place = jnp.unravel_index(index, shape)
-            key = keys[place[1]]
-            own = stream
-            if paired:
-                own = stream.reorder(jax.random.fold_in(key, 3))
-            elif orders is not None:
-                own = stream.reorder(orders[place[2]])
-            learner = _bound(make(jax.tree.map(lambda leaf: leaf[place[0]], settings)), weights)
-            result = _run(learner, own, key, None, *options)._replace(cursor=None)
-            return result if keep_states else result._replace(state=None)
-
-        flat = jax.lax.map(one, jnp.arange(math.prod(shape)), batch_size=batch_size if batch_size > 1 else None)
-        return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), flat)
-
-    return program
-
-
-def _bound(learner: Learner, weights: PyTree) -> Learner:
-    return learner if weights is None else learner.bind(weights)
-
-
-def _runs_that_fit(
-    make: Callable[[Any], Learner],
-    settings: PyTree,
-    stream: Stream,
-    keys: Key,
-    shape: tuple[int, ...],
-    weights: PyTree,
-    options: tuple[Any, ...],
-) -> int:
-    """How many runs half the device's memory holds, at four states and one stack of metrics each."""
-    total = math.prod(shape)
-    device = jax.devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if device.platform == "cpu" or limit is None:
-        return 1
-    first = jax.tree.map(lambda leaf: leaf[0], settings)
-    result = jax.eval_shape(
-        lambda s, d, k, w: _run(_bound(make(s), w), d, k, None, *options), first, stream, keys[0], weights
-    )
-    state = sum(leaf.size * 4 for leaf in jax.tree.leaves(result.state))
-    metrics = sum(leaf.size * 4 for leaf in jax.tree.leaves(result._replace(state=None)))
-    return int(max(1, min(total, limit // 2 // (4 * state + metrics))))

@@ -446,11 +446,11 @@ def test_new_numbers_compile_nothing(covering: SimpleNamespace) -> None:
     result = sweep(make, values, covering.stream, keys, batch_size=4)
     assert result.accuracy.shape == (2, 2, 4, 3)
     np.testing.assert_allclose(result.metrics["loss"][1, 1], covering.own["metrics"]["loss"], rtol=1e-3, atol=1e-4)
-    from cl_zoo.training import _run_stream
+    from cl_zoo.training import _sweep
 
-    before = _run_stream._sweep_program.cache_info()
+    before = _sweep._sweep_program.cache_info()
     sweep(make, jax.tree.map(lambda leaf: 0.7 * leaf, values), covering.stream, keys, batch_size=4)
-    after = _run_stream._sweep_program.cache_info()
+    after = _sweep._sweep_program.cache_info()
     assert after.misses == before.misses and after.hits == before.hits + 1
 
 

@@ -266,3 +266,19 @@ def test_strength_curve(axes):
     (line,) = axes.lines
     np.testing.assert_allclose(line.get_ydata(), [20, 40, 30])
     assert axes.get_xscale() == "log" and line.get_label() == "ewc" and len(axes.collections) == 1
+
+
+def test_confidence_interval_holds_the_mean_as_often_as_it_says() -> None:
+    values = np.random.default_rng(0).normal(3.0, 2.0, (5, 20000))
+    low, high = metrics.confidence_interval(values, 0.9)
+    assert 0.89 < ((low < 3) & (high > 3)).mean() < 0.91
+    np.testing.assert_allclose((low + high) / 2, values.mean(axis=0))
+    low, high = metrics.confidence_interval(values.T, axis=1)
+    assert low.shape == (20000,)
+    assert np.isnan(metrics.confidence_interval([0.5])).all()
+    with pytest.raises(ValueError, match="level is 95"):
+        metrics.confidence_interval([0.5, 0.6], 95)
+
+
+def test_class_accuracy_by_hand() -> None:
+    np.testing.assert_array_equal(metrics.class_accuracy([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), [0.75, 1.0, np.nan])

@@ -23,7 +23,7 @@ from cl_zoo.evaluation.cost import state_bytes, timed, update_flops
 from cl_zoo.files import InUseError, locked
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist
-from cl_zoo.training import Stopped, loop, stream_program
+from cl_zoo.training import Stopped, _sweep, loop, stream_program
 from cl_zoo.training.checkpoint import CheckpointError, Checkpoints
 from cl_zoo.training.run_directory import ConfigError, read_metrics
 from tests.tiny import STEPS, same_bytes, tiny_learner, tiny_stream
@@ -71,6 +71,25 @@ def test_sweep_over_orders(stream: Any, tiny_images: Any) -> None:
     alone = run_stream(make(1e-2), stream.reorder(one), keys[1])
     np.testing.assert_allclose(paired.metrics["loss"][0, 1], alone.metrics["loss"], rtol=1e-3, atol=1e-5)
     assert len({float(full.metrics["loss"][0, 0, order].sum()) for order in range(3)}) == 3
+
+
+def test_sweep_of_seeds_alone(stream: Any, capfd: Any) -> None:
+    """A learner and no settings; three runs, two at once; a bar that counts them."""
+    learner = tiny_learner(stream, supervised())
+    keys = jax.random.split(KEY, 3)
+    result = sweep(learner, None, stream, keys, batch_size=2, keep_states=True)
+    assert result.accuracy.shape == (3, 4, 3) and result.state.step.tolist() == [18] * 3
+    alone = run_stream(learner, stream, keys[2])
+    np.testing.assert_allclose(result.metrics["loss"][2], alone.metrics["loss"], rtol=1e-3, atol=1e-5)
+    assert "3/3" in capfd.readouterr().err
+    programs = _sweep._sweep_program.cache_info().misses
+    sweep(learner, None, stream, jax.random.split(jax.random.key(1), 3), batch_size=2, keep_states=True, progress=False)
+    assert _sweep._sweep_program.cache_info().misses == programs
+    assert "3/3" not in capfd.readouterr().err
+    with pytest.raises(ValueError, match="settings is None and make a function, but make must be the learner itself"):
+        sweep(lambda s: learner, None, stream, keys)
+    with pytest.raises(ValueError, match="make must be a function, settings -> Learner"):
+        sweep(learner, jnp.zeros(2), stream, keys)
 
 
 @pytest.mark.parametrize(
