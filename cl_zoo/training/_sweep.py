@@ -74,8 +74,8 @@ def sweep(
       (3, 2, 6, 5)
     """
     if isinstance(make, Learner) != (settings is None):
-        wanted = "the learner itself" if settings is None else "a function, settings -> Learner"
-        raise ValueError(f"sweep: settings is {_told(settings)} and make {_told(make)}, but make must be {wanted}")
+        wanted = "without settings it must be the learner" if settings is None else "it must be a function of a setting"
+        raise ValueError(f"sweep: make is {type(make).__name__}, but {wanted}")
     if isinstance(make, Learner):
         weights = make.model.weights if weights is None else weights
         result = sweep(
@@ -84,7 +84,7 @@ def sweep(
         )  # fmt: skip
         return jax.tree.map(lambda leaf: leaf[0], result)
     if not callable(make):
-        raise ValueError(f"sweep: make is {type(make).__name__}, but it must be a function, settings -> Learner")
+        raise ValueError(f"sweep: make is {type(make).__name__}, but it must be a function of a setting")
     check_key("sweep", "keys", keys, 1)
     if orders is not None and not isinstance(orders, str):
         check_key("sweep", "orders", orders, 1)
@@ -114,10 +114,6 @@ def sweep(
             bar.update(min(batch_size, total - first))
     result = jax.tree.map(lambda *leaves: _joined(leaves, shape), *found)
     return with_reports(result, options[0], stream, len(shape))
-
-
-def _told(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _joined(leaves: tuple[Array, ...], shape: tuple[int, ...]) -> Array:

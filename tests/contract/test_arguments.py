@@ -86,7 +86,14 @@ GOOD: dict[str, Any] = {
     "state": TrainState(*[None] * 7),
     "corruption": "fog",
 }
-OWN: dict[str, dict[str, Any]] = {"skills": {"tasks": [{}]}}
+OWN: dict[str, dict[str, Any]] = {
+    "skills": {"tasks": [{}]},
+    "augment": {"function": lambda key, x: x},
+    "read_image_folder": {"size": 8},
+    "load_tfds": {"name": "mnist"},
+    "patience": {"n": 2},
+    "task_stream": {"tasks": [(np.zeros((4, 2)), np.arange(4))]},
+}
 """Values of arguments without a default."""
 
 
@@ -185,6 +192,7 @@ def test_choices_refuse_other_words() -> None:
         "directory",
         "folder",
         "source_domain",
+        *("target", "task", "image", "label"),
     }
     for name, function in FUNCTIONS.items():
         for field, parameter in inspect.signature(function).parameters.items():

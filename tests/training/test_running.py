@@ -86,9 +86,9 @@ def test_sweep_of_seeds_alone(stream: Any, capfd: Any) -> None:
     sweep(learner, None, stream, jax.random.split(jax.random.key(1), 3), batch_size=2, keep_states=True, progress=False)
     assert _sweep._sweep_program.cache_info().misses == programs
     assert "3/3" not in capfd.readouterr().err
-    with pytest.raises(ValueError, match="settings is None and make a function, but make must be the learner itself"):
+    with pytest.raises(ValueError, match="make is function, but without settings it must be the learner"):
         sweep(lambda s: learner, None, stream, keys)
-    with pytest.raises(ValueError, match="make must be a function, settings -> Learner"):
+    with pytest.raises(ValueError, match="make is Learner, but it must be a function of a setting"):
         sweep(learner, jnp.zeros(2), stream, keys)
 
 

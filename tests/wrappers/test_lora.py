@@ -112,7 +112,8 @@ def test_without_weights_they_are_drawn() -> None:
     same_bytes(one.init(learner_key, batch), one.bind(weights).init(learner_key, batch))
     assert one.bind(weights).drawn(learner_key, batch).model.weights is weights
     drawn, bound = run_stream(one, source, key), run_stream(one.bind(weights), source, key)
-    close((drawn.state, drawn.metrics), (bound.state, bound.metrics), rtol=1e-3, atol=1e-4)
+    close(drawn.metrics, bound.metrics, rtol=1e-4)
+    close(drawn.state.params, bound.state.params, atol=1e-3)  # Adam makes much of a gradient that is only rounding
     # So it can predict afterwards.
     rows = source.evaluation(1, "test")
     first = jax.tree.map(lambda leaf: leaf[0], rows)
