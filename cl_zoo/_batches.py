@@ -10,7 +10,7 @@ import numpy as np
 
 from cl_zoo.types import Array, Batch, TrainState
 
-__all__ = ["blanked", "check_batch", "check_state"]
+__all__ = ["blanked", "check_batch", "check_state", "copied"]
 
 
 def check_state(owner: str, state: Any) -> None:
@@ -53,3 +53,10 @@ def blanked(batch: Batch) -> Batch:
 
     rows = {"x": batch.x, "y": batch.y, "task": batch.task}
     return batch._replace(weight=weight, **{name: jax.tree.map(blank, leaf) for name, leaf in rows.items()})
+
+
+def copied(leaf: Array) -> Array:
+    """The same array or key in memory of its own: that of a state may be donated to the next one."""
+    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.copy(leaf)
+    return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.interpreters import partial_eval
 
-from cl_zoo._batches import blanked, check_batch, check_state
+from cl_zoo._batches import blanked, check_batch, check_state, copied
 from cl_zoo._model import of_arrays
 from cl_zoo.checks import check_key
 from cl_zoo.compilation import DoesNotFitError
@@ -74,7 +74,7 @@ class Learner:
                 "compose: the optimiser is schedule-free, which answers from another iterate than it trains; take one"
                 " whose parameters are those that predict, and ema() for an average"
             )
-        state = TrainState(zero, zero, key, params, model_state, opt_state, {})
+        state = TrainState(zero, jnp.copy(zero), copied(key), params, model_state, opt_state, {})
         return state._replace(parts={c.name: _part(c, context, state, batch, key) for c in self.components if c.init})
 
     def begin_task(self, state: TrainState, task: TaskInfo, sample: Batch | None = None) -> TrainState:
@@ -84,7 +84,7 @@ class Learner:
             raise ValueError(
                 f"begin_task: task is {type(task).__name__}, but it must be a TaskInfo, as one of stream.tasks"
             )
-        state = state._replace(task=jnp.asarray(task.index, jnp.int32))
+        state = state._replace(task=jnp.array(task.index, jnp.int32))  # its memory may be donated
         return self._each("begin_task", state, task, self._blank_all(sample))
 
     def end_task(self, state: TrainState, sample: Batch | None = None) -> TrainState:

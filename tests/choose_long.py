@@ -4,8 +4,8 @@
 
 Of a parametrised test all cases above `SLOW` seconds go but the fastest; a test without cases goes above `VERY_SLOW`,
 unless it is the only one of its kind (`KINDS`); what is left out and was not run stays out. Laws stay for the entries
-that cover every hook; of those that take more than `VERY_SLOW`, the two fastest stay. A test that the log does not have,
-of a new algorithm say, is never left out.
+that cover every hook; of those that take more than `VERY_SLOW`, the two fastest stay. What was never logged, a law of a
+new algorithm say, is not left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.contract.test_laws import COVER
 
-SLOW, VERY_SLOW = 0.3, 2.5
+SLOW, VERY_SLOW = 0.3, 1.5
 LAWS = "contract/test_laws.py"
 KINDS = (
     "test_notebook_runs",

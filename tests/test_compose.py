@@ -229,3 +229,15 @@ def test_task_incremental_score_of_a_class_incremental_run(tiny_images: Any) -> 
     within = result.measures["within"]
     assert (within[1:] >= result.accuracy[1:]).all()
     assert within[-1].mean() > result.accuracy[-1].mean() + 0.2
+
+
+def test_a_loop_of_ones_own_may_donate_the_state(tiny_images: Any) -> None:
+    """Made without a program, it shares no memory with the key, the task or itself."""
+    stream = tiny_stream(tiny_images)
+    learner, key = tiny_learner(stream, supervised(), replay(8, batch_size=2)), jax.random.key(3)
+    batch, _ = stream.next(stream.init(key))
+    update = jax.jit(learner.update, donate_argnums=0)
+    task = jax.tree.map(lambda leaf: leaf[0], stream.tasks)
+    state, _ = update(learner.begin_task(learner.init(key, batch), task), batch)
+    state, _ = update(learner.end_task(state, stream.sample(0, key)), batch)
+    assert jax.random.key_data(key).shape == (2,) and int(task.index) == 0 and int(state.step) == 2

@@ -1,12 +1,16 @@
 """The project's own pages say what is so."""
 
+import io
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cl_zoo._catalogue import catalogue, layer_table, table
 from experiments import ledger
@@ -20,13 +24,70 @@ def test_readme_shows_the_catalogues(marker: str, table: Callable[[], str]) -> N
     assert shown and shown.group(1) == table()
 
 
-def test_readme_code_runs() -> None:
+def write_own_data(folder: Path) -> None:
+    """What README's blocks read, and a package that is not installed here."""
+    random = np.random.default_rng(0)
+    rows = [f"{a:.2f},{b:.2f},{'ab'[i % 2]},{2024 + i // 40}" for i, (a, b) in enumerate(random.normal(size=(80, 2)))]
+    (folder / "sales.csv").write_text("price,weight,kind,year\n" + "\n".join(rows))
+    for name in ("cat", "cow", "dog", "owl"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = random.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.png")
+    (folder / "wandb.py").write_text(
+        "told = []\ndef init(**_): pass\ndef log(values, step): told.append((step, values))\n"
+    )
+
+
+def write_tfds(folder: Path) -> None:
+    """A small set under the name of a published one."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "fashion_mnist"
+        VERSION = tfds.builder("fashion_mnist", data_dir=folder).version
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(28, 28, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(400), "test": self._generate_examples(20)}
+
+        def _generate_examples(self, n):
+            for i in range(n):
+                Image.fromarray(np.full((28, 28), i % 256, np.uint8)).save(file := io.BytesIO(), "PNG")
+                file.seek(0)
+                yield i, {"image": file, "label": i % 10}
+
+    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def test_readme_code_runs(tmp_path: Path) -> None:
+    """Every block, one after another, in one process. The first and the last are made smaller."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    code = "\n".join(blocks).replace("steps=300", "steps=3").replace("(256, 256)", "(8,)")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert len(blocks) == 10
+    write_own_data(tmp_path)
+    write_tfds(tmp_path / "tfds_data")
+    blocks[0] = blocks[0].replace("steps=300", "steps=3").replace("(256, 256)", "(8,)")
+    blocks[-1] = blocks[-1].replace("steps=100", "steps=5")
+    blocks[-2] += (
+        "\nassert len(wandb.told) >= 7 and np.isnan(fit(make(longer), longer, key, 'runs/mine').accuracy[2, 2])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", "\n".join(blocks)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "NPROC": "2"},
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "(8, 8, 6, 5)"
+    told = result.stdout.splitlines()[-3:]
+    assert all(re.fullmatch(r"EWC +\d+: 0\.\d{3}, 95 % interval 0\.\d{3} to [01]\.\d{3}", line) for line in told), told
 
 
 def test_ledger_says_what_the_result_files_say() -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from cl_zoo._batches import copied
 from cl_zoo._learner import Learner
 from cl_zoo.checks import check_range, check_whole
 from cl_zoo.compilation import jit
@@ -222,7 +223,7 @@ def _fit(
     if restored is None:
         carry, done = programs["start"](learner, stream, key), int(np.append(starts, total)[begun[0]])
         if begun[1] is not None:
-            carry = jax.tree.map(_copy, (begun[1][0], carry[1] if begun[1][1] is None else begun[1][1]))
+            carry = jax.tree.map(copied, (begun[1][0], carry[1] if begun[1][1] is None else begun[1][1]))
         if after is not None:
             known = {name: after.measures.get(name, taken[name]) for name, one in measures if one.report is None}
             taken |= {name: placed(taken[name], found) for name, found in known.items()}
@@ -345,7 +346,7 @@ def _programs(structure: Any) -> dict[str, Callable[..., Any]]:
 
     def start_all(learner: Learner, stream: Stream, key: Key) -> Carry:
         # Its memory is donated to the next program: none of it may be the caller's.
-        return jax.tree.map(_copy, start(learner, stream, key)[1])
+        return jax.tree.map(copied, start(learner, stream, key)[1])
 
     def draw(learner: Learner, stream: Stream, key: Key) -> PyTree:
         return start(learner, stream, key)[0].model.weights
@@ -382,9 +383,3 @@ def _programs(structure: Any) -> dict[str, Callable[..., Any]]:
         "finite": jit(is_finite),
         "measure": jit(measure, static_argnums=(5, 6)),
     }
-
-
-def _copy(leaf: Array) -> Array:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-    return jnp.copy(leaf)

@@ -36,7 +36,7 @@ ALLOWED |= {
     "datasets": BASE,
     "streams": BASE | {"datasets", "language"},
     "evaluation": BASE | {"estimators", "_learner"},
-    "training": BASE | {"evaluation", "_learner"},
+    "training": BASE | {"evaluation", "_learner", "_batches"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
