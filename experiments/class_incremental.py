@@ -111,14 +111,6 @@ def cell(config: Config, method: str, images: Any) -> Cell:
     return sweep_cell("class", method, learner, stream)
 
 
-# Mean and standard error over 20 seeds; ContinualAI's figure is of one run and has no error.
-_2019 = {"source": "van de Ven and Tolias 2019", "n": 20}
-PUBLISHED: dict[tuple[str, str], list[dict[str, Any]]] = {
-    ("class", "none"): [{"mean": 19.90, "sem": 0.02, **_2019}],
-    ("class", "icarl"): [{"mean": 94.57, "sem": 0.11, **_2019}],
-    ("class", "icarl per class"): [{"mean": 92.49, "sem": 0.12, "n": 20, "source": "van de Ven et al. 2022"}],
-    ("class", "gdumb large"): [{"mean": 97.0, "sem": None, "n": 1, "source": "ContinualAI baselines"}],
-}
 NOTES = {
     ("class", method): note
     for method, note in {
@@ -147,7 +139,6 @@ def main(config: Config) -> None:
             f"\nClass-incremental split MNIST, protocol {config.protocol}\n{table(found)}\n",
             f"class-incremental split MNIST, {config.protocol}",
             scored(found),
-            PUBLISHED if is_full else {},
             NOTES if is_full else {},
             name=f"class_incremental_{config.protocol}",
         )

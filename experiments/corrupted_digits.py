@@ -54,25 +54,6 @@ from experiments.corrupted_digits_nets import METHODS, NETS, PROTOCOLS, Protocol
 FAMILIES = {"noise": slice(0, 3), "blur": slice(3, 7), "weather": slice(7, 11), "digital": slice(11, 15)}
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
-# Error in percent on CIFAR-10-C at severity 5: baseline, joint, standard, online.
-_SUN = """gaussian_noise 50.5 49.4 45.6 25.8; shot_noise 47.2 45.3 41.8 22.6; impulse_noise 56.1 53.4 50.0 30.6;
-defocus_blur 23.7 24.2 21.8 14.6; glass_blur 51.7 48.5 46.1 34.4; motion_blur 24.3 24.8 23.0 18.3;
-zoom_blur 26.3 26.4 23.9 17.1; snow 25.6 25.0 23.9 20.0; frost 34.4 32.5 30.0 18.0; fog 28.1 27.5 25.1 16.9;
-brightness 13.5 12.6 12.2 11.2; contrast 25.0 25.3 23.9 15.6; elastic_transform 27.4 24.0 22.6 21.6;
-pixelate 55.8 51.6 47.2 18.1; jpeg_compression 29.8 28.7 27.2 21.2"""
-PUBLISHED = {
-    (f"CIFAR-10-C, severity 5, {name}", method): [
-        {"mean": float(error), "sem": None, "source": "Sun et al. 2020, arXiv 1909.13231, ResNet-26 with group norm"}
-    ]
-    for name, *errors in (line.split() for line in _SUN.split(";"))
-    for method, error in zip(("baseline", "joint", "ttt", "ttt online"), errors, strict=True)
-} | {
-    ("CIFAR-10-C, severity 5, mean of 15", method): [
-        {"mean": error, "sem": None, "source": "Wang et al. 2021, README of its code, WRN-28-10"}
-    ]
-    for method, error in (("source", 43.5), ("norm", 20.4), ("tent", 18.6))
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -139,10 +120,8 @@ def main(config: Config) -> None:
             f"\n{table(rows)}\n\nlearning rates at test time: {rates}",
             "corrupted MNIST, error" if digits else "CIFAR-10-C, error",
             rows,
-            PUBLISHED,
             notes,
             lower_is_better=True,
-            not_attempted=[key for key in PUBLISHED if key not in rows],
             name="corrupted_digits" if digits else "corrupted_cifar10",
         )
 

@@ -95,29 +95,6 @@ def methods(benchmark: str, buffer: int | None, batch_size: int) -> dict[str, tu
     }
 
 
-_SOURCE = "Buzzega et al. 2020, table 2"
-PUBLISHED = {  # mean and standard deviation over 10 runs
-    ("permuted", "sgd"): (40.70, 2.33),
-    ("permuted", "online ewc"): (75.79, 2.25),
-    ("permuted", "si"): (65.86, 1.57),
-    ("rotated", "sgd"): (67.66, 8.53),
-    ("rotated", "online ewc"): (77.35, 5.77),
-    ("rotated", "si"): (71.91, 5.83),
-    ("permuted, buffer 200", "er"): (72.37, 0.87),
-    ("permuted, buffer 200", "a-gem"): (66.42, 4.00),
-    ("permuted, buffer 200", "der"): (81.74, 1.07),
-    ("permuted, buffer 200", "der++"): (83.58, 0.59),
-    ("permuted, buffer 500", "er"): (80.60, 0.86),
-    ("permuted, buffer 500", "der"): (87.29, 0.46),
-    ("permuted, buffer 500", "der++"): (88.21, 0.39),
-    ("rotated, buffer 200", "er"): (85.01, 1.90),
-    ("rotated, buffer 200", "a-gem"): (81.91, 0.76),
-    ("rotated, buffer 200", "der"): (90.04, 2.61),
-    ("rotated, buffer 200", "der++"): (90.43, 1.87),
-    ("rotated, buffer 500", "er"): (88.91, 1.44),
-    ("rotated, buffer 500", "der"): (92.24, 1.12),
-    ("rotated, buffer 500", "der++"): (92.77, 1.05),
-}
 NOTES = {
     "online ewc": "the Fisher of all classes; theirs weighs the observed label's squared gradient by its probability",
     "si": "theirs clips every gradient to [-1, 1]",
@@ -149,10 +126,6 @@ def main(config: Config) -> None:
             f"\n{config.tasks} tasks, one pass\n{table(found)}\n",
             f"MNIST, {config.tasks} tasks in one pass",
             scored(found),
-            {
-                cell: [{"mean": mean, "sem": sd / 10**0.5, "n": 10, "source": _SOURCE}]
-                for cell, (mean, sd) in PUBLISHED.items()
-            },
             {(setting, method): NOTES.get(method, "") for setting, method in found},
         )
 

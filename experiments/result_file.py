@@ -30,22 +30,18 @@ class Report(NamedTuple):
       text: the tables that are printed.
       benchmark: headline in the ledger.
       rows: "scores" and "seconds" `[S]` of each row of the ledger.
-      published: of a row, `{"mean", "sem", "source"}` of each figure.
       notes: of a row.
       remarks: they stand below the rows.
       lower_is_better: scores are errors.
-      not_attempted: published rows of which there are none of ours.
       name: of the result file; None is that of the study.
     """
 
     text: str
     benchmark: str
     rows: Found
-    published: Mapping[tuple[str, str], list[dict[str, Any]]] = {}
     notes: Mapping[tuple[str, str], str] = {}
     remarks: Sequence[str] = ()
     lower_is_better: bool = False
-    not_attempted: Sequence[tuple[str, str]] = ()
     name: str | None = None
 
 
@@ -99,16 +95,11 @@ def result_file(name: str, config: Any, report: Report, sums: dict[str, Any]) ->
                 "algorithm": method,
                 "setting": setting,
                 "ours": {"mean": s.mean, "n": s.n, **spread},
-                "published": report.published.get((setting, method), []),
                 "seconds_per_seed": float(np.median(seconds)),
                 "note": report.notes.get((setting, method), ""),
                 **({"scores": scores.tolist()} if scores.shape == seconds.shape else {}),
             }
         )
-    rows += [
-        {"algorithm": method, "setting": setting, "ours": None, "published": report.published[setting, method]}
-        for setting, method in report.not_attempted
-    ]
     settings = dataclasses.asdict(config)
     return {
         "name": report.name or name,

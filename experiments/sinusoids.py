@@ -55,22 +55,6 @@ class Config:
     """Write the result file that the ledger is made from."""
 
 
-# Mean and 95 % interval of the squared error after one step, by method, training shots and test shots.
-_META_SGD = {
-    ("maml", 5): ((1.13, 0.18), (0.85, 0.14), (0.71, 0.12)),
-    ("maml", 10): ((1.17, 0.16), (0.77, 0.11), (0.56, 0.08)),
-    ("maml", 20): ((1.29, 0.20), (0.76, 0.12), (0.48, 0.08)),
-    ("meta-sgd", 5): ((0.90, 0.16), (0.63, 0.12), (0.50, 0.10)),
-    ("meta-sgd", 10): ((0.88, 0.14), (0.53, 0.09), (0.35, 0.06)),
-    ("meta-sgd", 20): ((1.01, 0.17), (0.54, 0.08), (0.31, 0.05)),
-}
-PUBLISHED = {
-    (method, trained, tested): values
-    for (method, trained), row in _META_SGD.items()
-    for tested, values in zip((5, 10, 20), row, strict=True)
-}
-
-
 def learner_of(method: str, shots: int, iterations: int) -> tuple[Learner, Any]:
     """A learner, and the inner optimiser as a function of its parameters."""
     network = mlp((1,), 1, hidden=(40, 40), initialiser="truncated_normal")
@@ -188,21 +172,16 @@ def main(config: Config) -> None:
         raise SystemExit(f"iterations is {config.iterations}, but it must be a multiple of 100")
 
     def report(found: Found) -> Report:
-        runs, rows, published = by_shots(found), {}, {}
+        runs, rows = by_shots(found), {}
         for (method, trained), each in runs.items():
             for tested, errors in each["errors"].items():
                 name = f"trained with {trained}, tested with {tested}", method
                 rows[name] = {"scores": errors[:, 1], "seconds": [each["seconds"]]}
-                key = (method.split(" ")[0], trained, int(tested))
-                if key in PUBLISHED:
-                    mean, width = PUBLISHED[key]
-                    published[name] = [{"mean": mean, "sem": width / 1.96, "source": "Li et al. 2017, table 1"}]
         title = f"\nMean squared error after one step, {config.test_tasks} sinusoids, mean ± 95 % interval"
         return Report(
             f"{title}\n{table(runs)}\n",
             "sinusoids from a few points: squared error after one step, not percent; n counts test tasks",
             rows,
-            published,
             {name: "inner rate 0.001" if "0.001" in name[1] else "" for name in rows},
             lower_is_better=True,
         )

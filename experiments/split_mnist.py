@@ -110,33 +110,7 @@ def cell(config: Config, scenario: str, method: str, images: Any) -> Cell:
     return sweep_cell(scenario, method, compose(model, optax.adam(1e-3), *kept, tasks=stream.tasks), stream)
 
 
-# Mean and standard error over 20 seeds. 2022: table 2 of doi 10.1038/s42256-022-00568-3; 2019: arXiv 1904.07734 v1.
-_2022 = {
-    "none": ((84.32, 0.99), (60.13, 1.66), (19.89, 0.02)),
-    "joint": ((99.67, None), (98.59, None), (98.17, None)),
-    "ewc": ((99.06, 0.15), (63.03, 1.58), (20.64, 0.52)),
-    "si": ((99.20, 0.11), (66.94, 1.13), (21.20, 0.57)),
-    "lwf": ((99.60, 0.03), (71.18, 1.42), (21.89, 0.32)),
-    "replay": ((98.98, 0.07), (93.75, 0.24), (88.79, 0.20)),
-}
-_2019 = {
-    "none": ((87.19, 0.94), (59.21, 2.04), (19.90, 0.02)),
-    "joint": ((99.66, 0.02), (98.42, 0.06), (97.94, 0.03)),
-    "ewc": ((98.64, 0.22), (63.95, 1.90), (20.01, 0.06)),
-    "online ewc": ((99.12, 0.11), (64.32, 1.90), (19.96, 0.07)),
-    "si": ((99.09, 0.15), (65.36, 1.57), (19.99, 0.06)),
-    "lwf": ((99.57, 0.02), (71.50, 1.63), (23.85, 0.44)),
-}
 _SCENARIOS = ("task", "domain", "class")
-PUBLISHED = {
-    (scenario, method): [
-        {"mean": values[method][i][0], "sem": values[method][i][1], "n": 20, "source": source}
-        for source, values in (("van de Ven et al. 2022", _2022), ("van de Ven and Tolias 2019", _2019))
-        if method in values
-    ]
-    for i, scenario in enumerate(_SCENARIOS)
-    for method in _2019 | _2022
-}
 NOTES = {
     (scenario, method): note
     for scenario in _SCENARIOS
@@ -157,7 +131,6 @@ def main(config: Config) -> None:
             f"\nSplit MNIST, protocol {config.protocol}\n{table(found)}\n",
             f"split MNIST, {config.protocol}",
             scored(found),
-            PUBLISHED if config.protocol == "van_de_ven" else {},
             NOTES,
             name=f"split_mnist_{config.protocol}",
         )

@@ -56,9 +56,6 @@ class Config:
     """Write the result file that the ledger is made from."""
 
 
-PUBLISHED = {0.0: 57.4, 0.01: 92.0, 0.02: 93.9, 0.1: 96.94}  # by strength; stored with the authors' code
-
-
 def main(config: Config) -> None:
     """Runs the study, prints its table, draws its figures."""
     check_numbers(config, "tasks", "seeds", "epochs")
@@ -74,16 +71,10 @@ def main(config: Config) -> None:
         return compose(model, optax.adam(1e-3), supervised(), kept, tasks=stream.tasks)
 
     def report(found: Found) -> Report:
-        theirs = {"sem": None, "n": None, "source": "Zenke et al. 2017, stored with their code, 2000 x 2000"}
         return Report(
             f"\nPermuted MNIST, {config.tasks} tasks, hidden {widths}\n{table(found)}\n",
             f"permuted MNIST, {config.tasks} tasks, the protocol of synaptic intelligence",
             scored(found),
-            {
-                cell: [{"mean": PUBLISHED[strength], **theirs}]
-                for cell, strength in zip(found, config.strengths, strict=True)
-                if strength in PUBLISHED
-            },
             dict.fromkeys(found, "" if config.hidden == (2000, 2000) else "a narrower network than theirs"),
         )
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from cl_zoo._catalogue import catalogue, layer_table, table
 from experiments import ledger
+from experiments.published import FIGURES, Figure
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,18 +104,69 @@ def test_every_reproduction_is_in_the_ledger(entry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "published", "found"),
+    ("ours", "published", "options", "found"),
     [
-        ((99.0, 0.1), (99.1, 0.1), "matched"),
-        ((99.0, 0.1), (98.0, 0.1), "better"),
-        ((97.0, 0.1), (98.0, 0.1), "not matched"),
-        ((97.0, 0.1), (98.0, 0.6), "matched"),
-        ((97.9, None), (98.0, None), "matched"),
+        ((90.5, 0.5, 10), (90.0, 0.5, 10), {}, "equivalent"),
+        ((93.0, 0.5, 10), (90.0, 0.5, 10), {}, "better"),
+        ((87.0, 0.5, 10), (90.0, 0.5, 10), {}, "worse"),
+        ((87.0, 0.5, 10), (90.0, 0.5, 10), {"lower_is_better": True}, "better"),
+        ((90.5, 5.0, 3), (90.0, 0.5, 10), {}, "inconclusive"),  # a wide spread is no reproduction
+        ((90.5, None, 1), (90.0, 0.5, 10), {}, "inconclusive"),
+        ((97.5, 0.1, 10), (96.0, 0.1, 10), {}, "better"),  # of 1 point
+        ((1.20, 0.01, 10), (1.10, 0.01, 10), {"lower_is_better": True, "is_loss": True}, "worse"),  # of 5 %
+        ((1.12, 0.01, 10), (1.10, 0.01, 10), {"lower_is_better": True, "is_loss": True}, "equivalent"),
+        ((93.0, 0.5, 10), (90.0, None, None), {}, "better"),
     ],
 )
-def test_verdicts(ours: tuple, published: tuple, found: str) -> None:
-    as_row = lambda pair: {"mean": pair[0], "sem": pair[1]}  # noqa: E731
-    assert ledger.verdict(as_row(ours), as_row(published)) == found
+def test_verdicts(ours: tuple, published: tuple, options: dict, found: str) -> None:
+    mean, sd, n = ours
+    figure = Figure(published[0], "a paper", "source read", *published[1:])
+    assert ledger.verdict({"mean": mean, "sd": sd, "n": n}, figure, **options).word == found
+
+
+def test_the_interval_is_that_of_welch() -> None:
+    """Against SciPy's, from samples of those moments."""
+    random = np.random.default_rng(0)
+    ours, theirs = random.normal(90, 2, 5), random.normal(88, 1, 9)
+    figure = Figure(theirs.mean(), "a paper", "source read", theirs.std(ddof=1), 9)
+    found = ledger.verdict({"mean": ours.mean(), "sd": ours.std(ddof=1), "n": 5}, figure)
+    wanted = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.9)
+    np.testing.assert_allclose((found.low, found.high), wanted, rtol=1e-10)
+    exact = ledger.verdict({"mean": ours.mean(), "sd": ours.std(ddof=1), "n": 5}, Figure(88.0, "a", "secondary"))
+    wanted = stats.ttest_1samp(ours, 88.0).confidence_interval(0.9)
+    np.testing.assert_allclose((exact.low + 88, exact.high + 88), wanted, rtol=1e-10)
+
+
+def test_every_verdict_follows_from_what_is_stored() -> None:
+    """Every row of the page, by the rule as its introduction states it; and the summary counts those that count."""
+    rows = [line.split(" | ") for line in ledger.LEDGER.read_text().splitlines() if line.count(" | ") == 7]
+    counted: dict[str, int] = {}
+    for cells in rows:
+        shown = re.match(r"(-?[\d.]+)(?: ± ([\d.]+))?(?: \(n (\d+)\))?$", cells[2])
+        told = re.match(
+            r"\(?(equivalent|better|worse|inconclusive)(?: †)?(?:, ([+-]\S+) to ([+-]\S+?))?[;)]?(?: |$)", cells[7]
+        )
+        if not shown or not told or told[2] is None:
+            continue
+        ours = [float(x) for x in cells[4].split(" ± ")]
+        n, known = int(cells[5]), shown[2] is not None and shown[3] is not None
+        v = [ours[1] ** 2 / n, float(shown[2]) ** 2 / int(shown[3]) if known else 0.0]
+        df = sum(v) ** 2 / (v[0] ** 2 / (n - 1) + (v[1] ** 2 / (int(shown[3]) - 1) if known else 0)) if sum(v) else 1
+        half = stats.t.ppf(0.95, df) * sum(v) ** 0.5
+        d = ours[0] - float(shown[1])
+        np.testing.assert_allclose((float(told[2]), float(told[3].rstrip(";)"))), (d - half, d + half), atol=0.06)
+        if cells[3] in ("source read", "secondary"):
+            counted[told[1]] = counted.get(told[1], 0) + 1
+    assert sum(counted.values()) > 25
+    for word, number in counted.items():
+        assert f"| - {word} | {number} |" in ledger.LEDGER.read_text()
+
+
+def test_every_published_figure_says_where_it_was_read() -> None:
+    for cells in FIGURES.values():
+        for figure in cells.values():
+            assert figure.read in ("source read", "secondary", "recalled") and len(figure.source) > 10
+            assert figure.sd is None or figure.n
 
 
 def test_studies_refuse_unknown_and_impossible_values() -> None:
