@@ -26,7 +26,7 @@ import tyro
 
 from cl_zoo import Component, accuracy, at, compose, replay, supervised
 from cl_zoo.evaluation.metrics import average_anytime_accuracy
-from cl_zoo.evaluation.plots import anytime_curve
+from cl_zoo.evaluation.plots import anytime_curve, label_lines
 from cl_zoo.models import mlp
 from cl_zoo.streams import Mixing, blurry, drifting, split_mnist
 from experiments.common import (
@@ -145,7 +145,7 @@ def main(config: Config) -> None:
             for panel, setting in zip(axes[0], config.settings, strict=True):
                 curves = {method: cell["curve"] for (here, method), cell in found.items() if here == setting}
                 anytime_curve(panel, curves, every, setting)
-            axes[0, 0].legend(fontsize=8, loc="lower left")
+            label_lines(axes[0, -1])
         return [path]
 
     settled = {"protocol": config.protocol, "share": config.share, "width": config.width, "every": every}

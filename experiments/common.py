@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from cl_zoo import Learner, Result, Stream, accuracy, at, enable_compilation_cache, sweep
 from cl_zoo.datasets import LabelledImages, load_digits
 from cl_zoo.evaluation.metrics import average_accuracy, statistics
-from cl_zoo.evaluation.plots import accuracy_heat_map, seen_task_accuracy
+from cl_zoo.evaluation.plots import accuracy_heat_map, label_lines, seen_task_accuracy
 from cl_zoo.training.run_directory import ConfigError, settle_config, write_json
 from experiments.result_file import PLACES, RESULTS, Found, Report, checksums, result_file
 
@@ -293,17 +293,25 @@ def drawing(
     plt.close(figure)
 
 
-def accuracy_figures(found: Found, directory: Path, title: str = "{}") -> list[Path]:
-    """Accuracy against tasks seen, a panel per setting under `title`, and every accuracy matrix: the two files."""
+def accuracy_figures(
+    found: Found, directory: Path, title: str = "{}", matrices: Sequence[str] | None = None
+) -> list[Path]:
+    """Accuracy against tasks seen, a panel per setting under `title`, and the accuracy matrices of these methods, or of
+    all: the two files."""
     settings = list(dict.fromkeys(setting for setting, _ in found))
     methods = list(dict.fromkeys(method for _, method in found))
     paths = [directory / "accuracy_by_task.png", directory / "accuracy_matrices.png"]
+    n = len(next(iter(found.values()))["seconds"])
+    caption = f"mean over {n} seed{'s' if n > 1 else ''}" + (", band: one standard deviation" if n > 1 else "")
     with drawing(paths[0], 1, len(settings)) as axes:
         for column, setting in zip(axes[0], settings, strict=True):
             seen_task_accuracy(column, {m: found[setting, m]["accuracy"] for m in methods}, title.format(setting))
-        axes[0, 0].legend(fontsize=8, loc="lower left")
-    with drawing(paths[1], len(settings), len(methods), size=(3.4, 3), dpi=110) as axes:
+            label_lines(column)
+        axes[0, 0].figure.supxlabel(caption, fontsize=8)
+    shown = [method for method in matrices or methods if method in methods] or methods
+    with drawing(paths[1], len(settings), len(shown), size=(3.0, 2.7), dpi=110) as axes:
         for row, setting in zip(axes, settings, strict=True):
-            for place, method in zip(row, methods, strict=True):
-                accuracy_heat_map(place, found[setting, method]["accuracy"], f"{setting}: {method}")
+            for place, method in zip(row, shown, strict=True):
+                accuracy_heat_map(place, found[setting, method]["accuracy"], f"{title.format(setting)}: {method}")
+        axes[0, 0].figure.supxlabel(caption.split(",")[0], fontsize=8)
     return paths

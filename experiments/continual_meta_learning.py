@@ -24,7 +24,7 @@ import tyro
 
 from cl_zoo import Component, compose, ewc, maml, replay, weight_interpolation
 from cl_zoo.evaluation.metrics import statistics
-from cl_zoo.evaluation.plots import course
+from cl_zoo.evaluation.plots import course, label_lines
 from cl_zoo.losses import squared_error
 from cl_zoo.models import mlp
 from cl_zoo.streams import sinusoids
@@ -125,10 +125,9 @@ def draw(axes: Any, found: Found) -> None:
     course(axes[0], met, seen, "families met so far")
     course(axes[1], met, {method: e[:, :, 0] for method, e in losses.items()}, "the first family")
     for panel in axes:
-        panel.set_xlabel("families met")
+        label_lines(panel).set_xlabel("families met")
         panel.set_xticks(met)
     axes[0].set_ylabel("squared error after five steps")
-    axes[1].legend(fontsize=8)
 
 
 def figures(found: Found, directory: Path) -> list[Path]:

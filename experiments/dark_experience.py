@@ -30,7 +30,7 @@ from cl_zoo import (
     supervised,
     synaptic_intelligence,
 )
-from cl_zoo.evaluation.plots import course
+from cl_zoo.evaluation.plots import course, label_lines
 from cl_zoo.models import mlp
 from cl_zoo.streams import permuted_mnist, rotated_mnist
 from experiments.common import (
@@ -142,9 +142,8 @@ def figures(found: Found, directory: Path) -> list[Path]:
             here = (setting, setting.split(",")[0])
             last = {m: 100 * cell["accuracy"][:, -1] for (s, m), cell in found.items() if s in here}
             course(place, range(1, 1 + len(next(iter(last.values()))[0])), last, setting)
-            place.set_xlabel("task, first to last")
+            label_lines(place).set_xlabel("task, first to last")
         axes[0, 0].set_ylabel("accuracy after the last (%)")
-        axes[0, 0].legend(fontsize=8)
     return [path]
 
 

@@ -50,7 +50,7 @@ from cl_zoo.datasets import LabelledImages
 from cl_zoo.estimators.units import unit_activations
 from cl_zoo.evaluation import online_score
 from cl_zoo.evaluation.metrics import statistics
-from cl_zoo.evaluation.plots import course
+from cl_zoo.evaluation.plots import course, label_lines
 from cl_zoo.evaluation.probes import dormant_fraction, effective_rank, mean_absolute_weight
 from cl_zoo.losses import squared_error
 from cl_zoo.models import mlp
@@ -259,10 +259,9 @@ def study_permuted(config: Config, directory: Path) -> None:
         with drawing(path, 1, 3) as axes:
             for place, (field, scale, shown, label) in zip(axes[0], panels, strict=True):
                 runs = {method: scale * cell[field][:, shown] for (_, method), cell in found.items()}
-                course(place, every[shown], runs)
+                label_lines(course(place, every[shown], runs))
                 place.set_xlabel("task")
                 place.set_ylabel(label)
-            axes[0, 0].legend(fontsize=8)
         return [path]
 
     options: dict[str, Any] = {"data": {"images": images}, "seeds": range(permuted.seeds), "directory": directory}
@@ -285,7 +284,7 @@ def study_regression(config: Config, directory: Path) -> None:
         path = directory / "error.png"
         with drawing(path, size=(4.5, 3.4)) as ((axes,),):
             rows = regression.steps * np.arange(1, regression.tasks + 1)
-            course(axes, rows, {method: cell["online"] for (_, method), cell in found.items()}).legend(fontsize=8)
+            label_lines(course(axes, rows, {method: cell["online"] for (_, method), cell in found.items()}))
             axes.set_xlabel("rows seen")
             axes.set_ylabel("squared error, mean over a task")
         return [path]

@@ -136,7 +136,7 @@ def main(config: Config) -> None:
         )
 
     cells = [cell(config, scenario, method, images) for scenario in config.scenarios for method in config.methods]
-    figures = partial(accuracy_figures, title="{}-incremental")
+    figures = partial(accuracy_figures, title="{}-incremental", matrices=("none", "ewc", "lwf", "replay"))
     settled = {"protocol": config.protocol}
     study("split_mnist", config, cells, report, figures, settled=settled, data={"images": images})
 

@@ -29,7 +29,7 @@ import tyro
 
 from cl_zoo import Component, Learner, Stream, compose, ewc, replay, supervised
 from cl_zoo.datasets import python_library, read_text_domains
-from cl_zoo.evaluation.plots import course
+from cl_zoo.evaluation.plots import course, label_lines
 from cl_zoo.language import decoder
 from cl_zoo.losses import next_token_loss
 from cl_zoo.streams import text_domains
@@ -141,10 +141,8 @@ def main(config: Config) -> None:
                     course(panel, met, lines, name if len(config.mixers) == 1 else f"{name}, {mixer}")
                     panel.set_xticks(met, [f"after {other}" for other in names])
                     panel.margins(x=0.15)
-                    for line in panel.lines:
-                        line.set_marker("o")
+                    label_lines(panel)
                 row[0].set_ylabel("bits per byte (less is better)")
-            axes[0, -1].legend(fontsize=8)
         return [path]
 
     same = ("protocol", "steps", "width", "heads", "layers", "hidden", "length", "batch_size", "learning_rate")

@@ -15,6 +15,7 @@ __all__ = [
     "accuracy_within_tasks",
     "anytime_curve",
     "course",
+    "label_lines",
     "seen_task_accuracy",
     "strength_curve",
 ]
@@ -122,9 +123,53 @@ def course(axes: Any, x: ArrayLike, runs: Mapping[str, ArrayLike], title: str = 
     return axes
 
 
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Told apart by all eyes (Okabe and Ito 2008), without its yellow, which is too light for a line."""
+MARKERS = "os^DvPX"
+
+
 def _band(axes: Any, x: np.ndarray, values: np.ndarray, label: str, marker: str = "") -> None:
-    mean = values.mean(0)
-    (line,) = axes.plot(x, mean, label=label or None, marker=marker or None, markersize=4)
+    """A mean and one standard deviation around it; colour, marker and dashes by how many lines there are."""
+    mean, place = values.mean(0), len(axes.lines)
+    style = {"color": COLOURS[place % len(COLOURS)], "linestyle": "-" if place < len(COLOURS) else "--"}
+    few = len(x) <= 30
+    marker = marker or (MARKERS[place % len(MARKERS)] if few else "")
+    axes.plot(x, mean, label=label or None, marker=marker or None, markersize=4, linewidth=1.6, **style)
     if len(values) > 1:
         spread = values.std(0, ddof=1)
-        axes.fill_between(x, mean - spread, mean + spread, alpha=0.2, color=line.get_color(), linewidth=0)
+        axes.fill_between(x, mean - spread, mean + spread, alpha=0.12, color=style["color"], linewidth=0)
+
+
+def label_lines(axes: Any) -> Any:
+    """Each line's name beside its end, in its colour, apart from the others: instead of a legend."""
+    lines = [line for line in axes.lines if not line.get_label().startswith("_") and len(line.get_ydata())]
+    if not lines:
+        return axes
+    low, high = axes.get_ylim()
+    height = axes.get_window_extent().height * 72 / axes.figure.dpi  # in points
+    gap = 11 / height * (high - low)
+    ends = np.array([float(np.asarray(line.get_ydata())[-1]) for line in lines])
+    order, places = np.argsort(ends), ends.copy()
+    for before, after in zip(order, order[1:], strict=False):  # upwards, each at least a gap above the last
+        places[after] = max(places[after], places[before] + gap)
+    top = places[order[-1]]
+    if top > high - gap / 2:  # then down again from the top
+        places[order[-1]] = high - gap / 2
+        for before, after in zip(order[::-1], order[-2::-1], strict=False):
+            places[after] = min(places[after], places[before] - gap)
+    right = max(float(np.asarray(line.get_xdata())[-1]) for line in lines)
+    for line, end, place in zip(lines, ends, places, strict=True):
+        axes.annotate(
+            line.get_label(),
+            (right, end),
+            xytext=(1.06, place),
+            textcoords=axes.get_yaxis_transform(),
+            color=line.get_color(),
+            fontsize=8,
+            va="center",
+            arrowprops=dict(
+                arrowstyle="-", color=line.get_color(), linewidth=0.5, alpha=0.6, relpos=(0, 0.5), shrinkA=0, shrinkB=2
+            ),
+            annotation_clip=False,
+        )
+    return axes

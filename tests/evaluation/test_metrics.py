@@ -282,3 +282,18 @@ def test_confidence_interval_holds_the_mean_as_often_as_it_says() -> None:
 
 def test_class_accuracy_by_hand() -> None:
     np.testing.assert_array_equal(metrics.class_accuracy([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), [0.75, 1.0, np.nan])
+
+
+def test_names_stand_beside_the_lines_apart_from_each_other() -> None:
+    figure, axes = pyplot.subplots(figsize=(4, 3))
+    matrices = {f"method {i}": np.full((2, 4, 3), 0.9 + 0.001 * i) for i in range(7)}
+    plots.label_lines(plots.seen_task_accuracy(axes, matrices))
+    figure.canvas.draw()
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in axes.texts]
+    assert len(boxes) == 7 and {text.get_text() for text in axes.texts} == set(matrices)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    assert min(box.x0 for box in boxes) > axes.get_window_extent().x1
+    assert len({line.get_color() for line in axes.lines}) == 7 and len({line.get_marker() for line in axes.lines}) == 7
+    heights = dict(zip((text.get_text() for text in axes.texts), (box.y0 for box in boxes), strict=True))
+    assert sorted(heights, key=heights.__getitem__) == sorted(matrices)  # in the order of the lines' ends
+    pyplot.close(figure)
