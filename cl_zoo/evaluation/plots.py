@@ -140,6 +140,9 @@ def _band(axes: Any, x: np.ndarray, values: np.ndarray, label: str, marker: str 
         axes.fill_between(x, mean - spread, mean + spread, alpha=0.12, color=style["color"], linewidth=0)
 
 
+_LEADER = {"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.6, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 2}
+
+
 def label_lines(axes: Any) -> Any:
     """Each line's name beside its end, in its colour, apart from the others: instead of a legend."""
     lines = [line for line in axes.lines if not line.get_label().startswith("_") and len(line.get_ydata())]
@@ -167,9 +170,7 @@ def label_lines(axes: Any) -> Any:
             color=line.get_color(),
             fontsize=8,
             va="center",
-            arrowprops=dict(
-                arrowstyle="-", color=line.get_color(), linewidth=0.5, alpha=0.6, relpos=(0, 0.5), shrinkA=0, shrinkB=2
-            ),
+            arrowprops={**_LEADER, "color": line.get_color()},
             annotation_clip=False,
         )
     return axes
