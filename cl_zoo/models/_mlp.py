@@ -40,6 +40,8 @@ class Mlp(nnx.Module):
                 )
             elif initialiser == "truncated_normal":
                 options["kernel_init"] = nnx.initializers.truncated_normal(0.01)
+            elif initialiser == "xavier_uniform":
+                options["kernel_init"] = nnx.initializers.xavier_uniform()
             # A bias before batch normalisation does nothing: its gradient is rounding, which Adam would scale up.
             options["use_bias"] = name == "output" or norm != "batch"
             setattr(self, name, nnx.Linear(n_in, n_out, rngs=rngs, **options))
@@ -69,7 +71,7 @@ def mlp(
     outputs: Count,
     *,
     hidden: Sequence[Count] = (256, 256),
-    initialiser: Literal["lecun_normal", "fan_in_uniform", "truncated_normal"] = "lecun_normal",
+    initialiser: Literal["lecun_normal", "fan_in_uniform", "truncated_normal", "xavier_uniform"] = "lecun_normal",
     norm: str | None = None,
     preprocess: Callable[[PyTree], PyTree] = scale_images,
 ) -> Model:
@@ -79,8 +81,9 @@ def mlp(
       input_shape: of one example; flattened.
       outputs: `C`.
       hidden: widths.
-      initialiser: "lecun_normal" with biases 0; "fan_in_uniform", PyTorch's default, for kernels and biases; or
-        "truncated_normal" of standard deviation 0.01 with biases 0, as for MAML's sinusoids.
+      initialiser: "lecun_normal" with biases 0; "fan_in_uniform", PyTorch's default, for kernels and biases;
+        "truncated_normal" of standard deviation 0.01 with biases 0, as for MAML's sinusoids; or "xavier_uniform" with
+        biases 0, as in Mammoth.
       norm: of each hidden pre-activation, before the ReLU: "batch", with running statistics in `model_state`; "layer";
         or None.
       preprocess: of x; by default uint8 images become floats in [0, 1] and floats stay.

@@ -427,3 +427,12 @@ def test_apply_does_not_change_its_arguments(noisy):
     before = jax.tree.map(np.array, model_state)
     apply(jax.random.key(1), train=True)
     same_bytes(jax.tree.map(jnp.asarray, before), model_state)
+
+
+def test_xavier_uniform_of_mammoth() -> None:
+    """U(-a, a), a = sqrt(6 / (in + out)), and biases 0."""
+    params, _ = mlp((30,), 4, hidden=(50,), initialiser="xavier_uniform").init(jax.random.key(0), jnp.zeros((1, 30)))
+    for layer, n_in, n_out in (("hidden_0", 30, 50), ("output", 50, 4)):
+        kernel, bound = np.asarray(params[layer]["kernel"]), (6 / (n_in + n_out)) ** 0.5
+        assert 0.95 * bound < np.abs(kernel).max() <= bound and not params[layer]["bias"].any()
+        np.testing.assert_allclose(kernel.var(), bound**2 / 3, rtol=0.2)
