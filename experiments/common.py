@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cl_zoo import Learner, Result, Stream, accuracy, at, enable_compilation_cache, sweep
 from cl_zoo.datasets import LabelledImages, load_digits
@@ -157,7 +157,7 @@ def sweep_cell(
 
     def run(seeds: Sequence[int]) -> dict[str, Any]:
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        result = sweep(maker, jnp.full((1,), value), stream, keys, orders=orders, **options)
+        result = sweep(maker, jnp.full((1,), value), stream, keys, orders=orders, progress=False, **options)
         arrays = jax.tree.map(lambda leaf: np.asarray(leaf)[0], keep(result))
         if "accuracy" in arrays and arrays["accuracy"].ndim == 2:
             last = arrays["accuracy"][:, None]

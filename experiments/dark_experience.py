@@ -6,7 +6,7 @@ python -m experiments.dark_experience --data-dir DATA \\
     --seeds 10 --record                                   2 CPU cores    40 min     permuted: DER++ 84, ER 73, SGD 40;
                                                                                     rotated: DER++ 92, ER 86, SGD 71
 
-Protocol of Buzzega et al. 2020 (arXiv 2004.07211): MLP 100-100 from Xavier's uniform initialisation, plain SGD, 1 epoch,
+Protocol of Buzzega et al. 2020 (arXiv 2004.07211): MLP 100-100, Xavier's uniform initialisation, plain SGD, one pass,
 batches of 128, as many examples from memory with each; rates and strengths as in the best arguments of their code,
 Mammoth. Accuracy is the mean over all 20 tasks after the last.
 """

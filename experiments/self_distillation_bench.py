@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cl_zoo import Model, Stream, accuracy, compose, run_stream, supervised
 from cl_zoo.checks import check_range, check_whole

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cl_zoo.checks import Count, check_choice, check_range, check_whole, checked
 from cl_zoo.datasets.cifar import load_cifar10_c

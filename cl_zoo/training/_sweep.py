@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cl_zoo._learner import Learner
 from cl_zoo.checks import check_key, check_whole
