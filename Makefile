@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format ledger clean
+.PHONY: demo test test-all lint format ledger notebooks clean
 
 # The environment is brought up to date where setup.cfg has changed.
 $(VENV)/ready-%: setup.cfg pyproject.toml
@@ -31,6 +31,9 @@ format: $(VENV)/ready-dev
 
 ledger: $(VENV)/ready-test
 	$(BIN)/python -m experiments.ledger
+
+notebooks: $(VENV)/ready-test
+	$(BIN)/python -m experiments.notebooks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -20,6 +20,7 @@ from experiments.common import RESULTS
 from experiments.published import FIGURES, Figure
 
 LEDGER = Path(__file__).parent / "LEDGER.md"
+README = Path(__file__).parents[1] / "README.md"
 
 INTRODUCTION = """# Ledger of reproductions
 
@@ -104,21 +105,39 @@ def judged(published: Figure | None, ours: dict[str, Any], result: dict[str, Any
     return told, found
 
 
-def ledger(folder: Path = RESULTS) -> str:
-    """The whole page."""
-    tables, counts = [], Counter[str]()
-    for path in sorted(folder.glob("*.json")):
-        tables += table(path, counts)
-    lines = [INTRODUCTION, "## Summary", "", "| | cells |", "|---|---|"]
+def summary(counts: Counter[str], folder: Path = RESULTS) -> str:
+    """How many cells came out how: a table, which README shows too."""
+    lines = ["| | cells |", "|---|---|"]
     compared = sum(counts[word] for word in VERDICTS)
     lines += [f"| compared with a figure that was read, at first or second hand | {compared} |"]
     lines += [f"| - {word} | {counts[word]} |" for word in VERDICTS]
     for word in ("recalled", "not comparable", "our own figure"):
         lines.append(f"| {word} | {counts[word]} |")
-    missing = [name for name in FIGURES if not (folder / f"{name}.json").exists()]
-    lines.append(f"| published, and not run here | {sum(len(FIGURES[name]) for name in missing)} |")
-    folded = [line for name in missing for line in not_attempted(name)]
-    return "\n".join([*lines, "", *tables, *folded]).rstrip() + "\n"
+    lines.append(f"| published, and not run here | {sum(len(FIGURES[name]) for name in _missing(folder))} |")
+    return "\n".join(lines)
+
+
+def with_summary(readme: str, page: str) -> str:
+    """README with the page's summary between its marks."""
+    table = page.split("## Summary\n\n")[1].split("\n\n")[0]
+    begin, end = "<!-- ledger: python -m experiments.ledger -->\n", "<!-- end of ledger -->"
+    before, rest = readme.split(begin)
+    return f"{before}{begin}{table}\n{end}{rest.split(end, 1)[1]}"
+
+
+def _missing(folder: Path) -> list[str]:
+    """Studies with published figures and without a result file."""
+    return [name for name in FIGURES if not (folder / f"{name}.json").exists()]
+
+
+def ledger(folder: Path = RESULTS) -> str:
+    """The whole page."""
+    tables, counts = [], Counter[str]()
+    for path in sorted(folder.glob("*.json")):
+        tables += table(path, counts)
+    folded = [line for name in _missing(folder) for line in not_attempted(name)]
+    page = [INTRODUCTION, "## Summary", "", summary(counts, folder), "", *tables, *folded]
+    return "\n".join(page).rstrip() + "\n"
 
 
 def table(path: Path, counts: Counter[str]) -> list[str]:
@@ -179,10 +198,11 @@ def main(config: Config) -> None:
     """See above."""
     page = ledger()
     if config.check:
-        if LEDGER.read_text() != page:
+        if LEDGER.read_text() != page or README.read_text() != with_summary(README.read_text(), page):
             raise SystemExit(f"{LEDGER} is not what the result files say; run: python -m experiments.ledger")
         return
     LEDGER.write_text(page)
+    README.write_text(with_summary(README.read_text(), page))
     print(LEDGER)
 
 

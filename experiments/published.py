@@ -110,7 +110,9 @@ def _dark_experience() -> dict[Key, Figure]:
         ("rotated, buffer 500", "der"): (92.24, 1.12, "secondary"),
         ("rotated, buffer 500", "der++"): (92.77, 1.05, "secondary"),
     }
-    return {key: Figure(mean, _DER, read, sd, 10, 10.0) for key, (mean, sd, read) in cells.items()}
+    found = {key: Figure(mean, _DER, read, sd, 10, 10.0) for key, (mean, sd, read) in cells.items()}
+    key = ("rotated, buffer 500", "a-gem")
+    return found | {key: found[key]._replace(differs="their rate is 0.3, that of our stored run 0.1")}
 
 
 _LOOK = "Gupta et al. 2020, arXiv 2007.13904, table 1"

@@ -93,7 +93,9 @@ def test_readme_code_runs(tmp_path: Path) -> None:
 
 
 def test_ledger_says_what_the_result_files_say() -> None:
-    assert ledger.LEDGER.read_text() == ledger.ledger(), "run: make ledger"
+    page = ledger.ledger()
+    assert ledger.LEDGER.read_text() == page, "run: make ledger"
+    assert ledger.README.read_text() == ledger.with_summary(ledger.README.read_text(), page), "run: make ledger"
 
 
 @pytest.mark.parametrize(

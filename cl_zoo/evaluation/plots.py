@@ -130,7 +130,7 @@ MARKERS = "os^DvPX"
 
 def _band(axes: Any, x: np.ndarray, values: np.ndarray, label: str, marker: str = "") -> None:
     """A mean and one standard deviation around it; colour, marker and dashes by how many lines there are."""
-    mean, place = values.mean(0), len(axes.lines)
+    mean, place = values.mean(0), sum(not str(line.get_label()).startswith("_") for line in axes.lines)
     style = {"color": COLOURS[place % len(COLOURS)], "linestyle": "-" if place < len(COLOURS) else "--"}
     few = len(x) <= 30
     marker = marker or (MARKERS[place % len(MARKERS)] if few else "")
