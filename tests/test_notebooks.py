@@ -51,7 +51,7 @@ def test_notebook_is_stored_with_its_figures(path: Path) -> None:
     outputs = [output for cell in cells for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs)
-    assert "## What was learnt" in [cell.source for cell in notebook.cells if cell.cell_type == "markdown"][-1]
+    assert "## What was learned" in [cell.source for cell in notebook.cells if cell.cell_type == "markdown"][-1]
     assert path.stat().st_size < 500_000
 
 
