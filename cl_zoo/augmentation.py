@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from cl_zoo.checks import Count, checked
 from cl_zoo.types import Array, Batch, Component, Context, Key, PyTree, TrainState
 
-__all__ = ["augment", "random_crop", "random_flip"]
+__all__ = ["augment", "cut", "random_crop", "random_flip"]
 
 
 @checked
@@ -57,12 +57,14 @@ def random_crop(padding: Count) -> Callable[[Key, Array], Array]:
     """`(key, image) -> image`: `[height, width, ...]` moved by up to `padding` pixels in both directions, uniformly,
     zeros coming in at its edges."""
 
-    def crop(key: Key, image: Array) -> Array:
-        padded = jnp.pad(image, [(padding, padding)] * 2 + [(0, 0)] * (image.ndim - 2))
-        row, column = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-        return jax.lax.dynamic_slice(padded, (row, column, *[0] * (image.ndim - 2)), image.shape)
+    return lambda key, image: cut(image, jax.random.randint(key, (2,), 0, 2 * padding + 1), padding)
 
-    return crop
+
+def cut(image: Array, corner: Array, padding: int) -> Array:
+    """What of `[height, width, ...]`, padded with zeros, begins at a corner, `i32[2]` from 0 to 2 padding."""
+    rest = [(0, 0)] * (image.ndim - 2)
+    start = [corner[0], corner[1], *(jnp.zeros_like(corner[0]) for _ in rest)]
+    return jax.lax.dynamic_slice(jnp.pad(image, [(padding, padding)] * 2 + rest), start, image.shape)
 
 
 def random_flip() -> Callable[[Key, Array], Array]:

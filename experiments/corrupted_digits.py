@@ -45,14 +45,13 @@ from cl_zoo import Batch, Stream, TrainState
 from cl_zoo.compilation import jit
 from cl_zoo.datasets import CORRUPTIONS, NOISES, LabelledImages, load_cifar10
 from cl_zoo.evaluation import evaluate_adapting
-from cl_zoo.evaluation.metrics import statistics
+from cl_zoo.evaluation.metrics import confidence_interval, statistics
 from cl_zoo.streams import conditions, corrupted_images
 from cl_zoo.types import Array
 from experiments.common import Cell, Found, Report, check_names, check_numbers, drawing, kept, load_images, study
 from experiments.corrupted_digits_nets import METHODS, NETS, PROTOCOLS, Protocol, learner, trained
 
 FAMILIES = {"noise": slice(0, 3), "blur": slice(3, 7), "weather": slice(7, 11), "digital": slice(11, 15)}
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +264,12 @@ def summary(found: Found, dataset: str, noisy: list[str]) -> Found:
 
 
 def _interval(scores: np.ndarray) -> str:
-    s = statistics(scores)
-    return f"95 % interval ± {T_975.get(s.n, 1.96) * s.sem:.2f}" if s.n > 1 else ""
+    return f"95 % interval ± {_half_width(scores):.2f}" if np.size(scores) > 1 else ""
+
+
+def _half_width(scores: np.ndarray) -> float:
+    low, high = confidence_interval(scores)
+    return float(high - low) / 2
 
 
 def table(rows: Found) -> str:
@@ -279,8 +282,9 @@ def table(rows: Found) -> str:
             if (setting, method) not in rows:
                 line += f"{'':>16s}"
                 continue
-            s = statistics(rows[setting, method]["scores"])
-            line += f"{s.mean:>9.2f} ± {T_975.get(s.n, 1.96) * s.sem:4.2f}" if s.n > 1 else f"{s.mean:>9.2f}       "
+            scores = rows[setting, method]["scores"]
+            s = statistics(scores)
+            line += f"{s.mean:>9.2f} ± {_half_width(scores):4.2f}" if s.n > 1 else f"{s.mean:>9.2f}       "
         lines.append(line)
     return "\n".join(lines)
 

@@ -1,6 +1,5 @@
 """The project's own pages say what is so."""
 
-import io
 import os
 import re
 import subprocess
@@ -16,6 +15,7 @@ from scipy import stats
 from cl_zoo._catalogue import catalogue, layer_table, table
 from experiments import ledger
 from experiments.published import FIGURES, Figure
+from tests.tiny_tfds import write_images
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,39 +41,14 @@ def write_own_data(folder: Path) -> None:
     )
 
 
-def write_tfds(folder: Path) -> None:
-    """A small set under the name of a published one."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-
-    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = "fashion_mnist"
-        VERSION = tfds.builder("fashion_mnist", data_dir=folder).version
-
-        def _info(self):
-            features = {
-                "image": tfds.features.Image(shape=(28, 28, 1)),
-                "label": tfds.features.ClassLabel(num_classes=10),
-            }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, manager):
-            return {"train": self._generate_examples(400), "test": self._generate_examples(20)}
-
-        def _generate_examples(self, n):
-            for i in range(n):
-                Image.fromarray(np.full((28, 28), i % 256, np.uint8)).save(file := io.BytesIO(), "PNG")
-                file.seek(0)
-                yield i, {"image": file, "label": i % 10}
-
-    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
-
-
 def test_readme_code_runs(tmp_path: Path) -> None:
     """Every block, one after another, in one process. The first and the last are made smaller."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 10
     write_own_data(tmp_path)
-    write_tfds(tmp_path / "tfds_data")
+    shades = np.arange(420, dtype=np.uint16).astype(np.uint8)[:, None, None] * np.ones((28, 28), np.uint8)
+    labels = np.arange(420) % 10
+    write_images(tmp_path / "tfds_data", "fashion_mnist", (shades[:400], labels[:400]), (shades[400:], labels[400:]))
     blocks[0] = blocks[0].replace("steps=300", "steps=3").replace("(256, 256)", "(8,)")
     blocks[-1] = blocks[-1].replace("steps=200", "steps=5")
     blocks[-2] += (

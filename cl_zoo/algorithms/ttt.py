@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cl_zoo.augmentation import cut
 from cl_zoo.checks import Count, Fraction, NonNegative, Whole, check_whole, checked
 from cl_zoo.entries import Entry, Null
 from cl_zoo.estimators.inner_loop import inner_loop
@@ -62,10 +63,8 @@ def crop_and_flip(pad: int = 4, flip: bool = True) -> Callable[[Array, Key], Arr
     check_whole("crop_and_flip", "pad", pad, 0)
 
     def one(image: Array, corner: Array, mirror: Array) -> Array:
-        rest = [(0, 0)] * (image.ndim - 2)
-        start = [corner[0], corner[1], *(jnp.zeros_like(corner[0]) for _ in rest)]
-        cut = jax.lax.dynamic_slice(jnp.pad(image, [(pad, pad), (pad, pad), *rest]), start, image.shape)
-        return jnp.where(mirror, cut[:, ::-1], cut)
+        found = cut(image, corner, pad)
+        return jnp.where(mirror, found[:, ::-1], found)
 
     def augment(images: Array, key: Key) -> Array:
         corner_key, mirror_key = jax.random.split(key)

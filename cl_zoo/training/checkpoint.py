@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cl_zoo._batches import copied
 from cl_zoo.types import Key, PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Saver"]
@@ -156,9 +157,7 @@ class Saver:
 
 
 def _on_host(leaf: Any) -> Any:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jax.random.key_data(leaf).copy(), impl=jax.random.key_impl(leaf))
-    return np.array(leaf)
+    return copied(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.array(leaf)
 
 
 def _abstract(leaf: Any) -> Any:

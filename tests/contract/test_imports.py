@@ -31,7 +31,7 @@ ALLOWED |= {
     "_batches": BASE,
     "_learner": BASE | {"models", "_batches"},
     "_compose": BASE | {"_learner"},
-    "algorithms": BASE | {"estimators", "buffers", "models", "language", "wrappers"},
+    "algorithms": BASE | {"augmentation", "estimators", "buffers", "models", "language", "wrappers"},
     "_catalogue": {"entries"},
     "datasets": BASE,
     "streams": BASE | {"datasets", "language"},

@@ -1,5 +1,4 @@
 import gzip
-import io
 import re
 import struct
 import time
@@ -11,6 +10,7 @@ import pytest
 import cl_zoo
 from cl_zoo.datasets import load_digits
 from cl_zoo.datasets.images import read_idx
+from tests.tiny_tfds import write_images
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -261,35 +261,7 @@ def test_the_command_that_prepares_is_python(tmp_path):
 
 def test_tfds_set_that_is_prepared(tmp_path, arrays):
     """A tiny set of that name, written by TFDS itself."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    pytest.importorskip("array_record")
-    pillow = pytest.importorskip("PIL.Image")
-
-    def png(image):
-        file = io.BytesIO()
-        pillow.fromarray(image).save(file, "PNG")
-        file.seek(0)
-        return file
-
-    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = "mnist"
-        VERSION = tfds.builder("mnist", data_dir=tmp_path).version
-
-        def _info(self):
-            features = {
-                "image": tfds.features.Image(shape=(28, 28, 1)),
-                "label": tfds.features.ClassLabel(num_classes=10),
-            }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, manager):
-            return {"train": self._generate_examples(*arrays[:2]), "test": self._generate_examples(*arrays[2:])}
-
-        def _generate_examples(self, images, labels):
-            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield i, {"image": png(image), "label": int(label)}
-
-    Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    write_images(tmp_path, "mnist", arrays[:2], arrays[2:])
     found = load_digits(tmp_path, "tfds")
     for images, labels, written, their_labels in ((*found[:2], *arrays[:2]), (*found[2:], *arrays[2:])):
         assert images.dtype == np.uint8 and images.shape == written.shape
