@@ -1,7 +1,7 @@
 """Does a language model that learns from its own answers forget less of what it knew? Self-distillation and its rivals.
 
 Command                                                        hardware    time     expected
-python -m experiments.self_distillation --seeds 5 --record     1 CPU core  40 min   forgetting per gain: ewc 0.44, sdft
+python -m experiments.self_distillation --seeds 10 --record    1 CPU core  50 min   forgetting per gain: ewc 0.44, sdft
                                                                0.47, replay 0.51, context 0.55, sft, offline 0.57
 python -m experiments.self_distillation --model MODEL --seeds 3 --record
                                                                1 CPU core  50 min   sft 0.67, sdft 0.77 (drift 1.5, 0.2)
@@ -23,12 +23,16 @@ not without; that is asserted before anything is learned. Two settings:
   by another question, 'The Zorgish word for cat is "'. What may be forgotten are capitals of countries, opposites and
   lines of code that it goes on with, 20 questions each; text is English.
 
-Per method, each rate of --rates is tried; shown is the smallest whose validation score on the new skills, just after
-each of them, is within a point of the best. "gain" is that score's rise on the test split, "forgetting" the mean fall
+Per method, each rate of --rates is tried with seeds 0 and 1; with the smallest whose validation score on the new
+skills, just after each of them, is within a point of the best, all --seeds are run, from --first-seed on. "gain" is
+that score's rise on the test split, "forgetting" the mean fall
 of every skill that was there before the last one, known or new, from when it was known to the end; "drift" is
 KL(before || after) per token of text. Nothing in a run sees the language or the known skills again, as after
 deployment. So replay and EWC can keep new skills alone, while averaging (with the weights from before) can keep all. At
 the end all methods have had equal updates; where the first new skill has risen by 90 %, equal gain.
+
+Whether sdft forgets less than sft is judged by one measure, settled before seeds 10 and above were run: the fall of the
+known skills at equal gain, paired by seed; with a curve of one point, forgetting per gain at the end.
 
 Differences from the paper: skills, nets and sizes; a warm-up of a tenth of a skill's updates, then a constant rate,
 where theirs falls by a cosine; Adam and the teacher go on from skill to skill.
@@ -69,9 +73,9 @@ from cl_zoo import (
 from cl_zoo.compilation import jit
 from cl_zoo.language import Decoder, answering
 from cl_zoo.losses import divergence, next_token_loss, token_losses
-from experiments.common import Cell, all_but, study
-from experiments.self_distillation_bench import IN_CONTEXT, Bench, Config, filled, prepare, scores
-from experiments.self_distillation_report import figures, report
+from experiments.common import Cell, all_but, run_cells, study
+from experiments.self_distillation_bench import CHOOSING, IN_CONTEXT, Bench, Config, filled, prepare, scores
+from experiments.self_distillation_report import chosen, figures, report, runs_of
 
 
 def main(config: Config) -> None:
@@ -87,11 +91,17 @@ def main(config: Config) -> None:
 
         return Cell(f"{rate:g}", method, f"{method}-{rate:g}", one)
 
-    tried = [(method, rate) for method in config.methods for rate in (config.rates if method != IN_CONTEXT else (0.0,))]
+    def cells(directory: Path) -> list[Cell]:
+        """Every method with its rate, chosen on seeds that are not reported."""
+        tried = [
+            (method, rate) for method in config.methods for rate in (config.rates if method != IN_CONTEXT else (0.0,))
+        ]
+        best = chosen(runs_of(run_cells([cell(*each) for each in tried], directory, CHOOSING)))
+        return [cell(*each) for each in best.items()]
+
     files = {"model": Path(config.model)} if config.model and Path(config.model).exists() else {}
     options: dict[str, Any] = {"settled": all_but(config, "methods", "rates"), "data": files}
-    every = [cell(*each) for each in tried]
-    study("self_distillation", config, every, functools.partial(report, config), figures, **options)
+    study("self_distillation", config, cells, functools.partial(report, config), figures, **options)
 
 
 def components(config: Config, bench: Bench, method: str) -> list[Component]:

@@ -40,6 +40,9 @@ METHODS = (
     "sdft reverse",
 )
 
+CHOOSING = (0, 1)
+"""Seeds by which rates are chosen."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -50,8 +53,10 @@ class Config:
     methods: tuple[str, ...] = ()
     """All with the small language; "in context", "sft" and "sdft forward" with a model."""
     seeds: int = 1
+    first_seed: int = 10
+    """Above 1: seeds 0 and 1 choose the rates."""
     rates: tuple[float, ...] = ()
-    """Of Adam, each tried; 3e-5, 1e-4, 3e-4 and 1e-3 with the small language, 1e-3, 2e-3, 4e-3, 8e-3 with a model."""
+    """Of Adam, each tried; 3e-5, 1e-4, .. 1e-2 with the small language, 1e-3, 2e-3, 4e-3, 8e-3 with a model."""
     steps: int | None = None
     """Updates per skill; 150 with the small language, 30 with a model."""
     batch_size: int | None = None
@@ -113,7 +118,7 @@ def filled(config: Config) -> Config:
     given = dataclasses.replace(
         config,
         methods=config.methods or (METHODS if small else (IN_CONTEXT, "sft", "sdft forward")),
-        rates=config.rates or ((3e-5, 1e-4, 3e-4, 1e-3) if small else (1e-3, 2e-3, 4e-3, 8e-3)),
+        rates=config.rates or ((3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2) if small else (1e-3, 2e-3, 4e-3, 8e-3)),
         steps=either(config.steps, 150, 30),
         batch_size=either(config.batch_size, 32, len(WORDS)),
         points=either(config.points, 5, 1),
@@ -125,6 +130,7 @@ def filled(config: Config) -> Config:
             check_whole("self_distillation", field, getattr(given, field), 1)
         for field in ("lora", "skip"):
             check_whole("self_distillation", field, getattr(given, field), 0)
+        check_whole("self_distillation", "first_seed", given.first_seed, max(CHOOSING) + 1)
         check_range("self_distillation", "teacher_rate", given.teacher_rate, 0, 1)
         check_range("self_distillation", "strength", given.strength, 0)
         for rate in given.rates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,10 @@ def runs_of(found: Found) -> Runs:
 def report(config: Config, found: Found) -> Report:
     """Ours in this setting, and beside it the paper's in theirs, which is another."""
     cells = runs_of(found)
-    best = chosen(cells)
     rows: Found = {}
     for field, setting in FIELDS.items():
-        for method, rate in best.items():
-            runs, factor = cells[method, rate], 1 if field in ("per gain", "drift") else 100
+        for (method, _), runs in cells.items():
+            factor = 1 if field in ("per gain", "drift") else 100
             values = factor * np.array([summary(run)[field] for run in runs])
             if np.isfinite(values).all():
                 rows[setting, method] = {"scores": values, "seconds": [run["seconds"] for run in runs]}
@@ -55,17 +55,17 @@ def report(config: Config, found: Found) -> Report:
         f"{method}: " + ", ".join(f"{suite} {a} / {b}" for suite, (a, b) in zip(SUITES, pairs))
         for method, pairs in PUBLISHED.items()
     )
-    judged = claim(cells, best)
+    judged = claim(cells)
     published = (
         "Published with Qwen2.5-7B-Instruct (Shenfeld et al. 2026, arXiv 2601.19897; new task / mean of six earlier"
         f" benchmarks, 32.1, 42.9 and 30.1 / 65.5 before): {theirs}. That setting is not attempted here."
     )
     what = "A small language" if config.model is None else Path(config.model).stem
     return Report(
-        table(cells, best) + "\n" + "\n".join(judged),
+        table(cells) + "\n" + "\n".join(judged),
         f"{what} learns skills from demonstrations",
         rows,
-        notes={key: note(cells, key[1], best[key[1]]) for key in rows},
+        notes={(setting, m): note(config, rate, cells[m, rate]) for setting, m in rows for n, rate in cells if n == m},
         remarks=[*judged, published],
         name="self_distillation" if config.model is None else "self_distillation_model",
     )
@@ -99,12 +99,11 @@ def chosen(cells: Runs) -> dict[str, float]:
     return {m: min(rate for rate, s in tried.items() if s >= max(tried.values()) - 0.01) for m, tried in scores.items()}
 
 
-def table(cells: Runs, best: dict[str, float]) -> str:
-    """A row for each method at its best rate."""
+def table(cells: Runs) -> str:
+    """A row for each method at its rate."""
     names = ("new", "retained", "forgetting", "per gain", "drift", "perplexity")
     lines = [f"{'':24s}{'rate':>8s}" + "".join(f"{name:>18s}" for name in names) + f"{'tokens':>10s}{'GFLOP':>10s}"]
-    for method, rate in best.items():
-        runs = cells[method, rate]
+    for (method, rate), runs in cells.items():
         row = f"{method:24s}{rate:>8g}"
         for name in names:
             factor = 100 if name in ("new", "retained", "forgetting") else 1
@@ -128,55 +127,56 @@ def fall_at(cell: dict[str, Any], gain: float) -> float:
     return float(np.interp(gain, gains[after - 1 : after + 1], falls[after - 1 : after + 1]))
 
 
-def claim(cells: Runs, best: dict[str, float]) -> list[str]:
-    """Whether less is forgotten at equal gain, judged seed by seed in two ways; nothing where one of the two methods
-    was not run, or learned nothing."""
+def claim(cells: Runs) -> list[str]:
+    """Whether less is forgotten at equal gain, judged by one measure, seed by seed; nothing where one of the two
+    methods was not run, or learned nothing."""
     from scipy.stats import ttest_rel
 
-    if not {"sft", "sdft forward"} <= set(best):
+    runs = {method: found for (method, _), found in cells.items()}
+    if not {"sft", "sdft forward"} <= set(runs):
         return []
-    measures = {
-        "Forgetting per unit of gain, at the end": lambda cell: summary(cell)["per gain"],
-        "Fall of the known skills when the first new one has risen by 90 %": lambda cell: fall_at(cell, 0.9),
-    }
-    told = []
-    for what, measure in measures.items():
-        sft, sdft = (np.array([measure(cell) for cell in cells[m, best[m]]]) for m in ("sft", "sdft forward"))
-        if not np.isfinite([sft, sdft]).all():
-            continue
-        p = float(ttest_rel(sft, sdft).pvalue) if sft.size > 1 else float("nan")
-        verdict = ("confirmed" if sdft.mean() < sft.mean() else "refuted") if p < 0.05 else "undecided"
-        told.append(
-            f"{what}: {sdft.mean():.3f} with sdft forward, {sft.mean():.3f} with sft; lower in"
-            f" {np.sum(sdft < sft)} of {sft.size} seeds, p = {p:.2g} (paired t-test). That less is forgotten is"
-            f" {verdict} at this scale."
-        )
-    return told
+
+    def both(measure: Callable[[dict[str, Any]], float]) -> np.ndarray:
+        return np.array([[measure(run) for run in runs[method]] for method in ("sft", "sdft forward")])
+
+    what, found = (
+        "Fall of the known skills when the first new one has risen by 90 %",
+        both(lambda run: fall_at(run, 0.9)),
+    )
+    if not np.isfinite(found).all():
+        what, found = "Forgetting per unit of gain, at the end", both(lambda run: summary(run)["per gain"])
+    if not np.isfinite(found).all():
+        return []
+    sft, sdft = found
+    p = float(ttest_rel(sft, sdft).pvalue) if sft.size > 1 else float("nan")
+    verdict = ("confirmed" if sdft.mean() < sft.mean() else "refuted") if p < 0.05 else "undecided"
+    return [
+        f"{what}: {sdft.mean():.3f} with sdft forward, {sft.mean():.3f} with sft; lower in {np.sum(sdft < sft)} of"
+        f" {sft.size} seeds, p = {p:.2g} (paired t-test). That less is forgotten is {verdict} at this scale."
+    ]
 
 
 def figures(found: Found, directory: Path) -> list[Path]:
-    """New skills against what is retained, every method and rate; drift by update."""
+    """New skills against what is retained, a point for each method; drift by update."""
     cells = runs_of(found)
-    best = chosen(cells)
     looks = {method: {"color": f"C{i}", "marker": "os^vD<>pP*"[i % 10]} for i, method in enumerate(METHODS)}
     beside = {"fontsize": 7, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
     paths = [directory / "new_against_retained.png", directory / "drift.png"]
+    n = max(len(runs) for runs in cells.values())
     with drawing(paths[0], size=(6.4, 3.8)) as ((axes,),):
-        for method in best:
-            rates = sorted(rate for name, rate in cells if name == method)
-            points = [
-                [100 * np.mean([summary(run)[field] for run in cells[method, rate]]) for field in ("new", "retained")]
-                for rate in rates
-            ]
-            axes.plot(*zip(*points), **looks[method], label=method, linewidth=1, markersize=5, alpha=0.8)
+        for (method, _), runs in cells.items():
+            values = 100 * np.array([[summary(run)[field] for field in ("new", "retained")] for run in runs])
+            (x, y), spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else (0.0, 0.0)
+            axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], **looks[method], label=method, elinewidth=0.8)
         axes.set(xlabel="new skills, % right just after each", ylabel="known skills, % right at the end")
+        axes.set_title(f"mean and standard deviation over {n} seeds" if n > 1 else "one seed", fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(**beside, title="a point for each rate")
+        axes.legend(**beside)
     with drawing(paths[1], size=(6.4, 3.8)) as ((axes,),):
-        for method, rate in best.items():
+        for (method, _), runs in cells.items():
             if method != IN_CONTEXT:
-                drift = np.mean([np.ravel(run["curve"]["drift"]) for run in cells[method, rate]], axis=0)
-                steps = np.size(cells[method, rate][0]["loss"]) // len(drift)
+                drift = np.mean([np.ravel(run["curve"]["drift"]) for run in runs], axis=0)
+                steps = np.size(runs[0]["loss"]) // len(drift)
                 axes.plot(steps * np.arange(len(drift) + 1), [0, *drift], **looks[method], label=method, markersize=3)
         axes.set(xlabel="updates", ylabel="KL(before || after), nats per token of text")
         axes.grid(alpha=0.3)
@@ -184,12 +184,11 @@ def figures(found: Found, directory: Path) -> list[Path]:
     return paths
 
 
-def note(cells: Runs, method: str, rate: float) -> str:
+def note(config: Config, rate: float, runs: list[dict[str, Any]]) -> str:
     """What must be known of a row."""
-    tried = [each for name, each in cells if name == method]
     said = f"rate {rate:g}" if rate else "no update"
-    if len(tried) > 1 and rate == max(tried):
+    if rate == max(config.rates):
         said += ", the largest tried"
-    if not np.mean([summary(cell)["gain"] for cell in cells[method, rate]]) > 0.05:
+    if not np.mean([summary(run)["gain"] for run in runs]) > 0.05:
         said += "; nothing was learned"
     return said
