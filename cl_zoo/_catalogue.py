@@ -69,7 +69,8 @@ def table() -> str:
     lines = ["| family | name | what is kept, and how | needs | paper |", "|---|---|---|---|---|"]
     for entry in catalogue().values():
         needs = ", ".join(sorted(need.replace("_", " ") for need in entry.needs)) or "nothing"
-        lines.append(f"| {entry.family} | `{entry.name}` | {entry.summary} | {needs} | [{entry.paper}]({entry.url}) |")
+        summary = f"{entry.summary}. Found here: {entry.found}" if entry.found else entry.summary
+        lines.append(f"| {entry.family} | `{entry.name}` | {summary} | {needs} | [{entry.paper}]({entry.url}) |")
     return "\n".join(lines)
 
 

@@ -87,6 +87,7 @@ class Entry(_Cited):
         they are questions with a demonstration; the laws are tested in the first.
       null: where it equals the naive learner; None if nowhere.
       results: name of its reproduction in `experiments/LEDGER.md`; "" while there is no result yet.
+      found: what came out there, where it is less than the paper would make one expect.
       own_loss: whether it replaces `supervised` rather than joining it.
       trains: whether the network's parameters change.
     """
@@ -95,6 +96,7 @@ class Entry(_Cited):
     scenarios: tuple[str, ...] = ("task", "domain", "class")
     null: Null | None = None
     results: str = ""
+    found: str = ""
     own_loss: bool = False
     trains: bool = True
 

@@ -1,6 +1,6 @@
 """The ledger of reproductions, experiments/LEDGER.md, from the result files and the published figures.
 
-python -m experiments.ledger            writes it
+python -m experiments.ledger            writes it, and draws the verdicts
 python -m experiments.ledger --check    fails if it is not what they say
 """
 
@@ -13,13 +13,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tyro
 from scipy import stats
 
-from experiments.common import RESULTS
+from experiments.common import RESULTS, drawing
 from experiments.published import FIGURES, Figure
 
 LEDGER = Path(__file__).parent / "LEDGER.md"
+FIGURE = Path(__file__).parent / "figures" / "ledger.png"
 README = Path(__file__).parents[1] / "README.md"
 
 INTRODUCTION = """# Ledger of reproductions
@@ -125,6 +127,46 @@ def with_summary(readme: str, page: str) -> str:
     return f"{before}{begin}{table}\n{end}{rest.split(end, 1)[1]}"
 
 
+def figure(path: Path, folder: Path = RESULTS) -> None:
+    """Every compared cell: the interval of ours - published in margins, and the band within which both are the same."""
+    cells = []
+    for file in sorted(folder.glob("*.json")):
+        result, figures = json.loads(file.read_text()), FIGURES.get(file.stem, {})
+        for row in result["rows"]:
+            _, found = judged(figures.get((row["setting"], row["algorithm"])), row["ours"], result)
+            if found is not None:
+                name = file.stem.replace("_", " ").replace(" van de ven", "")
+                cells.append((f"{name}: {row['setting']}, {row['algorithm']}", found))
+    cells.sort(key=lambda cell: (VERDICTS.index(cell[1].word), cell[1].high - cell[1].low))
+    with drawing(path, size=(7.2, 1.2 + 0.19 * len(cells))) as ((axes,),):
+        axes.axvspan(-1, 1, color="0.88")
+        for i, (_, found) in enumerate(cells):
+            low, high = np.clip(np.array([found.low, found.high]) / found.margin, -_FAR, _FAR)
+            look = _LOOKS[found.word]
+            axes.plot([low, high], [i, i], color=look[0], linewidth=2)
+            middle = np.clip((found.low + found.high) / 2 / found.margin, -_FAR, _FAR)
+            axes.plot([middle], [i], look[1], color=look[0], markersize=5)
+        for word, (color, marker) in _LOOKS.items():
+            n = sum(found.word == word for _, found in cells)
+            axes.plot([], [], marker, color=color, linestyle="-", label=f"{word}: {n}")
+        axes.set_yticks(range(len(cells)), [name for name, _ in cells], fontsize=7)
+        axes.set(ylim=(len(cells) - 0.4, -0.6), xlim=(-_FAR, _FAR))
+        axes.set_xlabel("ours - published, in margins (1 or 2 points)")
+        axes.set_title("Published figures that were read, and ours: 90 % intervals; grey: no difference", fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend(fontsize=8, loc="upper right")
+
+
+_FAR = 8.0
+"""Margins beyond which intervals are cut off."""
+_LOOKS = {
+    "equivalent": ("#0072B2", "o"),
+    "better": ("#009E73", "^"),
+    "worse": ("#D55E00", "v"),
+    "inconclusive": ("#7F7F7F", "s"),
+}
+
+
 def _missing(folder: Path) -> list[str]:
     """Studies with published figures and without a result file."""
     return [name for name in FIGURES if not (folder / f"{name}.json").exists()]
@@ -203,7 +245,8 @@ def main(config: Config) -> None:
         return
     LEDGER.write_text(page)
     README.write_text(with_summary(README.read_text(), page))
-    print(LEDGER)
+    figure(FIGURE)
+    print(f"{LEDGER}\n{FIGURE}")
 
 
 if __name__ == "__main__":

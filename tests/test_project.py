@@ -1,5 +1,7 @@
 """The project's own pages say what is so."""
 
+import functools
+import json
 import os
 import re
 import subprocess
@@ -78,6 +80,36 @@ def test_ledger_says_what_the_result_files_say() -> None:
 )
 def test_every_reproduction_is_in_the_ledger(entry) -> None:
     assert f"| {entry.results} |" in ledger.LEDGER.read_text()
+
+
+def ours(study: str, setting: str, algorithm: str) -> dict[str, float]:
+    """Mean, standard deviation and n of a row of a result file."""
+    rows = json.loads((ROOT / "experiments" / "results" / f"{study}.json").read_text())["rows"]
+    (row,) = (row for row in rows if (row["setting"], row["algorithm"]) == (setting, algorithm))
+    return row["ours"]
+
+
+def above(one: dict[str, float], other: dict[str, float]) -> bool:
+    """Welch's test, one-sided at 5 %."""
+    moments = (m[field] for m in (one, other) for field in ("mean", "sd", "n"))
+    return bool(stats.ttest_ind_from_stats(*moments, equal_var=False, alternative="greater").pvalue < 0.05)
+
+
+def test_what_was_found_follows_from_the_rows() -> None:
+    language = functools.partial(ours, "self_distillation")
+    kept, mean = functools.partial(ours, "what_keeps_what"), functools.partial(ours, "weight_interpolation_full")
+    learned, lost = "new skills", "forgetting per unit of gain"
+    follows = {
+        "dft": above(language(learned, "sft"), language(learned, "dft"))
+        and above(language(lost, "dft"), language(lost, "sft")),
+        "redo": not any(above(kept(s, "redo"), kept(s, "none")) for s in ("task", "class")),
+        "weight_interpolation": not any(
+            above(mean(f"buffer {n}", f"+ {how}"), mean(f"buffer {n}", "+ plain mean"))
+            for n in (200, 500)
+            for how in ("activations", "weights")
+        ),
+    }
+    assert follows == {entry.name: True for entry in catalogue().values() if entry.found}
 
 
 @pytest.mark.parametrize(

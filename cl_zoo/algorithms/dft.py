@@ -48,5 +48,6 @@ ENTRY = Entry(
     scenarios=("skills",),
     papers=("wu2025generalization",),
     results="dft",
+    found="it learns less than plain fine-tuning, and forgets more for it",
     own_loss=True,
 )
