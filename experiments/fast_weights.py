@@ -143,7 +143,7 @@ def make_net(config: Config, name: str, **options: Any) -> Decoder:
     """A decoder; with options of the mixer."""
     options |= {"mini_batch": config.mini_batch} if name == "ttt-linear" else {}
     mixer = MIXERS[name](config.width, config.heads, convolution=4, **options)
-    return decoder(config.words + config.values, [mixer], layers=config.layers, hidden=config.hidden)
+    return decoder(config.words + config.values, [(mixer, config.hidden, config.layers)])
 
 
 def run(config: Config, name: str, seed: int) -> dict[str, Any]:
@@ -214,11 +214,11 @@ def movement(
     """
     params, document = state.params, stream.evaluation(0, "test").x[0, 0]
     cache = net.start(params, 1, document.shape[0])
-    first = cache["block_0"].state.weights[0].kernel
+    first = cache["block_0"]["mixer"].state.weights[0].kernel
 
     def one(cache: Any, token: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         logits, cache = net.step(params, cache, token[None])
-        gone = cache["block_0"].state.weights[0].kernel - first
+        gone = cache["block_0"]["mixer"].state.weights[0].kernel - first
         return cache, (logits[0], jnp.linalg.norm(gone, axis=(-2, -1))[:, 0])
 
     _, (logits, gone) = jax.lax.scan(one, cache, document)

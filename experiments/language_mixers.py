@@ -138,7 +138,7 @@ def make_net(config: Config, name: str) -> Any:
 
     def build(name: str, hidden: int) -> Any:
         mixer = MIXERS[name](config.width, config.heads, config.length)
-        return decoder(256, [mixer], layers=config.layers, hidden=hidden)
+        return decoder(256, [(mixer, hidden, config.layers)])
 
     def size(net: Any) -> int:
         tokens = jnp.zeros((1, 1), jnp.int32)

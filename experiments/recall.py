@@ -129,7 +129,7 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
     """One mixer and seed: accuracy, losses of training and seconds of each stage."""
     options = {"mini_batch": config.mini_batch} if name == "ttt-linear" else {}
     mixer = MIXERS[name](config.width, config.heads, convolution=4, **options)
-    model = decoder(config.vocabulary, [mixer], layers=config.layers, hidden=config.hidden).model
+    model = decoder(config.vocabulary, [(mixer, config.hidden, config.layers)]).model
     stages: dict[str, list[Any]] = {"accuracy": [], "training_loss": [], "seconds": []}
     for stage, pairs in enumerate(config.pairs):
         steps = config.steps if stage else config.first_steps

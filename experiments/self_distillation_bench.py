@@ -177,7 +177,7 @@ def scores(bench: Bench, model: Model, params: Any, stream: Stream) -> np.ndarra
 def language_net(config: Config, world: SymbolWorld) -> Decoder:
     """With short convolutions of queries, keys and values, it learns to follow demonstrations in minutes."""
     mixer = softmax_attention(config.width, 4, convolution=4)
-    return decoder(world.vocabulary, [mixer], layers=2, hidden=2 * config.width)
+    return decoder(world.vocabulary, [(mixer, 2 * config.width, 2)])
 
 
 def small_language(config: Config, directory: Path, seed: int) -> Bench:

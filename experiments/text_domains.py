@@ -153,7 +153,7 @@ def main(config: Config) -> None:
 def learner(config: Config, mixer: str, *beside: Component) -> Learner:
     """A decoder of bytes, and what keeps it."""
     layer = MIXERS[mixer](config.width, config.heads, config.length)
-    net = decoder(256, [layer], layers=config.layers, hidden=config.hidden)
+    net = decoder(256, [(layer, config.hidden, config.layers)])
     rate = optax.linear_schedule(0.0, config.learning_rate, max(config.steps // 10, 1))
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, 0.9, 0.95))
     return compose(net.model, optimiser, supervised(next_token_loss), *beside)

@@ -104,7 +104,7 @@ def test_half_precision_computes_in_half_and_trains_in_full() -> None:
 
 
 def test_half_precision_reaches_products_inside_of_loops() -> None:
-    net = decoder(11, [linear_attention(8, heads=2)], layers=2, hidden=16)
+    net = decoder(11, [(linear_attention(8, heads=2), 16, 2)])
     half = mixed_precision(net.model)
     x = jnp.arange(12).reshape(2, 6) % 11
     params, state = half.init(KEY, x)

@@ -232,7 +232,7 @@ class Closed(nnx.Module):
 
 
 def test_tokens_outside_of_the_vocabulary_are_nan() -> None:
-    net = decoder(5, [softmax_attention(8, 2)], layers=1, hidden=8)
+    net = decoder(5, [(softmax_attention(8, 2), 8, 1)])
     tokens = jnp.array([[1, 2], [1, 9], [-1, 2], [-100, 2]])
     params, state = net.model.init(KEY, tokens)
     outputs, _, _ = net.model.apply(params, state, tokens)

@@ -34,7 +34,7 @@ def dft(*, name: str = "dft") -> Component:
       >>> from cl_zoo.language import answering, decoder
       >>> from cl_zoo import compose, dft
       >>> from cl_zoo.layers import softmax_attention
-      >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
+      >>> net = decoder(32, [(softmax_attention(16, 2), 32, 1)])
       >>> learner = compose(answering(net), optax.adam(1e-3), dft())
     """
     return supervised(dynamic_fine_tuning_loss, name=name)

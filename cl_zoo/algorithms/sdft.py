@@ -81,7 +81,7 @@ def sdft(
       >>> from cl_zoo.language import answering, decoder
       >>> from cl_zoo import compose, sdft
       >>> from cl_zoo.layers import softmax_attention
-      >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
+      >>> net = decoder(32, [(softmax_attention(16, 2), 32, 1)])
       >>> learner = compose(answering(net), optax.adam(1e-3), sdft(length=4, skip=0))
     """
     learn = _by_divergence(direction)
@@ -120,7 +120,7 @@ def context_distillation(
       >>> from cl_zoo.language import answering, decoder
       >>> from cl_zoo import compose, context_distillation
       >>> from cl_zoo.layers import softmax_attention
-      >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
+      >>> net = decoder(32, [(softmax_attention(16, 2), 32, 1)])
       >>> learner = compose(answering(net), optax.adam(1e-3), context_distillation(length=4))
     """
     learn = _by_divergence(direction)
@@ -158,7 +158,7 @@ def offline_distillation(
       >>> from cl_zoo.language import answering, decoder
       >>> from cl_zoo import compose, offline_distillation
       >>> from cl_zoo.layers import softmax_attention
-      >>> net = decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32)
+      >>> net = decoder(32, [(softmax_attention(16, 2), 32, 1)])
       >>> learner = compose(answering(net), optax.adam(1e-3), offline_distillation(length=4))
     """
 

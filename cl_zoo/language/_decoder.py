@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cl_zoo.checks import Count, checked
-from cl_zoo.layers.mixer import Mixer, linear, product
+from cl_zoo.checks import Count, check_whole, checked
+from cl_zoo.layers.feed_forward import swiglu
+from cl_zoo.layers.mixer import Mixer, linear
 from cl_zoo.layers.norms import EPSILON, rms_norm
 from cl_zoo.types import Array, Key, Model, PyTree
 
@@ -23,13 +24,19 @@ class Decoder(NamedTuple):
 
     Attributes:
       model: all tokens of a sequence at once, `[B, T]` -> logits `[B, T, V]`: what learners take.
-      start: `(params, batch_size, length, padding=None) -> cache` of an empty sequence, for at most `length` tokens;
-        the first `padding` `i32[B]` tokens of each sequence are ignored.
+      start: `(params, batch_size, length, padding=None, prefix=None) -> cache` of an empty sequence, for at most
+        `length` tokens; the first `padding` `i32[B]` tokens of each sequence are ignored. With a `prefix`, keys and
+        values for softmax attention (`{group: {layer: (k [n, G, d, P], v [n, G, P, d])}}`, rotated), every sequence
+        begins after those P places, which count towards `length`.
       step: `(params, cache, tokens [B]) -> (logits [B, V], cache)`: one more token.
-      extend: `(params, cache, tokens [B, T]) -> (logits [B, V] of the last, cache)`: T more tokens at once, where every
-        mixer can; else one after another.
+      extend: `(params, cache, tokens [B, T]) -> (h [B, T, D], cache)`: T more tokens, at once where every layer can,
+        else one after another; h as `hidden` gives it.
       hidden: `(params, tokens [B, T]) -> [B, T, D]`, the residual stream after all blocks.
       logits: `(params, [..., D]) -> [..., V]`: the output head alone, for some positions only where V is large.
+      embed: `(params, tokens) -> [..., D]`, the residual stream before all blocks.
+      through: `(params, h [B, T, D], cache=None, *, groups=None) -> (h, cache)`, through the blocks of these groups, by
+        name, or of all: each sequence from its beginning, or going on from a cache of these groups.
+      groups: `(name, ((layer's name, Mixer), ...))` of each group, in order.
 
     `start`, `step` and `extend` also take parameters whose blocks are `unstacked`; a cache of stacked ones has to be
     unstacked like them.
@@ -41,6 +48,9 @@ class Decoder(NamedTuple):
     extend: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
     hidden: Callable[[PyTree, Array], Array]
     logits: Callable[[PyTree, Array], Array]
+    embed: Callable[[PyTree, Array], Array]
+    through: Callable[..., tuple[Array, PyTree]]
+    groups: tuple[tuple[str, tuple[tuple[str, Mixer], ...]], ...]
 
 
 def check_decoder(owner: str, decoder: Any) -> None:
@@ -68,87 +78,80 @@ def unstacked(params: PyTree) -> PyTree:
 @checked
 def decoder(
     vocabulary: Count,
-    mixers: Sequence[Mixer],
+    groups: Sequence[Any],
     *,
-    layers: Count,
-    hidden: Count,
     tied: bool = True,
+    sandwich: bool = False,
     rematerialise: bool = False,
     epsilon: float = EPSILON,
     dtype: Any = jnp.float32,
 ) -> Decoder:
-    """Pre-norm blocks of a sequence layer and a SwiGLU network, on a residual stream.
+    """Blocks of layers on a residual stream, each behind a norm: a sequence layer and a feed-forward network, or more.
 
         h = E[tokens]
-        in each block:  h <- h + mixer(RMSNorm(h));   h <- h + (silu(u W_g) * (u W_u)) W_d,   u = RMSNorm(h)
+        in each block, for each of its layers:  h <- h + layer(RMSNorm(h)),   or with `sandwich`
+                                                h <- h + RMSNorm(layer(RMSNorm(h)))
         logits = RMSNorm(h) E^T   (tied),   or RMSNorm(h) W
 
-    Blocks are scanned over: those with the same mixer are compiled once, however many there are, and their parameters
-    are stacked.
+    The blocks of a group are scanned over: they are compiled once, however many there are, and their parameters are
+    stacked.
 
     Args:
       vocabulary: V.
-      mixers: the sequence layer of each block in turn, all of one width D; repeated in this order.
-      layers: blocks, a multiple of the number of mixers.
-      hidden: width of the SwiGLU networks.
+      groups: `(mixer, ffn, n)`: n blocks of a sequence layer "mixer" and a feed-forward network "ffn", a layer or the
+        hidden width of a `swiglu`. Or `({name: layer, ...}, n)`: n blocks of these layers in this order. All layers
+        have one width D.
       tied: whether the embedding also gives the logits.
-      rematerialise: compute each round of blocks again in the backward pass, so that memory holds only their inputs.
+      sandwich: whether there is a second norm after each layer.
+      rematerialise: compute each block again in the backward pass, so that memory holds only their inputs.
       epsilon: of the RMSNorms.
       dtype: of activations and of matrix products outside fast weights; parameters, norms, logits and fast
         weights stay in float32.
 
     Returns:
-      A `Decoder` with parameters "embedding" `[V, D]`, "blocks", "norm", and "head" if untied. There is one
-      entry of "blocks" for each of P mixers, whose leaves have a leading axis layers / P.
+      A `Decoder` with parameters "embedding" `[V, D]`, "blocks", "norm", and "head" if untied. There is one entry
+      "block_i" of "blocks" for each group, whose leaves have a leading axis n: each layer's parameters under its name,
+      and its norms beside.
 
     Raises:
-      ValueError: sizes below 1, mixers of different widths, layers that are no multiple of their number; at the first
-        trace, tokens that are not whole numbers.
+      ValueError: sizes below 1, no groups, layers of different widths or none; at the first trace, tokens that are not
+        whole numbers.
 
-    Source: Touvron et al. 2023 (Llama), arXiv 2302.13971; SwiGLU: Shazeer 2020, arXiv 2002.05202.
+    Source: Touvron et al. 2023 (Llama), arXiv 2302.13971; sandwich norms: Ding et al. 2021, arXiv 2105.13290.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from cl_zoo.layers.ttt import ttt_linear
       >>> tokens = jnp.zeros((2, 10), jnp.int32)
-      >>> net = decoder(256, [ttt_linear(16, 2)], layers=2, hidden=32)
+      >>> net = decoder(256, [(ttt_linear(16, 2), 32, 2)])  # 2 blocks, with SwiGLU networks of 32 hidden units
       >>> params, model_state = net.model.init(jax.random.key(0), tokens)
       >>> net.model.apply(params, model_state, tokens)[0].shape
       (2, 10, 256)
     """
-    widths = {mixer.width for mixer in mixers}
-    if not mixers:
-        raise ValueError("decoder: mixers is empty, but there must be at least one mixer")
-    if len(widths) != 1:
-        raise ValueError(f"decoder: mixers have the widths {sorted(widths)}, but all must have one")
-    if layers % len(mixers):
-        raise ValueError(f"decoder: layers is {layers}, but it must be a multiple of the {len(mixers)} mixers")
-    (width,) = widths
-    rounds = layers // len(mixers)
-    names = [f"block_{i}" for i in range(len(mixers))]
+    layers_of, counts = _settled(groups)
+    width = next(iter(layers_of["block_0"].values())).width
+    total = sum(len(layers) * counts[name] for name, layers in layers_of.items())
 
-    def init_block(mixer: Mixer, key: Key) -> PyTree:
-        keys = jax.random.split(key, 4)
-        inner = mixer.init(keys[0])
-        depth = (2 * layers) ** -0.5  # so that the residual stream does not grow with the number of blocks
-        return {
-            "mixer": {**inner, "output": depth * inner["output"]} if "output" in inner else inner,
-            "mixer_norm": {"scale": jnp.ones(width)},
-            "ffn": {
-                "gate": linear(keys[1], width, hidden),
-                "up": linear(keys[2], width, hidden),
-                "down": depth * linear(keys[3], hidden, width),
-            },
-            "ffn_norm": {"scale": jnp.ones(width)},
-        }
+    def init_block(layers: Mapping[str, Mixer], key: Key) -> PyTree:
+        # Of a sequence layer and a SwiGLU network, all draws are parts of one split of the block's key.
+        keys = [jax.random.split(key, 4)[0], key, *(jax.random.fold_in(key, i) for i in range(2, len(layers)))]
+        block: dict[str, PyTree] = {}
+        for (name, layer), k in zip(layers.items(), keys):
+            params = layer.init(k)
+            # So that the residual stream does not grow with the number of layers.
+            scaled = {last: total**-0.5 * params[last] for last in ("output", "down") if last in params}
+            block |= {name: params | scaled, f"{name}_norm": {"scale": jnp.ones(width)}}
+            if sandwich:
+                block[f"{name}_post_norm"] = {"scale": jnp.ones(width)}
+        return block
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
-        keys = jax.random.split(key, len(mixers) + 2)
+        keys = jax.random.split(key, len(layers_of) + 2)
         params = {
             "embedding": 0.02 * jax.random.normal(keys[0], (vocabulary, width)),
             "blocks": {
-                name: jax.vmap(lambda k, mixer=mixer: init_block(mixer, k))(jax.random.split(key, rounds))
-                for name, mixer, key in zip(names, mixers, keys[2:])
+                name: jax.vmap(lambda k, layers=layers: init_block(layers, k))(jax.random.split(key, counts[name]))
+                for (name, layers), key in zip(layers_of.items(), keys[2:])
             },
             "norm": {"scale": jnp.ones(width)},
         }
@@ -156,17 +159,30 @@ def decoder(
             params["head"] = linear(keys[1], width, vocabulary)
         return params, {}
 
-    # What the backward pass keeps is written to memory and read again: the products alone.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
-    def ffn(block: PyTree, h: Array) -> Array:
-        params, h = block["ffn"], rms_norm(h, block["ffn_norm"]["scale"], epsilon)
-        return product(jax.nn.silu(product(h, params["gate"])) * product(h, params["up"]), params["down"])
+    def sublayer(
+        name: str, layer: Mixer, block: PyTree, h: Array, form: Callable[..., Any], *cache: PyTree
+    ) -> tuple[Array, PyTree]:
+        u = rms_norm(h, block[f"{name}_norm"]["scale"], epsilon)
+        y, new = form(block[name], *cache, u) if cache else (form(block[name], u), None)
+        return rms_norm(y, block[f"{name}_post_norm"]["scale"], epsilon) if sandwich else y, new
 
-    def one_block(block: PyTree, h: Array, form: Callable[..., Any], *cache: PyTree) -> tuple[Array, PyTree]:
-        u = rms_norm(h, block["mixer_norm"]["scale"], epsilon)
-        mixed, new = form(block["mixer"], *cache, u) if cache else (form(block["mixer"], u), None)
-        h = h + mixed
-        return h + ffn(block, h), new
+    def one_block(
+        layers: Mapping[str, Mixer], block: PyTree, h: Array, form: str, caches: PyTree = None
+    ) -> tuple[Array, PyTree]:
+        new = {}
+        for name, layer in layers.items():
+            if layer.memoryless:
+                # What the backward pass keeps is written to memory and read again: the products alone.
+                keep = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+                y, _ = keep(lambda block, h, name=name, layer=layer: sublayer(name, layer, block, h, layer.apply))(
+                    block, h
+                )
+                new[name] = None if caches is None else caches[name]
+            else:
+                cache = () if caches is None else (caches[name],)
+                y, new[name] = sublayer(name, layer, block, h, getattr(layer, form), *cache)
+            h = h + y
+        return h, new
 
     def logits(params: PyTree, h: Array) -> Array:
         h = rms_norm(h, params["norm"]["scale"], epsilon)
@@ -190,14 +206,41 @@ def decoder(
         rows = table.at[tokens.astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
         return rows.astype(jnp.promote_types(dtype, table.dtype) if table.dtype == jnp.float64 else dtype)
 
-    def states(params: PyTree, tokens: Array) -> Array:
-        def one_round(h: Array, blocks: PyTree) -> tuple[Array, None]:
-            for name, mixer in zip(names, mixers):
-                h, _ = one_block(blocks[name], h, mixer.apply)
-            return h, None
+    def go_on(
+        params: PyTree, h: Array, form: str, cache: PyTree = None, groups: Sequence[str] | None = None
+    ) -> tuple[Array, PyTree]:
+        """The residual stream after these groups' blocks, and their cache."""
+        new: dict[str, PyTree] = {}
+        for name in layers_of if groups is None else groups:
+            layers, blocks = layers_of[name], params["blocks"][name]
 
-        body = jax.checkpoint(one_round) if rematerialise else one_round
-        return jax.lax.scan(body, embed(params, tokens), params["blocks"])[0]
+            def body(h: Array, each: tuple[PyTree, ...], layers: Mapping[str, Mixer] = layers) -> tuple[Array, PyTree]:
+                return one_block(layers, each[0], h, form, *each[1:])
+
+            if isinstance(blocks, list):
+                new[name] = []
+                for each in zip(blocks, *(() if cache is None else (cache[name],)), strict=True):
+                    h, one = body(h, each)
+                    new[name].append(one)
+            else:
+                step = jax.checkpoint(body) if rematerialise and cache is None else body
+                h, new[name] = jax.lax.scan(step, h, (blocks, *(() if cache is None else (cache[name],))))
+        return h, new
+
+    def through(
+        params: PyTree, h: Array, cache: PyTree = None, *, groups: Sequence[str] | None = None
+    ) -> tuple[Array, PyTree]:
+        if cache is None:
+            return go_on(params, h, "apply", groups=groups)[0], None
+        if all(layer.extend for name in groups or layers_of for layer in layers_of[name].values()):
+            return go_on(params, h, "extend", cache, groups)
+        cache, h = jax.lax.scan(
+            lambda c, one: go_on(params, one, "step", c, groups)[::-1], cache, jnp.swapaxes(h, 0, 1)
+        )
+        return jnp.swapaxes(h, 0, 1), cache
+
+    def hidden(params: PyTree, tokens: Array) -> Array:
+        return through(params, embed(params, tokens))[0]
 
     def apply(
         params: PyTree,
@@ -210,50 +253,77 @@ def decoder(
         train: bool = False,
         perturb: dict[str, Array] | None = None,
     ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
-        return logits(params, states(params, x)), model_state, {}
+        return logits(params, hidden(params, x)), model_state, {}
 
-    def start(params: PyTree, batch_size: int, length: int, padding: Array | None = None) -> PyTree:
-        def one(block: PyTree, mixer: Mixer) -> PyTree:
-            return mixer.start(block["mixer"], batch_size, length, dtype, *(() if padding is None else (padding,)))
+    def start(
+        params: PyTree, batch_size: int, length: int, padding: Array | None = None, prefix: PyTree = None
+    ) -> PyTree:
+        def one(layers: Mapping[str, Mixer], block: PyTree, prefixes: PyTree) -> PyTree:
+            found = {}
+            for name, layer in layers.items():
+                options = {} if padding is None else {"padding": padding}
+                if name in prefixes:
+                    options["prefix"] = prefixes[name]
+                found[name] = layer.start(block[name], batch_size, length, dtype, **options)
+            return found
 
-        return {
-            name: [one(block, mixer) for block in blocks]
-            if isinstance(blocks, list)
-            else jax.vmap(lambda block, mixer=mixer: one(block, mixer))(blocks)
-            for (name, blocks), mixer in zip(params["blocks"].items(), mixers)
-        }
-
-    def go_on(params: PyTree, cache: PyTree, tokens: Array, form: str) -> tuple[Array, PyTree]:
-        """The residual stream after all blocks, and the cache."""
-
-        def one_round(h: Array, each: tuple[PyTree, PyTree]) -> tuple[Array, PyTree]:
-            blocks, caches = each
-            new = {}
-            for name, mixer in zip(names, mixers):
-                h, new[name] = one_block(blocks[name], h, getattr(mixer, form), caches[name])
-            return h, new
-
-        h, blocks = embed(params, tokens), params["blocks"]
-        if not isinstance(blocks[names[0]], list):
-            return jax.lax.scan(one_round, h, (blocks, cache))
-        new: dict[str, list[PyTree]] = {name: [] for name in names}
-        for i in range(rounds):
-            h, caches = one_round(
-                h, ({name: blocks[name][i] for name in names}, {name: cache[name][i] for name in names})
-            )
-            for name in names:
-                new[name].append(caches[name])
-        return h, new
+        for name, prefixes in (prefix or {}).items():
+            if name not in layers_of or set(prefixes) - set(layers_of[name]):
+                have = {group: list(layers) for group, layers in layers_of.items()}
+                raise ValueError(f"decoder: prefix names {list(prefixes)} of {name!r}, but the layers are {have}")
+        cache = {}
+        for name, layers in layers_of.items():
+            blocks, prefixes = params["blocks"][name], (prefix or {}).get(name, {})
+            if isinstance(blocks, list):
+                rows = [jax.tree.map(lambda leaf, i=i: leaf[i], prefixes) for i in range(len(blocks))]
+                cache[name] = [one(layers, block, row) for block, row in zip(blocks, rows)]
+            else:
+                cache[name] = jax.vmap(functools.partial(one, layers))(blocks, prefixes)
+        return cache
 
     def step(params: PyTree, cache: PyTree, tokens: Array) -> tuple[Array, PyTree]:
-        h, cache = go_on(params, cache, tokens, "step")
+        h, cache = go_on(params, embed(params, tokens), "step", cache)
         return logits(params, h), cache
 
     def extend(params: PyTree, cache: PyTree, tokens: Array) -> tuple[Array, PyTree]:
-        if all(mixer.extend for mixer in mixers):
-            h, cache = go_on(params, cache, tokens, "extend")
-            return logits(params, h[:, -1]), cache
-        cache, last = jax.lax.scan(lambda c, each: step(params, c, each)[::-1], cache, tokens.T)
-        return last[-1], cache
+        return through(params, embed(params, tokens), cache)
 
-    return Decoder(Model(init, apply), start, step, extend, states, logits)
+    listed = tuple((name, tuple(layers.items())) for name, layers in layers_of.items())
+    return Decoder(Model(init, apply), start, step, extend, hidden, logits, embed, through, listed)
+
+
+def _settled(groups: Sequence[Any]) -> tuple[dict[str, dict[str, Mixer]], dict[str, int]]:
+    """The layers of a block, and the number of blocks, of each group by its name."""
+    if not groups:
+        raise ValueError("decoder: groups is empty, but there must be at least one, as [(mixer, hidden, n)]")
+    layers_of: dict[str, dict[str, Mixer]] = {}
+    counts: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        if isinstance(group, Mixer) or not isinstance(group, tuple) or len(group) not in (2, 3):
+            raise ValueError(
+                f"decoder: groups[{i}] is {_told(group)}, but it must be (mixer, ffn, n) or ({{name: layer}}, n)"
+            )
+        layers, n = ({"mixer": group[0], "ffn": group[1]}, group[2]) if len(group) == 3 else group
+        check_whole("decoder", f"n of groups[{i}]", n, 1)
+        if not isinstance(layers, Mapping) or not layers:
+            raise ValueError(f"decoder: groups[{i}] has {_told(layers)}, but it must be layers by name")
+        widths = [layer.width for layer in layers.values() if isinstance(layer, Mixer)]
+        made = {}
+        for name, layer in layers.items():
+            if isinstance(layer, int) and not isinstance(layer, bool) and widths:
+                layer = swiglu(widths[0], layer)
+            if not isinstance(layer, Mixer):
+                raise ValueError(
+                    f"decoder: {name!r} of groups[{i}] is {_told(layer)}, but it must be a layer, or the hidden width"
+                    " of a SwiGLU network beside one"
+                )
+            made[name] = layer
+        layers_of[f"block_{i}"], counts[f"block_{i}"] = made, int(n)
+    widths = sorted({layer.width for layers in layers_of.values() for layer in layers.values()})
+    if len(widths) != 1:
+        raise ValueError(f"decoder: layers have the widths {widths}, but all must have one")
+    return layers_of, counts
+
+
+def _told(value: Any) -> str:
+    return f"a {value.name} layer" if isinstance(value, Mixer) else repr(value)[:60]

@@ -99,7 +99,7 @@ def generate(
       >>> import jax, jax.numpy as jnp
       >>> from cl_zoo.language import decoder
       >>> from cl_zoo.layers import softmax_attention
-      >>> net = decoder(256, [softmax_attention(16, 2)], layers=1, hidden=32)
+      >>> net = decoder(256, [(softmax_attention(16, 2), 32, 1)])
       >>> params, _ = net.model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
       >>> generate(net, params, jnp.ones((2, 5), jnp.int32), jax.random.key(1), length=3).tokens.shape
       (2, 3)
@@ -160,7 +160,8 @@ def _program(
         params = unstacked(params)
         batch_size, time = prompts.shape
         cache = decoder.start(params, batch_size, time + length, padding)
-        logits, cache = decoder.extend(params, cache, prompts)
+        h, cache = decoder.extend(params, cache, prompts)
+        logits = decoder.logits(params, h[:, -1])
 
         def record(i: Array, logits: Array, found: Generated, alive: Array) -> tuple[Generated, Array]:
             token = jnp.where(alive, draw(logits, jax.random.fold_in(key, i)), 0)

@@ -81,7 +81,7 @@ def answering(decoder: Decoder, *, shown: bool = False) -> Model:
       >>> import jax, jax.numpy as jnp
       >>> from cl_zoo.language import Demonstrated, answering, decoder
       >>> from cl_zoo.layers import softmax_attention
-      >>> model = answering(decoder(32, [softmax_attention(16, 2)], layers=1, hidden=32))
+      >>> model = answering(decoder(32, [(softmax_attention(16, 2), 32, 1)]))
       >>> ones = jnp.ones((2, 5), jnp.int32)
       >>> x = Demonstrated(ones, jnp.array([0, 3]), ones, None, ones[:, :3])
       >>> params, model_state = model.init(jax.random.key(0), x)

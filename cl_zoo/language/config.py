@@ -61,9 +61,7 @@ class DecoderConfig(NamedTuple):
         )
         return decoder(
             self.vocabulary,
-            [mixer],
-            layers=self.layers,
-            hidden=self.hidden,
+            [(mixer, self.hidden, self.layers)],
             tied=self.tied,
             rematerialise=rematerialise,
             epsilon=self.epsilon,

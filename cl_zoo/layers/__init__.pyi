@@ -8,6 +8,7 @@ from ._rotary import rotary as rotary
 from ._titans import titans as titans
 from .attention import softmax_attention as softmax_attention
 from .attention import window_attention as window_attention
+from .feed_forward import swiglu as swiglu
 from .mixer import Mixer as Mixer
 from .ttt import ttt_linear as ttt_linear
 from .ttt import ttt_mlp as ttt_mlp

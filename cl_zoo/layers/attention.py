@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -75,23 +76,38 @@ def _merged(k: Array, v: Array) -> tuple[Array, Array]:
     return k.reshape((-1, *k.shape[2:])), v.reshape((-1, *v.shape[2:]))
 
 
-def attend_window(q: Array, k: Array, v: Array, window: int, *, scale: float | None = None) -> Array:
+def attend_window(
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int,
+    *,
+    scale: float | None = None,
+    before: tuple[Array, Array, Array] | None = None,
+) -> Array:
     """`attend` to the last `window` tokens alone, the token itself among them: t - window < s <= t.
 
-    Tokens are cut into chunks of `window`, each of which sees itself and the one before it: time linear in T.
+    Tokens are cut into chunks of `window`, each of which sees itself and the one before it: time linear in T. With
+    `before`, k and v `[B, G, window, d]` of the tokens before these, of which the last n are there, `i32[]`.
     """
-    size = min(window, q.shape[-2])
     time = q.shape[-2]
+    size = min(window, time)
     q, k, v = (to_chunks(a, size) for a in (q, k, v))
+    there, length = jnp.int32(0), size
+    first_k, first_v = (jnp.zeros_like(a[0]) for a in (k, v))
+    if before is not None:
+        first_k, first_v, there = before
+        length = window  # what is before them is longer than they are, where they are one chunk
 
-    def with_previous(a: Array) -> Array:
-        return jnp.concatenate([jnp.concatenate([jnp.zeros_like(a[:1]), a[:-1]]), a], axis=-2)
+    def with_previous(a: Array, first: Array) -> Array:
+        previous = first[None] if len(a) == 1 else jnp.concatenate([first[None], a[:-1]])
+        return jnp.concatenate([previous, a], axis=-2)
 
-    row, column = jnp.arange(size)[:, None] + size, jnp.arange(2 * size)
+    row, column = jnp.arange(size)[:, None] + length, jnp.arange(length + size)
     seen = (column <= row) & (column > row - window)
-    first = jnp.arange(q.shape[0])[:, None, None] == 0
-    seen = seen & ~(first & (column < size))
-    k, v = jax.vmap(_merged)(with_previous(k), with_previous(v))
+    is_first = jnp.arange(q.shape[0])[:, None, None] == 0
+    seen = seen & ~(is_first & (column < length - there))
+    k, v = jax.vmap(_merged)(with_previous(k, first_k), with_previous(v, first_v))
     z = jax.vmap(lambda q, k, v, seen: _attend_seen(q, k, v, seen, scale))(q, k, v, seen)
     return from_chunks(z, time)
 
@@ -120,6 +136,20 @@ def empty_key_values(
     """Room for `length` tokens."""
     n = batch_size * heads
     return KeyValues(jnp.zeros((n, head_size, length), dtype), jnp.zeros((n, length, head_size), dtype), padding)
+
+
+def window_extend(cache: KeyValues, position: Array, q: Array, k: Array, v: Array) -> tuple[Array, KeyValues]:
+    """T more tokens `[B, H, T, d]` (q, k already rotated), with a ring of as many places as the window has."""
+    size, batch = cache.v.shape[1], len(q)
+    # In order: the last is the token before these.
+    old_k, old_v = jnp.roll(cache.k, -position % size, -1), jnp.roll(cache.v, -position % size, -2)
+    before_k, before_v = (a.reshape((batch, -1, *a.shape[1:])) for a in (jnp.swapaxes(old_k, -1, -2), old_v))
+    z = attend_window(q, k, v, size, before=(before_k, before_v, jnp.minimum(position, size)))
+    turn = (position + q.shape[2]) % size
+    new_k, new_v = _merged(k, v)
+    new_k = jnp.concatenate([old_k, new_k.astype(old_k.dtype)], -1)[..., -size:]
+    new_v = jnp.concatenate([old_v, new_v.astype(old_v.dtype)], -2)[..., -size:, :]
+    return z, KeyValues(jnp.roll(new_k, turn, -1), jnp.roll(new_v, turn, -2))
 
 
 def window_step(cache: KeyValues, position: Array, q: Array, k: Array, v: Array) -> tuple[Array, KeyValues]:
@@ -179,19 +209,35 @@ def softmax_attention(
     """
     d = head_width("softmax_attention", width, heads) if head_size is None else head_size
 
-    def init(key: Key) -> dict[str, Any]:
-        return {f"{n}_norm": {"scale": jnp.ones(d)} for n in ("query", "key") if qk_norm}
-
     def turned(params: PyTree, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
-        if qk_norm:
-            q, k = (rms_norm(a, params[f"{n}_norm"]["scale"], epsilon) for n, a in (("query", q), ("key", k)))
-        return rotary(q, positions, theta, scaling=scaling), rotary(k, positions, theta, scaling=scaling)
+        return _turned(params, q, k, positions, qk_norm, epsilon, theta, scaling)
 
     def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
         return attend(*turned(params, q, k, jnp.arange(q.shape[-2])), v)
 
-    def start(params: PyTree, batch_size: int, length: int, dtype: Any, padding: Array | None = None) -> KeyValues:
-        return empty_key_values(d, kv_heads or heads, batch_size, length, dtype, padding)
+    def start(
+        params: PyTree,
+        batch_size: int,
+        length: int,
+        dtype: Any,
+        padding: Array | None = None,
+        prefix: tuple[Array, Array] | None = None,
+    ) -> KeyValues:
+        cache = empty_key_values(d, kv_heads or heads, batch_size, length, dtype, padding)
+        if prefix is None:
+            return cache
+        if padding is not None:
+            raise ValueError("softmax_attention: a prefix and padding cannot both be given")
+        shapes = (kv_heads or heads, d), (kv_heads or heads, d)
+        k, v = prefix
+        places = k.shape[-1]
+        if (k.shape[:-1], (v.shape[0], v.shape[2])) != shapes or v.shape[1] != places or places > length:
+            raise ValueError(
+                f"softmax_attention: prefix has the shapes {k.shape} and {v.shape}, but they must be"
+                f" {(*shapes[0], 'P')} and {(shapes[0][0], 'P', d)} with P at most {length}"
+            )
+        keys, values = (jnp.tile(a, (batch_size, 1, 1)).astype(dtype) for a in (k, v))
+        return cache._replace(k=cache.k.at[..., :places].set(keys), v=cache.v.at[:, :places].set(values))
 
     def extend(
         params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array
@@ -222,7 +268,7 @@ def softmax_attention(
         "softmax_attention",
         width,
         heads,
-        init=init,
+        init=functools.partial(_init_norms, d, qk_norm),
         parallel=parallel,
         start=start,
         recur=recur,
@@ -232,6 +278,7 @@ def softmax_attention(
         biases=biases,
         convolution=convolution,
         norm=None,
+        keeps_all=True,
     )
 
 
@@ -242,13 +289,15 @@ def window_attention(
     *,
     window: Count = 64,
     kv_heads: int | None = None,
+    qk_norm: bool = False,
     convolution: int = 0,
     theta: float = 10_000.0,
+    epsilon: float = EPSILON,
 ) -> Mixer:
     """z_t = sum_{t - window < s <= t} softmax_s(q_t . k_s / sqrt(d)) v_s: softmax attention that forgets.
 
     Args:
-      width, heads, kv_heads, convolution, theta: see `softmax_attention`.
+      width, heads, kv_heads, qk_norm, convolution, theta, epsilon: see `softmax_attention`.
       window: tokens that are seen, the token itself among them, at least 1.
 
     Returns:
@@ -268,34 +317,61 @@ def window_attention(
       (1, 5, 8)
     """
 
+    d = head_width("window_attention", width, heads)
+
+    def turned(params: PyTree, q: Array, k: Array, positions: Array) -> tuple[Array, Array]:
+        return _turned(params, q, k, positions, qk_norm, epsilon, theta)
+
     def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
-        positions = jnp.arange(q.shape[-2])
-        return attend_window(rotary(q, positions, theta), rotary(k, positions, theta), v, window)
+        return attend_window(*turned(params, q, k, jnp.arange(q.shape[-2])), v, window)
 
     def start(params: PyTree, batch_size: int, length: int, dtype: Any) -> KeyValues:
-        return empty_key_values(width // heads, kv_heads or heads, batch_size, window, dtype)
+        return empty_key_values(d, kv_heads or heads, batch_size, window, dtype)
+
+    def extend(
+        params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array
+    ) -> tuple[Array, KeyValues]:
+        q, k = turned(params, q, k, position + jnp.arange(q.shape[2]))
+        return window_extend(cache, position, q, k, v)
 
     def recur(
         params: PyTree, cache: KeyValues, position: Array, q: Array, k: Array, v: Array, x: Array
     ) -> tuple[Array, KeyValues]:
-        return window_step(cache, position, rotary(q, position, theta), rotary(k, position, theta), v)
+        return window_step(cache, position, *turned(params, q, k, position), v)
 
     return head_mixer(
         "window_attention",
         width,
         heads,
-        init=_nothing,
+        init=functools.partial(_init_norms, d, qk_norm),
         parallel=parallel,
         start=start,
         recur=recur,
+        extend=extend,
         kv_heads=kv_heads,
         convolution=convolution,
         norm=None,
     )
 
 
-def _nothing(key: Key) -> dict[str, Any]:
-    return {}
+def _init_norms(d: int, qk_norm: bool, key: Key) -> dict[str, Any]:
+    return {f"{n}_norm": {"scale": jnp.ones(d)} for n in ("query", "key") if qk_norm}
+
+
+def _turned(
+    params: PyTree,
+    q: Array,
+    k: Array,
+    positions: Array,
+    qk_norm: bool,
+    epsilon: float,
+    theta: float,
+    scaling: RotaryScaling | None = None,
+) -> tuple[Array, Array]:
+    """Normalised where that is asked for, and rotated."""
+    if qk_norm:
+        q, k = (rms_norm(a, params[f"{n}_norm"]["scale"], epsilon) for n, a in (("query", q), ("key", k)))
+    return rotary(q, positions, theta, scaling=scaling), rotary(k, positions, theta, scaling=scaling)
 
 
 ENTRY = (

@@ -38,13 +38,15 @@ class Mixer(NamedTuple):
       width: D.
       init: `(key) -> params`.
       apply: `(params, x [B, T, D]) -> [B, T, D]`, the parallel form, for training; any T.
-      start: `(params, batch_size, length, dtype, padding=None) -> cache` of an empty sequence, for at most `length`
-        tokens of activations in `dtype`. Only softmax attention's cache grows with `length`. `padding` `i32[B]` tokens
-        at the beginning of each sequence are ignored: layers without `extend` refuse it.
+      start: `(params, batch_size, length, dtype, padding=None, prefix=None) -> cache` of an empty sequence, for at most
+        `length` tokens of activations in `dtype`. Only softmax attention's cache grows with `length`. `padding`
+        `i32[B]` tokens at the beginning of each sequence are ignored, and a `prefix`, keys `[G, d, P]` and values
+        `[G, P, d]`, comes before each: layers other than softmax attention refuse both.
       step: `(params, cache, x [B, D]) -> ([B, D], cache)`, the recurrent form: one more token. The cache keeps its
         tree, shapes and dtypes, so a `scan` of `step` is a whole sequence.
       extend: `(params, cache, x [B, T, D]) -> ([B, T, D], cache)`: T more tokens at once, equal to T steps; None where
         there is no such form.
+      memoryless: whether each token is mixed with no other, as in feed-forward networks.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Mixer(NamedTuple):
     start: Callable[..., PyTree]
     step: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
     extend: Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]] | None = None
+    memoryless: bool = False
 
 
 class HeadCache(NamedTuple):
@@ -130,7 +133,7 @@ def head_mixer(
     *,
     init: Callable[[Key], dict[str, Any]],
     parallel: Callable[[PyTree, Array, Array, Array, Array], Array],
-    start: Callable[[PyTree, int, int, Any], PyTree],
+    start: Callable[..., PyTree],
     recur: Callable[..., tuple[Array, PyTree]],
     extend: Callable[..., tuple[Array, PyTree]] | None = None,
     kv_heads: int | None = None,
@@ -139,6 +142,7 @@ def head_mixer(
     convolution: int = 0,
     norm: str | None = "rms",
     gate: Callable[[Array], Array] | None = None,
+    keeps_all: bool = False,
 ) -> Mixer:
     """A `Mixer` around a core that works on heads.
 
@@ -149,7 +153,7 @@ def head_mixer(
       name, width, heads: of the layer.
       init: `(key) -> params` of the core, beside those of the projections.
       parallel: `(params, q, k, v [B, H, T, d], x [B, T, D]) -> [B, H, T, d]`.
-      start: `(params, batch_size, length, dtype) -> state` of the core; with `extend`, a fifth argument is the padding.
+      start: `(params, batch_size, length, dtype) -> state` of the core; with `keeps_all`, it takes more.
       recur: `(params, state, position, q, k, v [B, H, d], x [B, D]) -> ([B, H, d], state)`.
       extend: `(params, state, position, q, k, v [B, H, T, d], x [B, T, D]) -> ([B, H, T, d], state)`, if there is one.
       kv_heads: heads of keys and values, each serving heads / kv_heads queries; None is `heads`.
@@ -158,6 +162,8 @@ def head_mixer(
       convolution: w, the width of short convolutions of q, k and v; 0 for none.
       norm: of the core's output: "rms", each head by itself; "layer", all heads together; None.
       gate: an activation, or None for no gate.
+      keeps_all: whether the state holds every token apart, so that `start` takes `padding`, which it leaves out, and a
+        `prefix`, which comes before.
 
     Raises:
       ValueError: sizes below 1, heads that do not divide the width, or kv_heads that do not divide the heads.
@@ -229,15 +235,24 @@ def head_mixer(
         return merge(params, parallel(params, q, k, v, x), x)
 
     def start_all(
-        params: PyTree, batch_size: int, length: int, dtype: Any = jnp.float32, padding: Array | None = None
+        params: PyTree,
+        batch_size: int,
+        length: int,
+        dtype: Any = jnp.float32,
+        padding: Array | None = None,
+        prefix: tuple[Array, Array] | None = None,
     ) -> HeadCache:
-        if padding is not None and (extend is None or convolution):
+        if prefix is not None and not keeps_all:
+            raise ValueError(f"{name}: prefix is given, but only softmax attention can begin after keys and values")
+        if padding is not None and (not keeps_all or convolution):
             raise ValueError(f"{name}: padding before a sequence would change its state; give sequences of one length")
         recent = {}
         if convolution:
             recent = {n: jnp.zeros((batch_size, convolution - 1, size), dtype) for n, size in sizes.items()}
-        state = start(params, batch_size, length, dtype, *(() if padding is None else (padding,)))
-        return HeadCache(jnp.zeros((), jnp.int32), recent, state)
+        before: dict[str, Any] = {} if padding is None else {"padding": padding}
+        before |= {} if prefix is None else {"prefix": prefix}
+        state = start(params, batch_size, length, dtype, **before)
+        return HeadCache(jnp.asarray(0 if prefix is None else prefix[0].shape[-1], jnp.int32), recent, state)
 
     def extend_all(params: PyTree, cache: HeadCache, x: Array) -> tuple[Array, HeadCache]:
         assert extend is not None

@@ -85,7 +85,7 @@ def lora(
       >>> import jax, jax.numpy as jnp
       >>> from cl_zoo.language import decoder
       >>> from cl_zoo.layers import softmax_attention
-      >>> net = decoder(256, [softmax_attention(16, 2)], layers=2, hidden=32)
+      >>> net = decoder(256, [(softmax_attention(16, 2), 32, 2)])
       >>> params, _ = lora(net.model, 4).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
       >>> params["blocks"]["block_0"]["mixer"]["query"]["A"].shape
       (2, 16, 4)

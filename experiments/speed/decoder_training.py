@@ -62,13 +62,7 @@ class Config:
 def ours(config: Config, length: int, kind: str) -> tuple[Callable[[], float], dict[str, float]]:
     """`() -> seconds of a step`, and seconds to compile and bytes of temporary memory."""
     mixer = softmax_attention(config.width, config.heads)
-    net = decoder(
-        config.vocabulary,
-        [mixer],
-        layers=config.layers,
-        hidden=config.hidden,
-        rematerialise=kind == "rematerialised",
-    )
+    net = decoder(config.vocabulary, [(mixer, config.hidden, config.layers)], rematerialise=kind == "rematerialised")
     tokens = jax.random.randint(jax.random.key(0), (config.tokens // length, length), 0, config.vocabulary)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     weights, model_state = net.model.init(jax.random.key(0), tokens)

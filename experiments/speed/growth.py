@@ -188,7 +188,7 @@ def sweep_of(runs: int) -> Point:
 
 def tokens_of(tokens: int, decoded: bool) -> Point:
     """A training step on one sequence of so many tokens, or a token with a cache of so many places."""
-    net = decoder(256, [softmax_attention(128, 4)], layers=4, hidden=344)
+    net = decoder(256, [(softmax_attention(128, 4), 344, 4)])
     learner = compose(net.model, optax.sgd(0.01), supervised(next_token_loss))
     x = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, tokens)), jnp.int32)
     batch = Batch(x, x, None, jnp.ones(1))

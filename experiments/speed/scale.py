@@ -53,7 +53,7 @@ class Config:
 
 def learner_of(*components: Component, adapters: bool = False) -> Learner:
     """A decoder of 33 million parameters."""
-    net = decoder(VOCABULARY, [softmax_attention(WIDTH, heads=8)], layers=LAYERS, hidden=4 * WIDTH, rematerialise=True)
+    net = decoder(VOCABULARY, [(softmax_attention(WIDTH, heads=8), 4 * WIDTH, LAYERS)], rematerialise=True)
     model = lora(net.model, rank=16) if adapters else net.model
     return compose(model, optax.adamw(1e-3), supervised(next_token_loss), *components)
 

@@ -22,7 +22,7 @@ from tests.tiny import same_bytes
 
 DIRECTIONS = ("forward", "reverse", "jsd")
 V, N, RATE = 13, 4, 0.5
-NET = decoder(V, [softmax_attention(8, 2)], layers=2, hidden=12)
+NET = decoder(V, [(softmax_attention(8, 2), 12, 2)])
 KEY = jax.random.key(5)
 
 
@@ -153,7 +153,7 @@ def test_off_policy_distillation_learns_from_what_the_teacher_says(make: Any) ->
 def test_adapters_alone_are_distilled() -> None:
     world = SymbolWorld(symbols=5, known=1, new=2, length=2, pairs=2)
     stream = world.skills(steps=5, batch_size=8, examples=40, tests=30)
-    net = decoder(world.vocabulary, [softmax_attention(8, 2)], layers=1, hidden=8)
+    net = decoder(world.vocabulary, [(softmax_attention(8, 2), 8, 1)])
     weights, _ = net.model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     learner = compose(lora(answering(net), 2), optax.adam(1e-2), sdft(length=3, skip=0, decay=0.9)).bind(weights)
     result = run_stream(learner, stream, KEY)

@@ -33,7 +33,7 @@ def _rotations(model: Model) -> Model:
     return with_rotation_head(model, mlp((5,), 4, hidden=()), reads="output")
 
 
-DECODER = decoder(13, [softmax_attention(8, 2)], layers=1, hidden=8)
+DECODER = decoder(13, [(softmax_attention(8, 2), 8, 1)])
 
 
 def _answering(shape: tuple[int, ...], outputs: int, **options: Any) -> Model:

@@ -19,7 +19,7 @@ KEY = jax.random.key(3)
 
 
 def net(mixer: Any = None, layers: int = 2) -> tuple[Any, Any]:
-    made = decoder(V, [mixer or softmax_attention(8, 2, kv_heads=1)], layers=layers, hidden=12)
+    made = decoder(V, [(mixer or softmax_attention(8, 2, kv_heads=1), 12, layers)])
     params, _ = made.model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return made, jax.tree.map(lambda leaf: 2.0 * leaf, params)  # so that not all tokens are as likely
 
@@ -52,9 +52,9 @@ def test_unstacked_blocks_give_the_same() -> None:
     apart = unstacked(params)
     assert isinstance(apart["blocks"]["block_0"], list) and len(apart["blocks"]["block_0"]) == 2
     cache, cache_apart = made.start(params, 3, 8), made.start(apart, 3, 8)
-    logits, cache = made.extend(params, cache, PROMPTS)
-    logits_apart, cache_apart = made.extend(apart, cache_apart, PROMPTS)
-    np.testing.assert_allclose(logits, logits_apart, atol=1e-6)
+    h, cache = made.extend(params, cache, PROMPTS)
+    h_apart, cache_apart = made.extend(apart, cache_apart, PROMPTS)
+    np.testing.assert_allclose(h, h_apart, atol=1e-6)
     for new in PROMPTS.T[:2]:
         logits, cache = made.step(params, cache, new)
         logits_apart, cache_apart = made.step(apart, cache_apart, new)

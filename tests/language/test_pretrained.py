@@ -42,8 +42,9 @@ def test_logits_are_those_of_transformers(name: str) -> None:
     logits, _, _ = jax.jit(lambda p, x: loaded.decoder.model.apply(p, {}, x))(loaded.params, tokens)
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
     cache = loaded.decoder.start(loaded.params, 2, 40)
-    last, cache = loaded.decoder.extend(loaded.params, cache, tokens[:, :-1])
-    np.testing.assert_allclose(last, wanted[:, -2], rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
+    h, cache = loaded.decoder.extend(loaded.params, cache, tokens[:, :-1])
+    last = loaded.decoder.logits(loaded.params, h)
+    np.testing.assert_allclose(last, wanted[:, :-1], rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
     last, _ = loaded.decoder.step(loaded.params, cache, tokens[:, -1])
     np.testing.assert_allclose(last, wanted[:, -1], rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
 

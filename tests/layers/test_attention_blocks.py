@@ -112,7 +112,7 @@ def test_a_long_prompt_is_read_as_token_after_token(monkeypatch: pytest.MonkeyPa
 
 def test_decoding_copies_nothing_of_a_cache() -> None:
     """Neither a copy nor a transpose of keys or values is in the compiled text."""
-    net = decoder(16, [softmax_attention(24, 4, kv_heads=2)], layers=2, hidden=24)
+    net = decoder(16, [(softmax_attention(24, 4, kv_heads=2), 24, 2)])
     params, _ = net.model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     params, prompts = unstacked(params), jnp.ones((1, 250), jnp.int32)
     program = _program(net, 37, 0.0, None, None, ())

@@ -15,7 +15,7 @@ from cl_zoo.losses import all_tokens_right, next_token_loss
 from cl_zoo.streams import Example, SymbolWorld, skills
 
 WORLD = SymbolWorld(symbols=7, known=2, new=3, length=2, pairs=4)
-NET = decoder(WORLD.vocabulary, [softmax_attention(8, 2)], layers=2, hidden=12)
+NET = decoder(WORLD.vocabulary, [(softmax_attention(8, 2), 12, 2)])
 
 
 def test_padding_before_a_prompt_changes_no_logit() -> None:

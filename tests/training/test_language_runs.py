@@ -41,7 +41,7 @@ def stream() -> Stream:
 
 def language_learner(*components: Component) -> Learner:
     """Blocks of TTT-Linear, four mini-batches in a row."""
-    net = decoder(256, [ttt_linear(8, 2, mini_batch=4)], layers=1, hidden=16)
+    net = decoder(256, [(ttt_linear(8, 2, mini_batch=4), 16, 1)])
     return compose(net.model, optax.adam(1e-2), supervised(next_token_loss), *components)
 
 

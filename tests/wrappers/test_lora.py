@@ -25,7 +25,7 @@ from cl_zoo.wrappers._lora import AdaptedKernel
 from tests.tiny import close, same_bytes
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 9), 0, 256)
-NET = decoder(256, [softmax_attention(16, 2, kv_heads=1)], layers=2, hidden=24)
+NET = decoder(256, [(softmax_attention(16, 2, kv_heads=1), 24, 2)])
 MODEL = lora(NET.model, 3, alpha=6.0)
 WEIGHTS, _ = NET.model.init(jax.random.key(7), TOKENS)
 BOUND = MODEL.bind(WEIGHTS)
@@ -84,8 +84,8 @@ def test_decoding_with_adapters_is_the_parallel_form() -> None:
     wanted, _, _ = BOUND.apply(params, state, TOKENS)
     full = BOUND.inner_params(params)
     assert isinstance(full["blocks"]["block_0"]["mixer"]["query"], AdaptedKernel)
-    logits, cache = NET.extend(full, NET.start(full, 3, 9), TOKENS[:, :-1])
-    np.testing.assert_allclose(logits, wanted[:, -2], atol=1e-5)
+    h, cache = NET.extend(full, NET.start(full, 3, 9), TOKENS[:, :-1])
+    np.testing.assert_allclose(NET.logits(full, h), wanted[:, :-1], atol=1e-5)
     np.testing.assert_allclose(NET.step(full, cache, TOKENS[:, -1])[0], wanted[:, -1], atol=1e-5)
 
 
@@ -163,7 +163,7 @@ def test_what_is_refused() -> None:
 
 @pytest.mark.parametrize("options", [{"biases": ("query", "key", "value")}, {"convolution": 4}])
 def test_biases_and_convolutions_are_no_kernels(options: dict[str, Any]) -> None:
-    net = decoder(256, [softmax_attention(16, 2, **options)], layers=2, hidden=24)
+    net = decoder(256, [(softmax_attention(16, 2, **options), 24, 2)])
     weights, _ = net.model.init(jax.random.key(3), TOKENS)
     model = lora(net.model, 2).bind(weights)
     params, state = moved(model)
@@ -210,7 +210,7 @@ def test_a_program_holds_the_frozen_weights_once(components: Any, bound: bool) -
     does, but for one block of four that is at work."""
     source, found = stream(), []
     for width in (256, 512):
-        net = decoder(256, [softmax_attention(width, 2)], layers=4, hidden=width)
+        net = decoder(256, [(softmax_attention(width, 2), width, 4)])
         weights = jax.eval_shape(lambda net=net: net.model.init(jax.random.key(0), TOKENS)[0])
         one = compose(lora(net.model, 2), optax.adam(1e-2), supervised(next_token_loss), *components)
         one = one.bind(weights) if bound else one
@@ -291,7 +291,7 @@ def test_weights_that_are_drawn_are_in_no_checkpoint_either(tmp_path: Path) -> N
 
 
 def test_weights_in_bfloat16_are_compared_too(tmp_path: Path) -> None:
-    net = decoder(256, [softmax_attention(16, 2)], layers=1, hidden=24, dtype=jnp.bfloat16)
+    net = decoder(256, [(softmax_attention(16, 2), 24, 1)], dtype=jnp.bfloat16)
     weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), net.model.init(jax.random.key(0), TOKENS)[0])
     one = compose(lora(net.model, 2), optax.adam(1e-2), supervised(next_token_loss), ema(0.9)).bind(weights)
     found = fit(one, stream(), jax.random.key(0), tmp_path / "half", progress=False)
