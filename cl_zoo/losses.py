@@ -257,7 +257,7 @@ def token_losses(outputs: Array, y: Array) -> Array:
     another number that is no output.
 
     Args:
-      outputs: logits `[B, L, V]`; the softmax is taken in float32, whatever their type.
+      outputs: logits `[B, L, V]`; the softmax is taken in float32 at least.
       y: `i32[B, L]`, the target at each position; -1 where none is scored.
 
     Returns:
@@ -272,7 +272,7 @@ def token_losses(outputs: Array, y: Array) -> Array:
       [[0.0, 0.0]]
     """
     _check(outputs, y)
-    outputs, y = outputs.astype(jnp.float32), y.astype(jnp.int32)
+    outputs, y = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32)), y.astype(jnp.int32)
     chosen = jnp.take_along_axis(outputs, jnp.maximum(y, 0)[..., None], axis=-1, mode="clip")[..., 0]
     return _of_labels(jax.nn.logsumexp(outputs, axis=-1) - chosen, y, outputs.shape[-1])
 

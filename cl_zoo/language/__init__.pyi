@@ -1,6 +1,8 @@
 from ._decoder import Decoder as Decoder
 from ._decoder import decoder as decoder
 from ._decoder import unstacked as unstacked
+from ._end_to_end import EndToEndCache as EndToEndCache
+from ._end_to_end import ttt_e2e as ttt_e2e
 from ._generate import Generated as Generated
 from ._generate import generate as generate
 from .answers import Demonstrated as Demonstrated

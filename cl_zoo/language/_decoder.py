@@ -191,6 +191,10 @@ def decoder(
         wide = jnp.promote_types(h.dtype, jnp.float32)
         return jnp.matmul(rows, head.astype(h.dtype), preferred_element_type=wide).reshape((*h.shape[:-1], -1))
 
+    def kind_of(params: PyTree) -> Any:
+        """Of activations."""
+        return jnp.float64 if params["embedding"].dtype == jnp.float64 else dtype
+
     def embed(params: PyTree, tokens: Array) -> Array:
         kind = getattr(tokens, "dtype", None)
         if kind is None:
@@ -204,7 +208,7 @@ def decoder(
         table = jnp.asarray(table) if isinstance(table, np.ndarray) else table  # NumPy cannot be indexed by a tracer
         # A token that is none of the vocabulary is nan, not another token.
         rows = table.at[tokens.astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
-        return rows.astype(jnp.promote_types(dtype, table.dtype) if table.dtype == jnp.float64 else dtype)
+        return rows.astype(kind_of(params))
 
     def go_on(
         params: PyTree, h: Array, form: str, cache: PyTree = None, groups: Sequence[str] | None = None
@@ -264,7 +268,7 @@ def decoder(
                 options = {} if padding is None else {"padding": padding}
                 if name in prefixes:
                     options["prefix"] = prefixes[name]
-                found[name] = layer.start(block[name], batch_size, length, dtype, **options)
+                found[name] = layer.start(block[name], batch_size, length, kind_of(params), **options)
             return found
 
         for name, prefixes in (prefix or {}).items():
