@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import common, fast_weights, recall
+from experiments import common, fast_weights, recall, switching_bigrams
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +79,26 @@ def test_fast_weights(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
 
 def test_seen_before() -> None:
     assert fast_weights.seen_before(np.array([[2, 1, 2, 0, 1]])).tolist() == [[False, False, True, False, True]]
+
+
+@pytest.mark.long
+def test_switching_bigrams(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"length": 6, "vocabulary": 5, "tables": 2, "width": 8, "hidden": 8, "batch_size": 4}
+    grid = {"rates": (1e-2, 3e-2), "inner_rates": (0.1, 0.3)}
+    config = switching_bigrams.Config(segments=(3,), seeds=2, steps=3, directory=str(tmp_path), **sizes, **grid)
+    switching_bigrams.main(config)
+    shown = capsys.readouterr().out
+    assert "ttt-e2e - attention, nats, paired by seed" in shown and (tmp_path / "by_place.png").exists()
+    result = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["algorithm"]: row for row in result["rows"]}
+    assert list(rows) == list(switching_bigrams.METHODS) and result["lower_is_better"]
+    assert all(len(row["scores"]) == 2 and row["ours"]["mean"] > 0 for row in rows.values())
+    assert rows["ttt-e2e"]["scores"] != rows["ttt-e2e, rate 0"]["scores"]
+    assert rows["dynamic evaluation"]["scores"] != rows["none"]["scores"]
+    assert len(json.loads((tmp_path / "chosen" / "ttt-e2e.json").read_text())["loss"]) == 4
+
+    monkeypatch.setattr(switching_bigrams, "sweep", lambda *_, **__: pytest.fail("a finished part was run again"))
+    switching_bigrams.main(config)
+    assert capsys.readouterr().out == shown
+    with pytest.raises(SystemExit, match="methods names nothing, but there are none, attention"):
+        switching_bigrams.main(dataclasses.replace(config, methods=("nothing",)))

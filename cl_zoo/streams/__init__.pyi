@@ -22,4 +22,8 @@ from .recall import associative_recall as associative_recall
 from .recall import best_dictionary_scores as best_dictionary_scores
 from .recall import fresh_dictionaries as fresh_dictionaries
 from .regression import slowly_changing_regression as slowly_changing_regression
+from .sequences import BigramData as BigramData
+from .sequences import best_bigram_losses as best_bigram_losses
+from .sequences import formal_language as formal_language
+from .sequences import switching_bigrams as switching_bigrams
 from .text import text_domains as text_domains

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import check_whole, checked
+from cl_zoo.losses import reads_ignored
 from cl_zoo.streams.arrays import Cursor
 from cl_zoo.types import Agent, Array, Batch, Key, PyTree, Stream, TaskInfo
 
-__all__ = ["episode_stream"]
+__all__ = ["episode_stream", "one_task"]
 
 
 @checked
@@ -99,3 +101,23 @@ def episode_stream(
         tasks=tasks,
         data=data,
     )
+
+
+def one_task(
+    owner: str,
+    data: PyTree,
+    draw: Callable[[PyTree, str, Array, Key], tuple[PyTree, PyTree]],
+    n_outputs: int,
+    of_tokens: Callable[[Array, Array], Array],
+    **options: Any,
+) -> Stream:
+    """One task of drawn sequences, whose score is `of_tokens(outputs, y)`; see `episode_stream`."""
+
+    @reads_ignored
+    def score(outputs: Array, batch: Batch) -> Array:
+        return of_tokens(outputs, batch.y)
+
+    def as_it_is(data: PyTree, key: Key) -> PyTree:
+        return data
+
+    return episode_stream(owner, data, draw, n_tasks=1, n_outputs=n_outputs, score=score, reorder=as_it_is, **options)

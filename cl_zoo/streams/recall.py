@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cl_zoo.checks import Count, NonNegative, check_whole, checked
-from cl_zoo.losses import reads_ignored, token_accuracy
+from cl_zoo.losses import token_accuracy
 from cl_zoo.shuffle import shuffled_index
-from cl_zoo.streams.episodes import episode_stream
-from cl_zoo.types import Array, Batch, Key, PyTree, Stream
+from cl_zoo.streams.episodes import one_task
+from cl_zoo.types import Array, Key, Stream
 
 __all__ = ["RecallData", "associative_recall", "best_dictionary_scores", "fresh_dictionaries"]
 
@@ -31,6 +31,7 @@ def associative_recall(
     steps: int = 10_000,
     length: int = 64,
     pairs: Count = 8,
+    updates: int = 0,
     vocabulary: int = 256,
     batch_size: int = 64,
     alpha: NonNegative = 0.01,
@@ -46,13 +47,17 @@ def associative_recall(
 
         P(g) ~ (g + 1)^(alpha - 1),     g = 0, ..., (L - 2 n) // 2 - 1
 
+    With u `updates`, as many of the keys come again after the pairs, each with a new value, and that one is its target:
+    what was written must be overwritten. Then n + u stands for n in the places of queries.
+
     so most queries come soon. Weights cannot predict their values: that takes a memory within the sequence.
 
     Args:
       steps: batches of the one task.
-      length: L, at least 4 n.
+      length: L, at least 4 n + 2 u.
       pairs: n, at least 1.
-      vocabulary: V, even: token 0 is filler, 1 to V/2 - 1 are keys, V/2 to V - 1 are values; at least 2 n + 2.
+      updates: u, keys that are given a new value, in [0, n].
+      vocabulary: V, even: token 0 is filler, 1 to V/2 - 1 are keys, V/2 to V - 1 are values; at least 2 (n + u) + 2.
       batch_size: sequences per batch.
       alpha: at least 0; 1 makes the gaps uniform. May be traced.
       filler: tokens in all other places: "noise", drawn from the whole vocabulary; or "zeros".
@@ -70,6 +75,7 @@ def associative_recall(
 
     Differences from the paper or its code: the stream does not end, theirs is a fixed set of 100 000 sequences.
     As in the code, a query's value is its target but does not follow in x, and noise may repeat a key of the sequence.
+    Keys that are given a new value always get another one; in their data (forgetting recall) it may be the same.
 
     Example:
       >>> import jax
@@ -79,16 +85,20 @@ def associative_recall(
       ((3, 12), [2, 2, 2])
     """
     owner = "associative_recall"
-    check_whole(owner, "length", length, 4 * pairs)
-    check_whole(owner, "vocabulary", vocabulary, 2 * pairs + 2)
+    check_whole(owner, "updates", updates, 0, pairs)
+    check_whole(owner, "length", length, 4 * pairs + 2 * updates)
+    check_whole(owner, "vocabulary", vocabulary, 2 * (pairs + updates) + 2)
     if vocabulary % 2:
         raise ValueError(f"{owner}: vocabulary is {vocabulary}, but it must be even")
-    half, told, gaps = vocabulary // 2, 2 * pairs, length // 2 - pairs
+    half, told, gaps = vocabulary // 2, 2 * (pairs + updates), length // 2 - pairs - updates
 
     def draw(data: RecallData, split: str, task: Array, key: Key) -> tuple[Array, Array]:
         of_gaps, of_noise = jax.random.split(key)
         keys = 1 + shuffled_index(key, jnp.arange(pairs), half - 1, 0)
-        values = half + shuffled_index(key, jnp.arange(pairs), half, 1)
+        values = half + shuffled_index(key, jnp.arange(pairs + updates), half, 1)
+        again = shuffled_index(key, jnp.arange(updates), pairs, 2)  # which keys
+        given = jnp.concatenate([keys, keys[again]])
+        latest = values[:pairs].at[again].set(values[pairs:])
         # The largest log-probabilities plus Gumbel noise, in order, are draws without replacement, in order.
         chance = (data.alpha - 1) * jnp.log(jnp.arange(1, gaps + 1, dtype=jnp.float32))
         _, gap = jax.lax.top_k(chance + jax.random.gumbel(of_gaps, (gaps,)), pairs)
@@ -98,12 +108,12 @@ def associative_recall(
             if filler == "zeros"
             else jax.random.randint(of_noise, (length,), 0, vocabulary)
         )
-        x = x.at[:told].set(jnp.stack([keys, values], axis=1).ravel()).at[query].set(keys)
-        return x, jnp.full(length, -1, jnp.int32).at[query].set(values)
+        x = x.at[:told].set(jnp.stack([given, values], axis=1).ravel()).at[query].set(keys)
+        return x, jnp.full(length, -1, jnp.int32).at[query].set(latest)
 
     data = RecallData(jnp.asarray(alpha, jnp.float32))
     sizes: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
-    return _one_task(owner, data, draw, vocabulary, **sizes, **options)
+    return one_task(owner, data, draw, vocabulary, token_accuracy, **sizes, **options)
 
 
 @checked
@@ -160,7 +170,7 @@ def fresh_dictionaries(
         return x, jnp.stack([value, jnp.full_like(value, -1)], axis=1).ravel()
 
     sizes: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
-    return _one_task(owner, None, draw, words + values, **sizes, **options)
+    return one_task(owner, None, draw, words + values, token_accuracy, **sizes, **options)
 
 
 @checked
@@ -195,16 +205,3 @@ def _check_documents(owner: str, length: int, words: int, values: int) -> None:
         check_whole(owner, field, value, least)
     if length % 2:
         raise ValueError(f"{owner}: length is {length}, but it must be even: words and their values alternate")
-
-
-def _one_task(owner: str, data: PyTree, draw: Any, vocabulary: int, **options: Any) -> Stream:
-    """One task of drawn sequences, scored by the fraction of correct tokens."""
-
-    @reads_ignored
-    def score(outputs: Array, batch: Batch) -> Array:
-        return token_accuracy(outputs, batch.y)
-
-    def as_it_is(data: PyTree, key: Key) -> PyTree:
-        return data
-
-    return episode_stream(owner, data, draw, n_tasks=1, n_outputs=vocabulary, score=score, reorder=as_it_is, **options)
