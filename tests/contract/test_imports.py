@@ -25,6 +25,7 @@ ALLOWED |= {
     "buffers": BASE,
     "augmentation": BASE,
     "layers": BASE | {"estimators"},
+    "optimisers": BASE | {"layers"},
     "models": BASE | {"layers"},
     "wrappers": BASE | {"layers", "models"},
     "language": BASE | {"layers", "models"},
