@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import common, fast_weights, recall, switching_bigrams
+from experiments import common, fast_weights, formal_languages, recall, switching_bigrams
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +102,24 @@ def test_switching_bigrams(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
     assert capsys.readouterr().out == shown
     with pytest.raises(SystemExit, match="methods names nothing, but there are none, attention"):
         switching_bigrams.main(dataclasses.replace(config, methods=("nothing",)))
+
+
+@pytest.mark.long
+def test_formal_languages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"longest": 4, "tested": 7, "strings": 10, "width": 8, "blocks": 1, "hidden": 8, "batch_size": 4}
+    languages, layers = ("parity", "shuffle-2"), ("delta rule", "hope")
+    config = formal_languages.Config(
+        languages=languages, layers=layers, seeds=2, steps=3, directory=str(tmp_path), **sizes
+    )
+    formal_languages.main(config)
+    shown = capsys.readouterr().out
+    assert "right, % (longer)" in shown and (tmp_path / "right.png").exists()
+    result = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["setting"], row["algorithm"]): row for row in result["rows"]}
+    assert list(rows) == [(a + said, b) for said in ("", ", longer") for a in languages for b in layers]
+    assert all(len(row["scores"]) == 2 and row["note"].startswith("rate 0.0") for row in rows.values())
+    monkeypatch.setattr(formal_languages, "sweep", lambda *_, **__: pytest.fail("a finished part was run again"))
+    formal_languages.main(config)
+    assert capsys.readouterr().out == shown
+    with pytest.raises(SystemExit, match="layers names nothing, but there are softmax attention"):
+        formal_languages.main(dataclasses.replace(config, layers=("nothing",)))

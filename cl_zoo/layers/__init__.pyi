@@ -5,9 +5,11 @@ from ._linear_attention import gated_linear_attention as gated_linear_attention
 from ._linear_attention import linear_attention as linear_attention
 from ._rotary import RotaryScaling as RotaryScaling
 from ._rotary import rotary as rotary
+from ._self_modifying import self_modifying_titans as self_modifying_titans
 from ._titans import titans as titans
 from .attention import softmax_attention as softmax_attention
 from .attention import window_attention as window_attention
+from .feed_forward import cms as cms
 from .feed_forward import swiglu as swiglu
 from .mixer import Mixer as Mixer
 from .ttt import ttt_linear as ttt_linear

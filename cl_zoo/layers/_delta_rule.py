@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from cl_zoo.checks import Count, checked
+from cl_zoo.checks import Count, Range, checked
 from cl_zoo.entries import LayerEntry
 from cl_zoo.layers._linear_attention import widen, zero_matrix
 from cl_zoo.layers.mixer import Mixer, causal_mask, from_chunks, head_mixer, linear, product, to_chunks
@@ -126,8 +126,15 @@ def _unit(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
 
 
 @checked
-def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: Count = 32) -> Mixer:
-    """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;   z_t = q_t S_t,   beta_t = sigmoid(x_t w + b).
+def delta_rule(
+    width: int,
+    heads: int,
+    *,
+    convolution: int = 0,
+    chunk: Count = 32,
+    base_rate: Annotated[Array | float, Range(0, 2)] = 1.0,
+) -> Mixer:
+    """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;   z_t = q_t S_t,   beta_t = c sigmoid(x_t w + b).
 
     One step of gradient descent for every token, on 1/2 ||k_t S - v_t||^2 with rate beta_t: a key's new value replaces
     the old one. It is online test-time training of a linear model without
@@ -137,12 +144,14 @@ def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: Count = 3
       width, heads: D, and H that divides it.
       convolution: width of short convolutions of q, k and v; 0 for none.
       chunk: tokens computed at once in the parallel form; it changes only the speed.
+      base_rate: c, the largest beta, in [0, 2]; may be traced. Up to 1, what S answers to a key shrinks; above, it can
+        change its sign, without which no such layer can keep a parity (Grazzi et al. 2025, arXiv 2411.12537).
 
     Returns:
       A `Mixer` whose cache is `f32[B, H, d, d]`.
 
     Raises:
-      ValueError: sizes below 1, heads that do not divide the width.
+      ValueError: sizes below 1, heads that do not divide the width, a base_rate outside [0, 2].
 
     Source: Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024 (DeltaNet), arXiv 2406.06484.
 
@@ -159,13 +168,16 @@ def delta_rule(width: int, heads: int, *, convolution: int = 0, chunk: Count = 3
     def init(key: Key) -> dict[str, Any]:
         return {"rate": {"kernel": linear(key, width, heads), "bias": jnp.zeros(heads)}}
 
+    def beta(params: PyTree, x: Array) -> Array:
+        return base_rate * jax.nn.sigmoid(_per_head(params["rate"], x))
+
     def parallel(params: PyTree, q: Array, k: Array, v: Array, x: Array) -> Array:
-        return delta_rule_chunked(*_unit(q, k, v), jax.nn.sigmoid(_per_head(params["rate"], x)), chunk=chunk)
+        return delta_rule_chunked(*_unit(q, k, v), beta(params, x), chunk=chunk)
 
     def recur(
         params: PyTree, state: Array, position: Array, q: Array, k: Array, v: Array, x: Array
     ) -> tuple[Array, Array]:
-        return delta_rule_step(state, *_unit(q, k, v), jax.nn.sigmoid(_per_head(params["rate"], x)))
+        return delta_rule_step(state, *_unit(q, k, v), beta(params, x))
 
     return head_mixer(
         "delta_rule",

@@ -21,7 +21,7 @@ from cl_zoo.checks import LARGEST
 from cl_zoo.language import decoder
 from cl_zoo.layers import softmax_attention
 from cl_zoo.models import mlp
-from cl_zoo.streams import split_mnist
+from cl_zoo.streams import BigramData, split_mnist
 from cl_zoo.types import TrainState
 
 NOT_A_NUMBER = float("nan")
@@ -87,6 +87,14 @@ GOOD: dict[str, Any] = {
     "corruption": "fog",
 }
 OWN: dict[str, dict[str, Any]] = {
+    "ttt_e2e": {"fast": {"ffn": 2}},
+    "best_bigram_losses": {
+        "data": BigramData(np.zeros((1, 2, 2))),
+        "x": np.zeros((1, 2), int),
+        "y": np.zeros((1, 2), int),
+    },
+    "formal_language": {"language": "parity"},
+    "clocks": {"period": lambda path: 1},
     "skills": {"tasks": [{}]},
     "augment": {"function": lambda key, x: x},
     "read_image_folder": {"size": 8},

@@ -85,6 +85,11 @@ def lact(p: Any, q: Any, k: Any, v: Any, x: Any, h: int) -> np.ndarray:
     return attention(p, q, k, v, x, h, window=3) + rms(answered, p["fast_norm"]["scale"][h])
 
 
+def self_modifying(p: Any, q: Any, k: Any, v: Any, x: Any, h: int) -> np.ndarray:
+    memories = {name: [leaf[h] for leaf in layers.values()] for name, layers in p["weights"].items()}
+    return oracle.self_modifying(q, k, v, memories, {name: p["gates"][name][h] for name in ("rate", "decay")}, C)
+
+
 CORES = {
     "softmax_attention": attention,
     "window_attention": lambda *a: attention(*a, window=5),
@@ -97,6 +102,7 @@ CORES = {
     "titans": titans,
     "titans_linear": titans,
     "lact": lact,
+    "self_modifying_titans": self_modifying,
 }
 
 

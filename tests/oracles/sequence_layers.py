@@ -304,3 +304,59 @@ def rotary(x, positions, theta=1e4):
             y[t, i] = x[t, i] * np.cos(angle) - x[t, i + half] * np.sin(angle)
             y[t, i + half] = x[t, i + half] * np.cos(angle) + x[t, i] * np.sin(angle)
     return y
+
+
+# Self-modifying memories.
+
+
+def memory_network(weights, x, residual):
+    """x W, or x + silu(x W1) W2; without the x where it gives one number."""
+    if len(weights) == 1:
+        return x @ weights[0]
+    y = silu(x @ weights[0]) @ weights[1]
+    return x + y if residual else y
+
+
+def memory_gradient(weights, x, d):
+    """Of <d, M(x)> with respect to the weights: written out, unit by unit."""
+    if len(weights) == 1:
+        return [np.outer(x, d)]
+    first, second = weights
+    pre = x @ first
+    of_second = np.zeros_like(second)
+    of_first = np.zeros_like(first)
+    for j in range(len(pre)):
+        of_second[j] = silu(pre[j]) * d
+        for i in range(len(x)):
+            of_first[i, j] = x[i] * silu_slope(pre[j]) * (second[j] @ d)
+    return [of_first, of_second]
+
+
+def self_modifying(q, k, v, memories, bias, chunk, objective="dot", projection=True, base_rate=1.0):
+    """z_t = M_memory(unit q_t), then every memory takes a step of delta gradient descent; `memories` by name, `bias` of
+    "rate" and "decay"."""
+
+    def unit(x):
+        return x / np.sqrt(x @ x + 1e-6)
+
+    now = {name: [w.copy() for w in weights] for name, weights in memories.items()}
+    z = []
+    for t in range(len(q)):
+        if t % chunk == 0:
+            begin = {name: [w.copy() for w in weights] for name, weights in now.items()}
+
+        def m(name, x, weights=begin):
+            return memory_network(weights[name], x, name in ("memory", "key", "value"))
+
+        eta = base_rate * sigmoid(m("rate", k[t])[0] + bias["rate"])
+        alpha = sigmoid(m("decay", k[t])[0] + bias["decay"])
+        key, value = unit(m("key", k[t])), unit(m("value", v[t]))
+        z.append(memory_network(now["memory"], unit(q[t]), True))
+        for name in now:
+            target = m(name, value)
+            d = -target if objective == "dot" else (1 if objective == "half l2" else 2) * (m(name, key) - target)
+            gradient = memory_gradient(begin[name], key, d)
+            for i, w in enumerate(now[name]):
+                kept = alpha * w - (eta * np.outer(key, key @ w) if projection and i == 0 else 0)
+                now[name][i] = kept - eta * gradient[i]
+    return np.array(z)
