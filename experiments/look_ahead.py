@@ -48,11 +48,12 @@ from experiments.common import (
 )
 
 REMARKS = (
-    "Sync La-MAML on permutations, by --sync-rates (the first inner rate, the rate of the rates, the outer rate), mean of"
-    " seeds 11 and 12: 0.15, 0.1, 0.1, the script's, 57.4; outer rate 0.3 57.5, 0.03 56.7; rate of the rates 0.3 57.5,"
-    " 0.01 62.9; first inner rate 0.1 60.3, 0.05 63.2, 0.03 65.1; 0.03, 0.03, 0.1 65.7; 0.03, 0.01, 0.1 69.5. C-MAML has"
-    " 0.03 in the script and reaches 74.9; with 0.15 it has 55.0. So the published 70.54, which is recalled, is what"
-    " C-MAML's first inner rate and a slow rate of the rates give, and not what the script's do.",
+    "Sync La-MAML on permutations, by --sync-rates (first inner rate, rate of the rates, outer rate), mean of"
+    " seeds 11 and 12: 0.15, 0.1, 0.1, the script's, 57.4; outer rate 0.3 57.5, 0.03 56.7; rate of the rates 0.3"
+    " 57.5, 0.01 62.9; first inner rate 0.1 60.3, 0.05 63.2, 0.03 65.1; 0.03, 0.03, 0.1 65.7; 0.03, 0.01, 0.1"
+    " 69.5. C-MAML has 0.03 in the script and reaches 74.9; with 0.15 it has 55.0. So the published 70.54, which"
+    " is recalled, is what C-MAML's first inner rate and a slow rate of the rates give, and not what the script's"
+    " do.",
 )
 Benchmark = Literal["rotations", "permutations"]
 Method = Literal["sgd", "ewc", "er", "c-maml", "sync la-maml", "la-maml"]

@@ -226,15 +226,15 @@ def ttt_e2e(
         alone = decoder.start(params, 1, length)
         weights = starts(params)
         every = lambda tree: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch_size, *leaf.shape)), tree)  # noqa: E731
-        caches = every({group: alone[group] for group in suffix})
+        first, now = (every({group: alone[group] for group in suffix}) for _ in range(2))  # not one array: donation
         blank = jax.eval_shape(decoder.embed, params, jax.ShapeDtypeStruct((batch_size, b), jnp.int32))
         return EndToEndCache(
             jnp.zeros((), jnp.int32),
             {group: everything[group] for group in below},
             every(weights),
             every(no_sums(weights)),
-            caches,
-            caches,
+            first,
+            now,
             jnp.zeros(blank.shape, blank.dtype),
             jnp.zeros((batch_size, b), jnp.int32),
         )

@@ -259,7 +259,7 @@ def lact(
         nothing = jax.tree.map(jnp.zeros_like, weights)
         window = empty_key_values(width // heads, heads, batch_size, seen, dtype)
         decay = jnp.zeros((batch_size, heads), weights.gate.dtype)
-        return LactCache(weights, nothing, nothing if momentum else None, decay, window)
+        return LactCache(weights, nothing, jax.tree.map(jnp.copy, nothing) if momentum else None, decay, window)
 
     def recur(
         params: PyTree, cache: LactCache, position: Array, q: Array, k: Array, v: Array, x: Array

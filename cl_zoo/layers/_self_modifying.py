@@ -175,8 +175,7 @@ def self_modifying_titans(
         return from_chunks(z, time)
 
     def start(params: PyTree, batch_size: int, length: int, dtype: Any) -> SelfModifyingCache:
-        begin = memories(params, batch_size)
-        return SelfModifyingCache(begin, begin)
+        return SelfModifyingCache(memories(params, batch_size), memories(params, batch_size))
 
     def recur(
         params: PyTree, cache: SelfModifyingCache, position: Array, q: Array, k: Array, v: Array, x: Array

@@ -113,7 +113,8 @@ def titans_chunked(
 def titans_start(weights: Sequence[FastLayer], momentum: bool) -> TitansCache:
     """The cache of an empty sequence."""
     layers = list(weights)
-    return TitansCache(layers, layers, jax.tree.map(jnp.zeros_like, layers) if momentum else None)
+    now = jax.tree.map(jnp.copy, layers)  # not the same arrays: a cache is donated
+    return TitansCache(layers, now, jax.tree.map(jnp.zeros_like, layers) if momentum else None)
 
 
 def titans_step(

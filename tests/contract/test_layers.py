@@ -146,7 +146,7 @@ def test_cache_grows_where_it_says_so(layer: SimpleNamespace) -> None:
 
 def test_compiled_step_is_that_op_by_op_and_does_not_retrace(layer: SimpleNamespace) -> None:
     step = jax.jit(layer.mixer.step, donate_argnums=1)
-    cache = jax.jit(layer.mixer.start, static_argnums=(1, 2, 3))(layer.params, B, T, "float32")
+    cache = layer.mixer.start(layer.params, B, T, "float32")  # no two leaves are one array: they are donated
     outputs = []
     for t in range(5):
         if t == 4:
