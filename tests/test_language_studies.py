@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import common, fast_weights, formal_languages, recall, switching_bigrams
+from experiments import common, documents, fast_weights, formal_languages, learning_along, recall, switching_bigrams
 
 
 @pytest.fixture(autouse=True)
@@ -91,13 +91,13 @@ def test_switching_bigrams(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
     assert "ttt-e2e - attention, nats, paired by seed" in shown and (tmp_path / "by_place.png").exists()
     result = json.loads((tmp_path / "results.json").read_text())
     rows = {row["algorithm"]: row for row in result["rows"]}
-    assert list(rows) == list(switching_bigrams.METHODS) and result["lower_is_better"]
+    assert list(rows) == list(learning_along.METHODS) and result["lower_is_better"]
     assert all(len(row["scores"]) == 2 and row["ours"]["mean"] > 0 for row in rows.values())
     assert rows["ttt-e2e"]["scores"] != rows["ttt-e2e, rate 0"]["scores"]
     assert rows["dynamic evaluation"]["scores"] != rows["none"]["scores"]
     assert len(json.loads((tmp_path / "chosen" / "ttt-e2e.json").read_text())["loss"]) == 4
 
-    monkeypatch.setattr(switching_bigrams, "sweep", lambda *_, **__: pytest.fail("a finished part was run again"))
+    monkeypatch.setattr(learning_along, "sweep", lambda *_, **__: pytest.fail("a finished part was run again"))
     switching_bigrams.main(config)
     assert capsys.readouterr().out == shown
     with pytest.raises(SystemExit, match="methods names nothing, but there are none, attention"):
@@ -123,3 +123,17 @@ def test_formal_languages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeyp
     assert capsys.readouterr().out == shown
     with pytest.raises(SystemExit, match="layers names nothing, but there are softmax attention"):
         formal_languages.main(dataclasses.replace(config, layers=("nothing",)))
+
+
+@pytest.mark.long
+def test_documents(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sizes = {"length": 16, "words": 3, "values": 3, "width": 8, "window": 4, "chunk": 4, "hidden": 8, "prime": 8}
+    grid = {"rates": (1e-2,), "inner_rates": (0.3,), "batch_size": 4}
+    config = documents.Config(seeds=2, steps=3, directory=str(tmp_path), **sizes, **grid)
+    documents.main(config)
+    shown = capsys.readouterr().out
+    assert "ttt-e2e - dynamic evaluation, nats" in shown and (tmp_path / "by_place.png").exists()
+    rows = {row["algorithm"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert list(rows) == list(learning_along.METHODS)
+    kept = json.loads((tmp_path / "cells" / "16_tokens,_window_4-ttt-e2e-0-1.json").read_text())
+    assert np.shape(kept["loss"]) == (2, 6)  # of eight values, those beyond the window
