@@ -132,8 +132,8 @@ def scale_by_delta_momentum(decay: Fraction = 0.9, *, rate: NonNegative = 1.0) -
       >>> state = momentum.init(g)
       >>> for _ in range(2):
       ...     m, state = momentum.update(g, state)
-      >>> m[0, 0].round(3)  # (0.9 - 0.25) 0.5 + 0.5
-      Array(0.825, dtype=float32)
+      >>> round(float(m[0, 0]), 3)  # (0.9 - 0.25) 0.5 + 0.5
+      0.825
     """
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:

@@ -1,3 +1,4 @@
+from ._compressing import compressing as compressing
 from ._decoder import Decoder as Decoder
 from ._decoder import decoder as decoder
 from ._decoder import unstacked as unstacked

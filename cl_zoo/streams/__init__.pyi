@@ -5,6 +5,7 @@ from ._corrupted_images import conditions as conditions
 from ._corrupted_images import corrupted_images as corrupted_images
 from ._few_shot import few_shot as few_shot
 from ._few_shot import trajectories as trajectories
+from ._mad import mad as mad
 from ._own import task_stream as task_stream
 from ._sinusoids import sinusoids as sinusoids
 from ._skills import Example as Example

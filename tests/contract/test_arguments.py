@@ -94,6 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
         "y": np.zeros((1, 2), int),
     },
     "formal_language": {"language": "parity"},
+    "mad": {"task": "recall"},
     "clocks": {"period": lambda path: 1},
     "skills": {"tasks": [{}]},
     "augment": {"function": lambda key, x: x},
