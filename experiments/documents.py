@@ -13,8 +13,8 @@ only to who kept it. The last block has a second feed-forward network ("prime"):
     ttt-e2e, rate 0       its weights, without the steps
     attention             attention to the whole document in all blocks, no steps
 
-All are trained on the same documents, by Adam, for as many updates. The outer rate of each, and the inner one, are the
-best by validation with seed 100; dynamic evaluation has its own inner rate. Scores are nats per value above the least
+All are trained on the same documents, by Adam, for as many updates. Rates are the best by validation with seed 100,
+that of dynamic evaluation too. Scores are nats per value above the least
 that anybody can expect who remembers the document, at values beyond the window alone.
 
 Published (Tandon et al. 2025, arXiv 2512.23675; 3B parameters, 128 000 tokens of books): the loss of ttt-e2e goes on

@@ -18,8 +18,11 @@ from cl_zoo.language import Decoder, ttt_e2e
 from cl_zoo.losses import next_token_loss
 from experiments.common import Cell, Found, Report, check_names, check_numbers, drawing, kept, mean_and_spread, study
 
-METHODS = ("none", "attention", "dynamic evaluation", "ttt-e2e", "ttt-e2e, rate 0")
-LEARNING = ("dynamic evaluation", "ttt-e2e")
+METHODS = ("none", "attention", "ttt-e2e")
+"""How a net is trained."""
+ALSO = {"none": "dynamic evaluation", "ttt-e2e": "ttt-e2e, rate 0"}
+"""The same net, tested otherwise: with steps along the sequence, or without."""
+SHOWN = ("none", "attention", "dynamic evaluation", "ttt-e2e", "ttt-e2e, rate 0")
 CHOOSING = 100
 """The seed by which rates are chosen."""
 
@@ -60,66 +63,82 @@ class Problem(NamedTuple):
 
 
 def learner_of(problem: Problem, steps: int, method: str, rates: Any) -> Learner:
-    """By its outer and inner rate. Dynamic evaluation takes no steps in training; "rate 0" none when it is tested."""
+    """By its outer and inner rate."""
     plain = problem.net(method)
-    model: Model = plain.model
-    if method not in ("none", "attention"):
-        moving = ttt_e2e(plain, problem.fast, rate=rates["inner"], clip=problem.clip).model
-        trained, tested = {
-            "dynamic evaluation": (plain.model, moving),
-            "ttt-e2e": (moving, moving),
-            "ttt-e2e, rate 0": (moving, plain.model),
-        }[method]
-
-        def apply(*arguments: Any, train: bool = False, **options: Any) -> Any:
-            return (trained if train else tested).apply(*arguments, train=train, **options)
-
-        model = Model(plain.model.init_function, apply)
+    learning = method == "ttt-e2e"
+    made = ttt_e2e(plain, problem.fast, rate=rates["inner"], clip=problem.clip) if learning else plain
     course = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps, 0.0)
     adam = optax.adam(lambda step: rates["outer"] * course(step), 0.9, 0.95)
-    return compose(model, optax.chain(optax.clip_by_global_norm(1.0), adam), supervised(next_token_loss))
+    return compose(made.model, optax.chain(optax.clip_by_global_norm(1.0), adam), supervised(next_token_loss))
 
 
 def losses(
-    problem: Problem, setting: str, split: str, learner: Learner, state: TrainState, stream: Stream, key: Any
+    problem: Problem,
+    method: str,
+    setting: str,
+    split: str,
+    inner_rates: Sequence[float],
+    learner: Learner,
+    state: TrainState,
+    stream: Stream,
+    key: Any,
 ) -> Any:
-    """Above the best possible, at every place, `[L]`: the mean over the sequences of a split."""
+    """Above the best possible, at every place, the means over the sequences of a split: `[L]` of the net as it was
+    trained, and `[I, L]` of the same net with other inner rates."""
+    plain = problem.net(method)
 
-    def one(batch: Batch) -> Any:
-        return jnp.mean(problem.above_best(setting, stream, batch, learner.predict(state, batch.x)), axis=0)
+    def loss(model: Model) -> Any:
+        def one(batch: Batch) -> Any:
+            outputs = model.apply(state.params, state.model_state, batch.x)[0]
+            return jnp.mean(problem.above_best(setting, stream, batch, outputs), axis=0)
 
-    return jnp.mean(jax.lax.map(one, stream.evaluation(0, split)), axis=0)
+        return jnp.mean(jax.lax.map(one, stream.evaluation(0, split)), axis=0)
+
+    def moving(rate: Any) -> Any:
+        return loss(ttt_e2e(plain, problem.fast, rate=rate, clip=problem.clip).model)
+
+    other = [loss(plain.model) if rate == 0 else moving(rate) for rate in inner_rates]
+    return {"loss": loss(learner.model)} | ({"other": jnp.stack(other)} if other else {})
 
 
 def trained(
-    problem: Problem, config: Config, method: str, setting: str, rates: Any, seeds: Sequence[int], split: str
-) -> np.ndarray:
-    """The losses above the best, `[H, S, L]`: all rates and seeds at once, since each is many small operations."""
+    problem: Problem,
+    config: Config,
+    method: str,
+    setting: str,
+    rates: Any,
+    seeds: Sequence[int],
+    split: str,
+    inner_rates: Sequence[float] = (),
+) -> dict[str, np.ndarray]:
+    """What `losses` gives, `[H, S, ...]`: all rates and seeds at once, since each is many small operations."""
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     n = len(jax.tree.leaves(rates)[0]) * len(seeds)
-    measure = {"loss": at("end", partial(losses, problem, setting, split))}
+    measure = {"losses": at("end", partial(losses, problem, method, setting, split, inner_rates))}
     make = partial(learner_of, problem, config.steps, method)
     options: dict[str, Any] = {"measure": measure, "metrics": ["loss"], "batch_size": n, "progress": False}
-    return np.asarray(sweep(make, rates, problem.stream(setting), keys, **options).measures["loss"])
+    found = sweep(make, rates, problem.stream(setting), keys, **options).measures["losses"]
+    return jax.tree.map(np.asarray, dict(found))
 
 
 def chosen(problem: Problem, config: Config, method: str, folder: Path) -> dict[str, float]:
-    """The best outer and inner rate by validation; kept once found. Dynamic evaluation has the outer rate of the net
-    that it moves, and the weights without steps the rates of those with."""
-    if method == "ttt-e2e, rate 0":
-        return chosen(problem, config, "ttt-e2e", folder)
-    fixed = chosen(problem, config, "none", folder)["outer"] if method == "dynamic evaluation" else None
-    inner = config.inner_rates if method in LEARNING else (0.0,)
-    grid = [(outer, i) for outer in (config.rates if fixed is None else (fixed,)) for i in inner]
+    """The best outer and inner rate by validation; kept once found. Of a net that is trained without steps, the inner
+    rate is that with which dynamic evaluation is best."""
+    learning = method == "ttt-e2e"
+    grid = [(outer, i) for outer in config.rates for i in (config.inner_rates if learning else (0.0,))]
 
     def tried() -> dict[str, Any]:
         rates = {"outer": jnp.array([o for o, _ in grid]), "inner": jnp.array([i for _, i in grid])}
-        found = trained(problem, config, method, problem.choosing, rates, [CHOOSING], "validation")
-        return {"grid": grid, "loss": np.nan_to_num(found.mean((1, 2), dtype=np.float64), nan=1e9).tolist()}
+        others = config.inner_rates if method == "none" else ()
+        found = trained(problem, config, method, problem.choosing, rates, [CHOOSING], "validation", others)
+        means = {name: np.nan_to_num(each.mean((1, -1), dtype=np.float64), nan=1e9) for name, each in found.items()}
+        best = int(np.argmin(means["loss"]))
+        inner = config.inner_rates[int(np.argmin(means["other"][best]))] if "other" in means else grid[best][1]
+        every = {name: each.tolist() for name, each in means.items()}
+        return {"grid": grid, "outer": grid[best][0], "inner": inner, **every}
 
-    found = kept(folder / "chosen" / f"{method}.json".replace(" ", "_"), tried)
-    outer, i = found["grid"][int(np.argmin(found["loss"]))]
-    return {"outer": outer, "inner": i}
+    found = kept(folder / "chosen" / f"{method}.json", tried)
+    return {"outer": found["outer"], "inner": found["inner"]}
 
 
 def run_study(
@@ -137,10 +156,15 @@ def run_study(
         found = chosen(problem, config, method, directory)
         rates = {field: jnp.full((1,), value) for field, value in found.items()}
 
-        def run(seeds: Sequence[int]) -> dict[str, Any]:
-            return {"loss": trained(problem, config, method, setting, rates, seeds, "test")[0].tolist()}
+        others = {"none": (found["inner"],), "ttt-e2e": (0.0,)}.get(method, ())
 
-        notes[setting, method] = f"rate {found['outer']:g}" + (f", inner {found['inner']:g}" if found["inner"] else "")
+        def run(seeds: Sequence[int]) -> dict[str, Any]:
+            each = trained(problem, config, method, setting, rates, seeds, "test", others)
+            return {name: values[0].tolist() for name, values in each.items()}
+
+        rate, inner = f"rate {found['outer']:g}", f", inner {found['inner']:g}"
+        notes[setting, method] = rate + (inner if method == "ttt-e2e" else "")
+        notes[setting, ALSO.get(method, "")] = rate + inner
         return Cell(setting, method, f"{setting}-{method}", run, config.seeds)
 
     options: dict[str, Any] = {"settled": settled}
@@ -149,6 +173,7 @@ def run_study(
 
 def report(benchmark: str, notes: dict[tuple[str, str], str], found: Found) -> Report:
     """Nats above the best, and the published order by paired intervals."""
+    found = shown(found)
     scores = {key: cell["loss"].mean(-1) for key, cell in found.items()}
     settings, methods = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
     lines = [f"\n{'nats above the best':24s}" + "".join(f"{setting:>24s}" for setting in settings)]
@@ -164,6 +189,16 @@ def report(benchmark: str, notes: dict[tuple[str, str], str], found: Found) -> R
     return Report("\n".join([*lines, *remarks]), benchmark, rows, notes, remarks, lower_is_better=True)
 
 
+def shown(found: Found) -> Found:
+    """Every net as it was trained, and the same tested otherwise."""
+    lines: Found = {}
+    for (setting, method), cell in found.items():
+        lines[setting, method] = {"loss": cell["loss"], "seconds": cell["seconds"]}
+        if method in ALSO:
+            lines[setting, ALSO[method]] = {"loss": cell["other"][:, 0], "seconds": cell["seconds"]}
+    return dict(sorted(lines.items(), key=lambda line: SHOWN.index(line[0][1])))
+
+
 def difference(values: np.ndarray, setting: str) -> str:
     """A mean and its interval, and what it says."""
     low, high = confidence_interval(values) if len(values) > 1 else (-np.inf, np.inf)
@@ -173,14 +208,14 @@ def difference(values: np.ndarray, setting: str) -> str:
 
 def figures(place: str, found: Found, directory: Path) -> list[Path]:
     """Nats above the best against the place in the sequence, a panel for each setting."""
-    path = directory / "by_place.png"
+    path, found = directory / "by_place.png", shown(found)
     settings = list(dict.fromkeys(setting for setting, _ in found))
     n = len(next(iter(found.values()))["seconds"])
     with drawing(path, 1, len(settings), size=(3.6, 3.2), sharey=True) as (panels,):
         for axes, setting in zip(panels, settings, strict=True):
             for (here, method), cell in found.items():
                 if here == setting:
-                    i = METHODS.index(method)
+                    i = SHOWN.index(method)
                     look = {"color": f"C{i}", "linestyle": ("-", "--", ":", "-", "-.")[i], "linewidth": 1.2}
                     axes.plot(cell["loss"].mean(0), label=method, **look)
             axes.set(title=setting, xlabel=place)

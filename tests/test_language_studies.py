@@ -91,7 +91,7 @@ def test_switching_bigrams(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
     assert "ttt-e2e - attention, nats, paired by seed" in shown and (tmp_path / "by_place.png").exists()
     result = json.loads((tmp_path / "results.json").read_text())
     rows = {row["algorithm"]: row for row in result["rows"]}
-    assert list(rows) == list(learning_along.METHODS) and result["lower_is_better"]
+    assert list(rows) == list(learning_along.SHOWN) and result["lower_is_better"]
     assert all(len(row["scores"]) == 2 and row["ours"]["mean"] > 0 for row in rows.values())
     assert rows["ttt-e2e"]["scores"] != rows["ttt-e2e, rate 0"]["scores"]
     assert rows["dynamic evaluation"]["scores"] != rows["none"]["scores"]
@@ -100,7 +100,7 @@ def test_switching_bigrams(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
     monkeypatch.setattr(learning_along, "sweep", lambda *_, **__: pytest.fail("a finished part was run again"))
     switching_bigrams.main(config)
     assert capsys.readouterr().out == shown
-    with pytest.raises(SystemExit, match="methods names nothing, but there are none, attention"):
+    with pytest.raises(SystemExit, match="methods names nothing, but there are none, attention, ttt-e2e"):
         switching_bigrams.main(dataclasses.replace(config, methods=("nothing",)))
 
 
@@ -134,6 +134,6 @@ def test_documents(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shown = capsys.readouterr().out
     assert "ttt-e2e - dynamic evaluation, nats" in shown and (tmp_path / "by_place.png").exists()
     rows = {row["algorithm"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    assert list(rows) == list(learning_along.METHODS)
+    assert list(rows) == list(learning_along.SHOWN)
     kept = json.loads((tmp_path / "cells" / "16_tokens,_window_4-ttt-e2e-0-1.json").read_text())
     assert np.shape(kept["loss"]) == (2, 6)  # of eight values, those beyond the window
