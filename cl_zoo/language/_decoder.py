@@ -321,6 +321,10 @@ def _settled(groups: Sequence[Any]) -> tuple[dict[str, dict[str, Mixer]], dict[s
                     f"decoder: {name!r} of groups[{i}] is {_told(layer)}, but it must be a layer, or the hidden width"
                     " of a SwiGLU network beside one"
                 )
+            if not isinstance(name, str) or not name.isidentifier() or name.endswith("_norm"):
+                raise ValueError(
+                    f"decoder: a layer of groups[{i}] is named {name!r}, but it must be a word, and not end in _norm"
+                )
             made[name] = layer
         layers_of[f"block_{i}"], counts[f"block_{i}"] = made, int(n)
     widths = sorted({layer.width for layers in layers_of.values() for layer in layers.values()})

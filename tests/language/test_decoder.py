@@ -139,6 +139,8 @@ def test_it_learns_as_any_model_does() -> None:
         ),
         ([({"ffn": 12}, 1)], "'ffn' of groups"),
         ([({}, 1)], r"groups\[0\] has {}"),
+        ([({"mixer": delta_rule(8, 2), "mixer_norm": 12}, 1)], "is named 'mixer_norm', but it must be a word"),
+        ([({"mixer": delta_rule(8, 2), "a/b": 12}, 1)], "is named 'a/b'"),
     ],
 )
 def test_impossible_decoders_are_refused(groups: Any, said: str) -> None:
