@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -329,3 +330,21 @@ def test_layers_that_read_one_token_at_a_time_are_refused_above_what_learns() ->
         logits(ttt_e2e(decoder(V, low + high), {"prime/middle": 4}), params)
     with pytest.raises(ValueError, match="padding or a prefix"):
         made.start(params, B, T, jnp.zeros(B, jnp.int32))
+
+
+def test_a_document_goes_on_from_a_saved_cache_to_the_bit(tmp_path: Path) -> None:
+    made = ttt_e2e(net(), {"prime": CHUNK})
+    params, step = drawn(made), step_of(made)
+    cache = made.start(params, B, T)
+    for t in range(T):
+        if t == 6:  # in the middle of a chunk
+            leaves, tree = jax.tree.flatten(cache)
+            np.savez(tmp_path / "cache.npz", *leaves)
+        wanted, cache = step(params, cache, TOKENS[:, t])
+    with np.load(tmp_path / "cache.npz", allow_pickle=False) as file:
+        again = tree.unflatten([jnp.asarray(file[name]) for name in file.files])
+    for t in range(6, T):
+        found, again = step(params, again, TOKENS[:, t])
+    np.testing.assert_array_equal(found, wanted)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(a, b)
