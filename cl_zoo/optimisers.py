@@ -90,7 +90,7 @@ def orthogonalised(steps: Count = 5) -> optax.GradientTransformation:
     After momentum, a linear memory of gradients, it is Muon: `optax.chain(optax.trace(0.95), orthogonalised())`.
 
     Args:
-      steps: of the iteration of `cl_zoo.layers.newton_schulz`.
+      steps: of Muon's iteration.
 
     Source: Jordan et al. 2024, Muon, kellerjordan.github.io/posts/muon.
 
@@ -225,7 +225,7 @@ def scale_by_mlp_momentum(
                 return 0.5 * jnp.sum(jnp.square(memory(a, b) - unit)) / unit.shape[-2]
 
             of_a, of_b = jax.grad(objective, (0, 1))(a, b)
-            begin = start(path, g)
+            begin = start(path, g)  # drawn again rather than kept: it is small beside the products
             a = begin + decay * (a - begin) - rate / a.shape[-2] * of_a
             b = decay * b - rate / b.shape[-2] * of_b
             m = unit + memory(a, b)

@@ -1,7 +1,7 @@
 """Documents longer than the window of attention: does learning along them keep what has left it?
 
 Command                                                   hardware       time       expected
-python -m experiments.documents --record                  2 CPU cores    60 min     see the ledger
+python -m experiments.documents --record                  2 CPU cores               not run yet
 
 Every document has a dictionary of its own: words that are each followed by their value, the same one all through the
 document. Decoders of four blocks of width 64 see the last 32 tokens, 16 words; a word that came before them is known
@@ -14,8 +14,8 @@ only to who kept it. The last block has a second feed-forward network ("prime"):
     attention             attention to the whole document in all blocks, no steps
 
 All are trained on the same documents, by Adam, for as many updates. Rates are the best by validation with seed 100,
-that of dynamic evaluation too. Scores are nats per value above the least
-that anybody can expect who remembers the document, at values beyond the window alone.
+that of dynamic evaluation too. Scores are nats per value above the least that anybody can expect who remembers the
+document, at values beyond the window alone.
 
 Published (Tandon et al. 2025, arXiv 2512.23675; 3B parameters, 128 000 tokens of books): the loss of ttt-e2e goes on
 falling with context as that of full attention does, that of the window does not.

@@ -1,7 +1,7 @@
 """Formal languages: which sequence layers keep a parity, count modulo a number, or count up and down?
 
 Command                                                   hardware       time       expected
-python -m experiments.formal_languages --record           2 CPU cores    60 min     see the ledger
+python -m experiments.formal_languages --record           2 CPU cores               not run yet
 
 Decoders of two blocks of width 32 with 2 heads learn strings of at most 40 symbols, and at each of their places what
 may come next. A string counts as right if all its places are. Two bins of other strings are tested: as long as those of
@@ -29,7 +29,6 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from cl_zoo import Learner, Stream, TrainState, at, compose, supervised, sweep
@@ -58,6 +57,7 @@ from experiments.common import (
     drawing,
     kept,
     study,
+    warmed_up_adam,
 )
 
 LAYERS: dict[str, Callable[..., Mixer]] = {
@@ -118,9 +118,7 @@ def learner_of(config: Config, layer: str, outputs: int, rate: Any) -> Learner:
     mixer = LAYERS[layer](config.width, config.heads)
     ffn = cms(config.width, config.hidden, levels=2) if layer.startswith("hope") else config.hidden
     model = decoder(outputs, [(mixer, ffn, config.blocks)]).model
-    course = optax.warmup_cosine_decay_schedule(0.0, 1.0, config.steps // 10, config.steps, 0.0)
-    adam = optax.adam(lambda step: rate * course(step), 0.9, 0.95)
-    return compose(model, optax.chain(optax.clip_by_global_norm(1.0), adam), supervised(next_token_loss))
+    return compose(model, warmed_up_adam(rate, config.steps), supervised(next_token_loss))
 
 
 def trained(config: Config, language: str, layer: str, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:

@@ -10,13 +10,23 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from cl_zoo import Batch, Learner, Model, Stream, TrainState, at, compose, supervised, sweep
 from cl_zoo.evaluation.metrics import confidence_interval
 from cl_zoo.language import Decoder, ttt_e2e
 from cl_zoo.losses import next_token_loss
-from experiments.common import Cell, Found, Report, check_names, check_numbers, drawing, kept, mean_and_spread, study
+from experiments.common import (
+    Cell,
+    Found,
+    Report,
+    check_names,
+    check_numbers,
+    drawing,
+    kept,
+    mean_and_spread,
+    study,
+    warmed_up_adam,
+)
 
 METHODS = ("none", "attention", "ttt-e2e")
 """How a net is trained."""
@@ -67,9 +77,7 @@ def learner_of(problem: Problem, steps: int, method: str, rates: Any) -> Learner
     plain = problem.net(method)
     learning = method == "ttt-e2e"
     made = ttt_e2e(plain, problem.fast, rate=rates["inner"], clip=problem.clip) if learning else plain
-    course = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps, 0.0)
-    adam = optax.adam(lambda step: rates["outer"] * course(step), 0.9, 0.95)
-    return compose(made.model, optax.chain(optax.clip_by_global_norm(1.0), adam), supervised(next_token_loss))
+    return compose(made.model, warmed_up_adam(rates["outer"], steps), supervised(next_token_loss))
 
 
 def losses(
@@ -94,10 +102,8 @@ def losses(
 
         return jnp.mean(jax.lax.map(one, stream.evaluation(0, split)), axis=0)
 
-    def moving(rate: Any) -> Any:
-        return loss(ttt_e2e(plain, problem.fast, rate=rate, clip=problem.clip).model)
-
-    other = [loss(plain.model) if rate == 0 else moving(rate) for rate in inner_rates]
+    made = [ttt_e2e(plain, problem.fast, rate=rate, clip=problem.clip) if rate else plain for rate in inner_rates]
+    other = [loss(each.model) for each in made]
     return {"loss": loss(learner.model)} | ({"other": jnp.stack(other)} if other else {})
 
 
@@ -164,7 +170,8 @@ def run_study(
 
         rate, inner = f"rate {found['outer']:g}", f", inner {found['inner']:g}"
         notes[setting, method] = rate + (inner if method == "ttt-e2e" else "")
-        notes[setting, ALSO.get(method, "")] = rate + inner
+        if method in ALSO:
+            notes[setting, ALSO[method]] = rate + inner
         return Cell(setting, method, f"{setting}-{method}", run, config.seeds)
 
     options: dict[str, Any] = {"settled": settled}

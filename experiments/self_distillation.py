@@ -1,7 +1,7 @@
 """Does a language model that learns from its own answers forget less of what it knew? Self-distillation and its rivals.
 
 Command                                                        hardware    time     expected
-python -m experiments.self_distillation --seeds 10 --record    1 CPU core  50 min   forgetting per gain: ewc 0.44, sdft
+python -m experiments.self_distillation --seeds 10 --record    1 CPU core           5 seeds, per gain: ewc 0.44, sdft
                                                                0.47, replay 0.51, context 0.55, sft, offline 0.57
 python -m experiments.self_distillation --model MODEL --seeds 3 --record
                                                                1 CPU core  50 min   sft 0.67, sdft 0.77 (drift 1.5, 0.2)

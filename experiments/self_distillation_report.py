@@ -44,6 +44,7 @@ def runs_of(found: Found) -> Runs:
 def report(config: Config, found: Found) -> Report:
     """Ours in this setting, and beside it the paper's in theirs, which is another."""
     cells = runs_of(found)
+    rates = dict(cells)  # of each method, its one rate
     rows: Found = {}
     for field, setting in FIELDS.items():
         for (method, _), runs in cells.items():
@@ -65,7 +66,7 @@ def report(config: Config, found: Found) -> Report:
         table(cells) + "\n" + "\n".join(judged),
         f"{what} learns skills from demonstrations",
         rows,
-        notes={(setting, m): note(config, rate, cells[m, rate]) for setting, m in rows for n, rate in cells if n == m},
+        notes={(setting, m): note(config, rates[m], cells[m, rates[m]]) for setting, m in rows},
         remarks=[*judged, published],
         name="self_distillation" if config.model is None else "self_distillation_model",
     )
@@ -139,10 +140,8 @@ def claim(cells: Runs) -> list[str]:
     def both(measure: Callable[[dict[str, Any]], float]) -> np.ndarray:
         return np.array([[measure(run) for run in runs[method]] for method in ("sft", "sdft forward")])
 
-    what, found = (
-        "Fall of the known skills when the first new one has risen by 90 %",
-        both(lambda run: fall_at(run, 0.9)),
-    )
+    what = "Fall of the known skills when the first new one has risen by 90 %"
+    found = both(lambda run: fall_at(run, 0.9))
     if not np.isfinite(found).all():
         what, found = "Forgetting per unit of gain, at the end", both(lambda run: summary(run)["per gain"])
     if not np.isfinite(found).all():

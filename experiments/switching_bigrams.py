@@ -68,14 +68,15 @@ def problem_of(config: Config) -> Problem:
     """Tables that switch after M tokens, for nets of two blocks."""
     named = {f"{segment} tokens a segment": segment for segment in config.segments}
     choosing = "16 tokens a segment"
+    lengths = named | {choosing: 16}
 
     def stream(setting: str) -> Stream:
         sizes: dict[str, Any] = {"steps": config.steps, "batch_size": config.batch_size, "length": config.length}
         sizes |= {"vocabulary": config.vocabulary, "tables": config.tables}
-        return switching_bigrams(segment=named.get(setting, 16), **sizes)
+        return switching_bigrams(segment=lengths[setting], **sizes)
 
     def above_best(setting: str, stream: Stream, batch: Batch, outputs: Any) -> Any:
-        best = best_bigram_losses(stream.data, batch.x, batch.y, segment=named.get(setting, 16))
+        best = best_bigram_losses(stream.data, batch.x, batch.y, segment=lengths[setting])
         return token_losses(outputs, batch.y) - best
 
     def net(method: str) -> Decoder:

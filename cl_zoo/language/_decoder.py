@@ -159,9 +159,7 @@ def decoder(
             params["head"] = linear(keys[1], width, vocabulary)
         return params, {}
 
-    def sublayer(
-        name: str, layer: Mixer, block: PyTree, h: Array, form: Callable[..., Any], *cache: PyTree
-    ) -> tuple[Array, PyTree]:
+    def sublayer(name: str, form: Callable[..., Any], block: PyTree, h: Array, *cache: PyTree) -> tuple[Array, PyTree]:
         u = rms_norm(h, block[f"{name}_norm"]["scale"], epsilon)
         y, new = form(block[name], *cache, u) if cache else (form(block[name], u), None)
         return rms_norm(y, block[f"{name}_post_norm"]["scale"], epsilon) if sandwich else y, new
@@ -171,16 +169,11 @@ def decoder(
     ) -> tuple[Array, PyTree]:
         new = {}
         for name, layer in layers.items():
+            run: Callable[..., tuple[Array, PyTree]] = functools.partial(sublayer, name, getattr(layer, form))
             if layer.memoryless:
                 # What the backward pass keeps is written to memory and read again: the products alone.
-                keep = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
-                y, _ = keep(lambda block, h, name=name, layer=layer: sublayer(name, layer, block, h, layer.apply))(
-                    block, h
-                )
-                new[name] = None if caches is None else caches[name]
-            else:
-                cache = () if caches is None else (caches[name],)
-                y, new[name] = sublayer(name, layer, block, h, getattr(layer, form), *cache)
+                run = jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable)
+            y, new[name] = run(block, h, *(() if caches is None else (caches[name],)))
             h = h + y
         return h, new
 

@@ -200,15 +200,7 @@ def ttt_e2e(
         return params, {"updates": jnp.zeros((), jnp.int32)} if warm_up else {}
 
     def apply(
-        params: PyTree,
-        model_state: PyTree,
-        x: PyTree,
-        *,
-        task: Array | None = None,
-        weight: Array | None = None,
-        key: Key | None = None,
-        train: bool = False,
-        perturb: dict[str, Array] | None = None,
+        params: PyTree, model_state: PyTree, x: PyTree, *, train: bool = False, **options: Any
     ) -> tuple[PyTree, PyTree, dict[str, tuple[Array, Array]]]:
         scale = rate
         if warm_up and train:

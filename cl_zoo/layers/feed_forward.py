@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cl_zoo.checks import Count, checked
-from cl_zoo.layers.mixer import Mixer, linear, product
+from cl_zoo.layers.mixer import Mixer, linear, product, refuse_prefix
 from cl_zoo.types import Array, Key, PyTree
 
 __all__ = ["cms", "memoryless", "swiglu"]
@@ -26,8 +26,7 @@ def memoryless(name: str, width: int, init: Callable[[Key], PyTree], apply: Call
         padding: Array | None = None,
         prefix: tuple[Array, Array] | None = None,
     ) -> Array:
-        if prefix is not None:
-            raise ValueError(f"{name}: prefix is given, but only softmax attention can begin after keys and values")
+        refuse_prefix(name, prefix)
         return jnp.zeros(0)  # nothing, but a leaf: blocks are counted by their leaves
 
     def go_on(params: PyTree, cache: PyTree, x: Array) -> tuple[Array, PyTree]:

@@ -26,6 +26,7 @@ __all__ = [
     "head_width",
     "linear",
     "product",
+    "refuse_prefix",
     "to_chunks",
 ]
 
@@ -124,6 +125,12 @@ def head_width(name: str, width: int, heads: int) -> int:
     if width % heads:
         raise ValueError(f"{name}: width is {width}, but it must be a multiple of heads, {heads}")
     return width // heads
+
+
+def refuse_prefix(name: str, prefix: Any) -> None:
+    """Of a layer that does not hold every token apart."""
+    if prefix is not None:
+        raise ValueError(f"{name}: prefix is given, but only softmax attention can begin after keys and values")
 
 
 def head_mixer(
@@ -242,8 +249,8 @@ def head_mixer(
         padding: Array | None = None,
         prefix: tuple[Array, Array] | None = None,
     ) -> HeadCache:
-        if prefix is not None and not keeps_all:
-            raise ValueError(f"{name}: prefix is given, but only softmax attention can begin after keys and values")
+        if not keeps_all:
+            refuse_prefix(name, prefix)
         if padding is not None and (not keeps_all or convolution):
             raise ValueError(f"{name}: padding before a sequence would change its state; give sequences of one length")
         recent = {}

@@ -47,10 +47,10 @@ def associative_recall(
 
         P(g) ~ (g + 1)^(alpha - 1),     g = 0, ..., (L - 2 n) // 2 - 1
 
+    so most queries come soon. Weights cannot predict their values: that takes a memory within the sequence.
+
     With u `updates`, as many of the keys come again after the pairs, each with a new value, and that one is its target:
     what was written must be overwritten. Then n + u stands for n in the places of queries.
-
-    so most queries come soon. Weights cannot predict their values: that takes a memory within the sequence.
 
     Args:
       steps: batches of the one task.

@@ -1,6 +1,6 @@
 """What learning along a sequence costs: a training step of end-to-end test-time training beside the same decoder.
 
-    python -m experiments.speed.end_to_end --record         6 minutes on 2 cores, with nothing else running
+    python -m experiments.speed.end_to_end --record         3 minutes on 2 cores, with nothing else running
 
 A decoder of four blocks with windows of attention, the last of which has a prime network; one sequence of T tokens, cut
 into more and more chunks, trained by AdamW. Shown are the seconds of a step over those of the decoder without learning
